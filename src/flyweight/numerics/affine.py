@@ -1,0 +1,97 @@
+"""Integer grids: x is stored as round(x / scale) + zero_point, clipped to a range of integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flyweight.numerics.moments import BINS, Histogram
+
+__all__ = ["Grid", "activation_grid", "activation_noise", "rounded", "weight_scales"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A per-tensor grid: integers low..high stand for (integer - zero_point) * scale."""
+
+    scale: float
+    zero_point: int
+    low: int = 0
+    high: int = 255
+
+
+def rounded(values: Float[Tensor, "..."], grid: Grid) -> Float[Tensor, "..."]:
+    """`values` moved to the nearest points of `grid` (ties to even), the same arithmetic as ONNX QuantizeLinear."""
+    integers = (values / grid.scale).round() + grid.zero_point
+    return (integers.clamp(grid.low, grid.high) - grid.zero_point) * grid.scale
+
+
+def weight_scales(
+    weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"], largest: int, steps: int = 40
+) -> Float[Tensor, " out"]:
+    """Symmetric scale per row minimising sum_j importance_j (w_j - rounded w_j)^2 over `steps` shrinkages of max|w|.
+
+    `importance` is the diagonal of the layer's second moment, `largest` the largest integer (127 for int8). Rows of
+    zeros get scale 1. Source: Frantar et al. 2022, arXiv:2208.11580, the grid search of section 6, with the diagonal of
+    the second moment as weight.
+    """
+    peak = weight.abs().amax(1)
+    base = torch.where(peak > 0, peak, torch.full_like(peak, float(largest))) / largest
+    best = base.clone()
+    lowest = torch.full_like(base, float("inf"))
+    for step in range(steps):
+        scale = base * (1 - 0.5 * step / steps)
+        change = weight - (weight / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
+        error = (change.square() * importance).sum(1)
+        better = error < lowest
+        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
+    # float32 is what the file holds: the grid must be the one the runtime sees
+    return best.to(torch.float32).to(weight.dtype)
+
+
+def activation_grid(histogram: Histogram, *, known_low: float | None = None, steps: int = 60) -> Grid:
+    """The 8-bit unsigned grid of least mean squared error for the values in `histogram`.
+
+    Tried: the full range and `steps` clippings of each end. Zero is always representable, as padding needs it.
+    `known_low=0.0` (after a ReLU) pins the zero point to 0, without which runtimes fall back to float.
+    """
+    high = max(histogram.high, 0.0)
+    low = min(histogram.low, 0.0) if known_low is None else known_low
+    if high <= low:
+        return Grid(1.0, 0)
+    best, lowest = _grid(low, high), float("inf")
+    for step in range(steps):
+        shrink = 1 - 0.9 * step / steps
+        candidates = [_grid(low * shrink, high * shrink)]
+        candidates += [_grid(low, high * shrink), _grid(low * shrink, high)] if low < 0 else []
+        for grid in candidates:
+            error = activation_noise(histogram, grid)
+            if error < lowest:
+                best, lowest = grid, error
+    return best
+
+
+def _grid(low: float, high: float) -> Grid:
+    scale = float(torch.tensor((high - low) / 255, dtype=torch.float32))
+    scale = max(scale, 1e-30)
+    return Grid(scale, min(255, max(0, round(-low / scale))))
+
+
+def activation_noise(histogram: Histogram, grid: Grid) -> float:
+    """Mean squared error of storing the histogram's values on `grid`: uniform rounding inside, clipping outside."""
+    centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * histogram.reach / BINS) - histogram.reach
+    low, high = (grid.low - grid.zero_point) * grid.scale, (grid.high - grid.zero_point) * grid.scale
+    clipped = (low - grid.scale / 2 - centres).clamp(min=0) + (centres - high - grid.scale / 2).clamp(min=0)
+    # exact zeros are most of what a ReLU passes on, and they are stored exactly
+    inside = torch.where(_zero_bins(), torch.zeros_like(centres), torch.full_like(centres, grid.scale**2 / 12))
+    error = torch.where(clipped > 0, (clipped + grid.scale / 2).square(), inside)
+    return float((error * histogram.counts).sum() / histogram.counts.sum().clamp(min=1))
+
+
+def _zero_bins() -> Tensor:
+    mask = torch.zeros(BINS, dtype=torch.bool)
+    mask[BINS // 2] = True
+    return mask
