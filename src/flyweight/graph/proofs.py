@@ -1,0 +1,204 @@
+"""Proofs that a traced graph says what the model says, at several batch sizes, row by row."""
+
+from __future__ import annotations
+
+import math
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import ModelError, TraceError
+from .functional import source_line
+from .signature import Call, batch_rows, plain, tensors_in, with_rows
+
+__all__ = ["check_weights", "prove_batches", "prove_rows", "run_model", "tolerance", "user_line"]
+
+TORCH = str(Path(torch.__file__).parent)
+STDLIB = sysconfig.get_paths()["stdlib"]
+OURS = str(Path(__file__).parents[1])
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises ModelError with the names of the tensors that hold NaN or infinity, or that were never initialised."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in named if isinstance(tensor, nn.parameter.UninitializedTensorMixin)]
+    if lazy:
+        raise ModelError(f"uninitialised parameters: {_some(lazy)}", fix="run the model once before compressing it")
+    # an attention mask may well hold -inf, so of the buffers only NaN is refused
+    weights = {name for name, _ in model.named_parameters()}
+    broken = [name for name, tensor in named if _broken(tensor, name in weights)]
+    if broken:
+        raise ModelError(
+            f"weights hold NaN or infinity: {_some(broken)}",
+            why="nothing computed from them means anything",
+            fix="train again from the last good checkpoint",
+        )
+
+
+def _broken(tensor: Tensor, is_weight: bool) -> bool:
+    if not tensor.is_floating_point():
+        return False
+    return bool((~tensor.isfinite()).any() if is_weight else tensor.isnan().any())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def user_line(error: BaseException) -> str:
+    """The innermost line of the user's own code in an error's traceback: "net.py:12 in forward: x = x.view(-1, 9)"."""
+    best = ""
+    seen: BaseException | None = error
+    while seen is not None and not best:
+        for frame in traceback.extract_tb(seen.__traceback__):
+            if not _foreign(frame.filename):
+                best = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
+        seen = seen.__cause__ or seen.__context__
+    return best
+
+
+def _foreign(file: str) -> bool:
+    standard = file.startswith(STDLIB) and "site-packages" not in file
+    return file.startswith((TORCH, OURS, "<")) or standard or file == sys.executable
+
+
+def run_model(model: nn.Module, call: Call) -> Any:
+    """The model's output in plain containers, without gradients."""
+    with torch.no_grad():
+        return plain(model(*call.args, **call.kwargs))[0]
+
+
+def _run_graph(graph: fx.GraphModule, call: Call) -> Any:
+    with torch.no_grad():
+        return graph(*call.tensors())
+
+
+def tolerance(expected: Tensor, nodes: int) -> float:
+    """The allowed absolute difference of two float32 runs of one model.
+
+    Each of `nodes` operators may round its sums in another order (other batch, other kernel); its error is a few
+    units in the last place of its output, and independent errors add as the root of their number. The factor 64
+    leaves room for operators that amplify, and is far below what another function would give.
+    """
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return 64 * torch.finfo(torch.float32).eps * math.sqrt(max(nodes, 1)) * max(scale, 1e-6)
+
+
+def prove_batches(model: nn.Module, graph: fx.GraphModule, call: Call, sizes: Sequence[int] = (2, 1, 3)) -> None:
+    """Raises TraceError unless graph and model agree at every batch size and keep the batch in front."""
+    for rows in sizes:
+        batch = with_rows(call, rows)
+        expected = _guarded(lambda batch=batch: run_model(model, batch), f"the model fails on {rows} rows")
+        check_batch_axis(expected, rows, graph)
+        got = _guarded(lambda batch=batch: _run_graph(graph, batch), f"the exported graph fails on {rows} rows")
+        _same(expected, got, len(graph.graph.nodes), rows)
+
+
+def _guarded(run: Callable[[], Any], what: str) -> Any:
+    try:
+        return run()
+    except Exception as error:
+        raise TraceError(
+            f"{what}: {first_line(error)}",
+            where=user_line(error),
+            why="the batch size must be free",
+            fix="look for a batch size or a `view` literal written into forward: x.flatten(1) keeps the rows",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class."""
+    text = str(error).strip().splitlines()
+    return text[0][:300] if text else type(error).__name__
+
+
+def check_batch_axis(output: Any, rows: int, graph: fx.GraphModule | None = None) -> None:
+    """Raises TraceError where an output's first axis is not the batch."""
+    found = list(tensors_in(output))
+    if not found:
+        raise TraceError("the model gives no tensor back", fix="return a tensor, or a dict or tuple of tensors")
+    for name, tensor in found:
+        if tensor.dim() and tensor.shape[0] == rows:
+            continue
+        views = _batch_views(graph) if graph is not None else ""
+        raise TraceError(
+            f"{name} has shape {tuple(tensor.shape)} for {rows} rows: its first axis is not the batch",
+            where=views,
+            why="rows were split or merged in silence, so no answer belongs to a sample any more",
+            fix="look at the `view` or `reshape` literal: x.flatten(1) keeps the rows whatever the size",
+        )
+
+
+def _batch_views(graph: fx.GraphModule) -> str:
+    """The first reshape whose result is no longer led by the batch."""
+    for node in graph.graph.nodes:
+        packet = str(getattr(node.target, "_overloadpacket", ""))
+        if packet not in ("aten.view", "aten.reshape"):
+            continue
+        before, after = node.args[0].meta["val"].shape[0], node.meta["val"].shape[0]
+        if str(before) != str(after):
+            return source_line(node)
+    return ""
+
+
+def _same(expected: Any, got: Any, nodes: int, rows: int) -> None:
+    pairs = zip(tensors_in(expected), tensors_in(got), strict=True)
+    for (name, wanted), (_, given) in pairs:
+        if wanted.shape != given.shape or wanted.dtype != given.dtype:
+            raise TraceError(f"the graph gives {name} as {_kind(given)} instead of {_kind(wanted)} at {rows} rows")
+        if not _close(wanted, given, nodes):
+            raise TraceError(
+                f"the graph does not compute what the model computes: {name} differs at {rows} rows",
+                why="forward depends on something that the graph does not hold: state, randomness or the batch size",
+                fix="make forward a pure function of its inputs",
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _close(wanted: Tensor, given: Tensor, nodes: int) -> bool:
+    if not wanted.is_floating_point():
+        return bool(torch.equal(wanted, given))
+    usual = wanted.isfinite()
+    limit = tolerance(wanted[usual], nodes)
+    odd_equal = torch.equal(wanted[~usual].nan_to_num(7.0), given[~usual].nan_to_num(7.0))
+    return odd_equal and bool(((wanted - given)[usual].abs() <= limit).all())
+
+
+def prove_rows(model: nn.Module, call: Call, nodes: int) -> None:
+    """Raises TraceError where one row's answer depends on another row, or where two equal calls differ."""
+    batch = with_rows(call, 3)
+    together = dict(tensors_in(run_model(model, batch)))
+    again = dict(tensors_in(run_model(model, batch)))
+    for name, tensor in together.items():
+        if not _close(tensor, again[name], nodes):
+            raise TraceError(
+                f"the model is random in eval mode: {name} differs between two equal calls",
+                fix="draw random numbers only while self.training, and pass training=self.training to dropout",
+            )
+    for index in range(3):
+        alone = dict(tensors_in(run_model(model, _only(batch, index))))
+        for name, tensor in together.items():
+            if not _close(alone[name][0], tensor[index], nodes):
+                raise TraceError(
+                    f"rows are mixed: {name} of row {index} changes with the other rows of the batch",
+                    why="calibration, pruning and verification treat rows as independent samples",
+                    fix="normalise within a row (or by stored statistics), not over the batch",
+                )
+
+
+def _only(call: Call, index: int) -> Call:
+    rows = batch_rows(call)
+    taken = (
+        value[index : index + 1] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
+        for value in call.inputs
+    )
+    return call.mapped(tuple(taken))

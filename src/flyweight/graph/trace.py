@@ -1,0 +1,258 @@
+"""From any exportable model to one graph of real modules, proven equal to the model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils import _pytree as pytree
+
+from ..errors import ModelError, TraceError
+from ..types import Note
+from .functional import erase_checks, explicit_sizes, functionalise
+from .modules import rebuild
+from .proofs import check_batch_axis, check_weights, first_line, prove_batches, prove_rows, run_model, user_line
+from .signature import Call, batch_rows, bind, dynamic_shapes, plain, with_rows
+
+__all__ = ["Traced", "shapes", "trace"]
+
+KEPT_META = ("val", "stack_trace", "nn_module_stack")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A graph of real modules in eval mode (float32, CPU, own memory), and what was changed on the way."""
+
+    module: fx.GraphModule
+    notes: tuple[Note, ...]
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Traced:
+    """The model as an own graph of real modules, proven equal to it at batch 2, 1 and 3; the model is not changed.
+
+    `args` and `kwargs` are one example call; the first axis of every tensor is the batch, of any size.
+    Raises ModelError for weights that are NaN, infinite or missing, and TraceError for a model that cannot be
+    exported, whose outputs are not led by the batch, or whose rows influence each other.
+    """
+    own, notes = own_copy(model)
+    check_weights(own)
+    call = bind(own, tuple(args), dict(kwargs or {}))
+    call = with_rows(call, max(2, min(batch_rows(call), 5)))
+    two = with_rows(call, 2)
+    exported = _exported(own, two)
+    module, more = _as_graph(own, exported, two)
+    prove_batches(own, module, call)
+    prove_rows(own, call, len(module.graph.nodes))
+    return Traced(module, (*notes, *call.notes, *more))
+
+
+def own_copy(model: nn.Module) -> tuple[nn.Module, tuple[Note, ...]]:
+    """A copy in eval mode, float32, on the CPU, without hooks; raises ModelError where it cannot be copied."""
+    notes: list[Note] = []
+    try:
+        own = copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be copied: {first_line(error)}",
+            why="weights that a hook computes (old weight_norm, spectral_norm or prune) are no leaf tensors",
+            fix="use torch.nn.utils.parametrizations, or make the weights permanent (remove_weight_norm, prune.remove)",
+        ) from error
+    hooks = sum(_strip_hooks(part) for part in own.modules())
+    if hooks:
+        notes.append(Note("trace.hooks", f"{hooks} hooks on the model are not part of the graph"))
+    floats = {tensor.dtype for tensor in own.parameters() if tensor.is_floating_point()} - {torch.float32}
+    if floats:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in floats))
+        notes.append(Note("trace.dtype", f"weights in {names} were converted to float32"))
+    own = own.cpu().float().eval()
+    for parameter in own.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.grad = None
+    return own, tuple(notes)
+
+
+def _strip_hooks(part: nn.Module) -> int:
+    count = len(part._forward_hooks) + len(part._forward_pre_hooks)
+    for name in HOOKS:
+        getattr(part, name, {}).clear()
+    return count
+
+
+def _exported(own: nn.Module, call: Call) -> torch.export.ExportedProgram:
+    """The training IR of the model with a free batch; every failure becomes a TraceError."""
+    try:
+        expected = run_model(own, call)
+    except Exception as error:
+        raise TraceError(
+            f"the model fails on two rows: {first_line(error)}",
+            where=user_line(error),
+            why="the batch size must be free",
+            fix="look for a `view` literal that does not fit the input's size: x.flatten(1) keeps the rows",
+        ) from error
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                own, call.args, call.kwargs, dynamic_shapes=dynamic_shapes(own, call), strict=False
+            )
+    except Exception as error:
+        check_batch_axis(expected, 2)  # a wrong batch is the better explanation
+        raise TraceError(
+            f"the model cannot be exported: {first_line(error)}",
+            where=user_line(error),
+            fix="write this line so that it does not depend on values: torch.where instead of if",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch's loggers silent: what matters is raised again as our error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _as_graph(own: nn.Module, exported: torch.export.ExportedProgram, call: Call) -> tuple[fx.GraphModule, list[Note]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        raw = exported.module(check_guards=False)
+    assert isinstance(raw, fx.GraphModule)
+    graph = raw.graph
+    erase_checks(graph)
+    notes = [*functionalise(graph)]
+    notes += _plain_interface(graph, exported, call)
+    notes += explicit_sizes(graph)
+    graph.eliminate_dead_code()
+    tensors = {**dict(own.named_parameters(remove_duplicate=False)), **dict(own.named_buffers(remove_duplicate=False))}
+    attribute = _attribute_of(raw, tensors)
+    rebuilt = rebuild(graph, own, attribute)
+    _erase_unread(graph)
+    notes += rebuilt.notes
+    module = assemble(graph, rebuilt.modules, attribute, _not_persistent(own, tensors), type(own).__name__)
+    notes += _dropped(own, module)
+    return module, notes
+
+
+def _erase_unread(graph: fx.Graph) -> None:
+    # fx's own dead code pass checks targets against the exported module, which knows nothing of the new modules
+    for node in [node for node in graph.nodes if node.op == "get_attr" and not node.users]:
+        graph.erase_node(node)
+
+
+def _attribute_of(raw: fx.GraphModule, tensors: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+    def attribute(target: str) -> Tensor:
+        if target in tensors:
+            return tensors[target]
+        owner, _, leaf = target.rpartition(".")
+        value = getattr(raw.get_submodule(owner), leaf)
+        assert isinstance(value, Tensor)
+        return value
+
+    return attribute
+
+
+def _not_persistent(own: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[str], bool]:
+    saved = set(own.state_dict())
+    return lambda name: name not in saved
+
+
+def assemble(
+    graph: fx.Graph,
+    modules: Mapping[str, nn.Module],
+    attribute: Callable[[str], Tensor],
+    not_persistent: Callable[[str], bool],
+    name: str,
+) -> fx.GraphModule:
+    """A GraphModule of the graph, the modules it calls and the loose tensors it reads."""
+    root = nn.Module()
+    for path in sorted(modules, key=lambda path: path.count(".")):
+        _container(root, path.rpartition(".")[0]).add_module(path.rpartition(".")[2], modules[path])
+    loose = list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"))
+    for target in loose:
+        owner, _, leaf = target.rpartition(".")
+        _set_tensor(_container(root, owner), leaf, attribute(target))
+    for node in graph.nodes:
+        node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+    module = fx.GraphModule(root, graph, class_name=name)
+    for target in loose:
+        owner, _, leaf = target.rpartition(".")
+        holder = module.get_submodule(owner)
+        if leaf in holder._buffers and not_persistent(target):
+            holder._non_persistent_buffers_set.add(leaf)
+    module.graph.lint()
+    module.recompile()
+    return module.eval()
+
+
+def _container(root: nn.Module, path: str) -> nn.Module:
+    part = root
+    for name in filter(None, path.split(".")):
+        if name not in part._modules:
+            part.add_module(name, nn.Module())
+        part = part.get_submodule(name)
+    return part
+
+
+def _set_tensor(holder: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if isinstance(tensor, nn.Parameter):
+        holder.register_parameter(leaf, tensor)
+    elif leaf not in holder._buffers:
+        holder.register_buffer(leaf, tensor.detach())
+
+
+def _plain_interface(graph: fx.Graph, exported: torch.export.ExportedProgram, call: Call) -> tuple[Note, ...]:
+    """Placeholders under the user's names and outputs in plain containers, with no pytree in the generated code."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name, value in zip(placeholders, call.names, call.inputs, strict=True):
+        node.target = name
+        if not isinstance(value, Tensor):
+            assert not node.users, "constants are baked in by the export"
+            graph.erase_node(node)
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    value, notes = plain(pytree.tree_unflatten(list(output.args[0]), spec))
+    output.args = (value,)
+    graph.set_codegen(fx.graph.CodeGen())
+    return notes
+
+
+def _dropped(own: nn.Module, module: fx.GraphModule) -> list[Note]:
+    lost = sorted(set(own.state_dict()) - set(module.state_dict()))
+    if not lost:
+        return []
+    some = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+    return [Note("trace.unused", f"{len(lost)} tensors that no output depends on were dropped: {some}")]
+
+
+def shapes(module: fx.GraphModule, args: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
+    """The shape of every node's tensor for one example, by running it: true after surgery too."""
+    with torch.no_grad():
+        probe = copy.copy(module)
+        ShapeProp(probe).propagate(*args)
+    found: dict[str, tuple[int, ...]] = {}
+    for node in probe.graph.nodes:
+        meta = node.meta.get("tensor_meta")
+        if hasattr(meta, "shape"):
+            found[node.name] = tuple(int(size) for size in meta.shape)
+    return found
