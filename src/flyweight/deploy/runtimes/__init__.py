@@ -1,1 +1,66 @@
+"""The runtimes that an artifact can be measured in: one file each, and the folder is the registry.
 
+A runtime's file holds `RUNTIME`, a `Runtime`. Importing the file must not import the runtime's library, nor torch:
+the timing worker and `--help` read it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flyweight.errors import RuntimeMissing, UsageError
+
+__all__ = ["ExecutedOp", "Feeds", "Runtime", "get", "names"]
+
+Feeds = Mapping[str, NDArray[Any]]
+Predict = Callable[[Feeds], dict[str, np.ndarray[Any, Any]]]
+
+
+class ExecutedOp(NamedTuple):
+    """One node that the runtime really executes, after its own optimizations."""
+
+    op_type: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Runtime(NamedTuple):
+    """What flyweight asks of a runtime. `package` is the import name, `install` the line that gets it."""
+
+    name: str
+    package: str
+    install: str
+    load: Callable[[Path, int], Predict]  # (path, threads) -> feeds by name -> outputs by name
+    input_names: Callable[[Path], tuple[str, ...]]
+    executed_ops: Callable[[Path], list[ExecutedOp]]
+    conformance: Callable[[Path, Sequence[str]], list[str]]  # planned int8 -> those that run as float
+    preferred_multiple: Callable[[], int]  # widths that the kernels like
+
+
+def names() -> tuple[str, ...]:
+    """The names of the runtimes that this version knows, sorted; installed or not."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def get(name: str) -> Runtime:
+    """The runtime called `name`.
+
+    Raises UsageError for a name without a file here, RuntimeMissing (with the install line) where its library is
+    not installed.
+    """
+    if name not in names():
+        known = ", ".join(names())
+        raise UsageError(f"unknown target runtime {name!r}", fix=f"choose one of: {known}")
+    runtime: Runtime = importlib.import_module(f"{__name__}.{name}").RUNTIME
+    if importlib.util.find_spec(runtime.package) is None:
+        raise RuntimeMissing(f"the runtime {name!r} is not installed here", fix=runtime.install)
+    return runtime
