@@ -1,0 +1,257 @@
+"""The best choice under the limits, exactly; and the nearest one where the limits cannot be met.
+
+Every candidate is judged by `evaluate`, never by the solver's own arithmetic: a candidate that passes a limit by less
+than HiGHS can see is cut off and the program is solved again. Deterministic as long as the time limit is not reached.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+
+from flyweight.errors import BudgetError, ResourceError, UsageError
+from flyweight.search.descend import Score, start
+from flyweight.search.mip import Answer, program, run
+from flyweight.search.problem import (
+    Floats,
+    Problem,
+    Solution,
+    check_limits,
+    cost_names,
+    evaluate,
+    excesses,
+    slack,
+)
+from flyweight.search.terms import Terms, gather, grounded, magnitude, prune
+
+__all__ = ["Found", "minimum", "optimum", "relative_gap", "solve"]
+
+MOST_CUTS = 30  # near-ties at a limit that are cut off one by one before the limit itself is tightened
+ROUNDING = 1e-12  # of the sum of all entries: what adding them in another order can change, with room
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best known choice (None: none holds the limits, or none was found in time) and a proven lower bound."""
+
+    choices: tuple[int, ...] | None
+    bound: float
+
+
+def solve(
+    problem: Problem,
+    limits: Mapping[str, float],
+    *,
+    minimise: str = "error",
+    error_limit: float | None = None,
+    time_limit_s: float = 30.0,
+    gap: float = 0.0,
+) -> Solution:
+    """The choice of least error (or of the cost `minimise`, then of least error) with every cost within its limit.
+
+    If none exists: the nearest point, which passes its limits by the least largest share of them; the limits that need
+    not be passed are held if possible, and then the error is least. `gap` > 0 stops at that relative distance from the
+    proven bound. Raises BudgetError for an unknown cost name, UsageError if every combination is forbidden,
+    ResourceError if no allowed combination is found in time.
+    """
+    bounds = check_limits(problem, limits, error_limit)
+    if minimise != "error" and minimise not in cost_names(problem):
+        raise BudgetError(f"no cost is called {minimise!r}", fix=f"known costs: {', '.join(cost_names(problem))}")
+    deadline = time.monotonic() + time_limit_s
+    found = optimum(problem, minimise, bounds, deadline=deadline, gap=gap)
+    if found.choices is None:
+        return _nearest(problem, bounds, found, deadline)
+    choices = found.choices
+    if minimise != "error":
+        within = {**bounds, minimise: _value(problem, minimise, choices)}
+        choices = optimum(problem, "error", within, deadline=deadline, gap=gap, known=[choices]).choices or choices
+    error, costs = evaluate(problem, choices)
+    value = error if minimise == "error" else costs[minimise]
+    bound = min(found.bound, value)
+    return Solution(choices, error, costs, bound, relative_gap(value, bound), feasible=True)
+
+
+def minimum(problem: Problem, cost: str, *, time_limit_s: float = 30.0) -> float:
+    """The smallest reachable value of a cost (or of "error") with no limits. Raises as `solve` does."""
+    solution = solve(problem, {}, minimise=cost, time_limit_s=time_limit_s)
+    return solution.error if cost == "error" else solution.costs[cost]
+
+
+def optimum(
+    problem: Problem,
+    goal: str,
+    bounds: Mapping[str, float],
+    *,
+    deadline: float,
+    gap: float = 0.0,
+    known: Iterable[tuple[int, ...]] = (),
+) -> Found:
+    """The choice of least `goal` ("error" or a cost) within `bounds` ("error" may be among them), and its bound.
+
+    `known` are choices worth starting from. `deadline` is a reading of `time.monotonic`. A bound of +inf: no choice
+    holds the bounds, proven.
+    """
+    names = (goal, *(name for name in bounds if name != goal))
+    terms = gather(problem, names)
+    limits = np.array([bounds.get(name, np.inf) for name in names])
+    best = start(terms, _least_within(limits), known)[0]
+    best_known = best if _holds(problem, best, bounds) else None
+    ceilings = limits + np.array([slack(limit) if np.isfinite(limit) else 0.0 for limit in limits])
+    if best_known is not None:
+        ceilings[0] = min(ceilings[0], _value(problem, goal, best_known))
+    ceilings += ROUNDING * magnitude(terms)
+    shrunk = prune(terms, ceilings)
+    if shrunk is None:
+        bound = np.inf if best_known is None else _value(problem, goal, best_known)
+        return Found(best_known, bound)
+    found = _exact(problem, goal, bounds, grounded(shrunk), ceilings, best_known, deadline=deadline, gap=gap)
+    return found if found.choices is None else Found(_tidy(problem, goal, bounds, found.choices), found.bound)
+
+
+def _exact(
+    problem: Problem,
+    goal: str,
+    bounds: Mapping[str, float],
+    terms: Terms,
+    ceilings: Floats,
+    best: tuple[int, ...] | None,
+    *,
+    deadline: float,
+    gap: float,
+) -> Found:
+    """The solver's turn: solve, judge exactly, cut off what fails, again."""
+    floor = float(terms.constant[0])
+    limit = np.inf if best is None else _value(problem, goal, best)
+    if limit <= floor + ROUNDING * float(magnitude(terms)[0]):
+        return Found(best, min(floor, limit))
+    parts, rooms = program(terms), ceilings - terms.constant
+    cuts: list[tuple[int, ...]] = []
+    while time.monotonic() < deadline:
+        # past the last cut the rows lose what HiGHS cannot see; the bound proven before stays the truth
+        tight = rooms if len(cuts) < MOST_CUTS else rooms * (1 - 1e-6)
+        answer = run(parts, tight, cuts, time_limit_s=deadline - time.monotonic(), gap=gap)
+        if len(cuts) < MOST_CUTS:
+            floor = max(floor, float(terms.constant[0]) + answer.bound)
+        candidate = answer.choices
+        if candidate is not None and not _holds(problem, candidate, bounds):
+            if len(cuts) < 2 * MOST_CUTS:
+                cuts.append(candidate)
+                continue
+            candidate = None
+        if candidate is not None and _value(problem, goal, candidate) < limit:
+            best, limit = candidate, _value(problem, goal, candidate)
+        break
+    return Found(best, min(floor, limit))
+
+
+def _nearest(problem: Problem, bounds: Mapping[str, float], found: Found, deadline: float) -> Solution:
+    """The choice of least largest relative excess; then as few limits passed, and as little error, as that allows."""
+    if not bounds:
+        _raise_nothing_allowed(proven=found.bound == np.inf)
+    choices, bound = _least_excess(problem, bounds, deadline)
+    over = excesses(problem, choices, bounds)
+    worst = max(over.values())
+    binding = sorted(name for name, value in over.items() if value >= worst * (1 - 1e-6) and value > 0)
+    stretched = {name: limit + worst * (abs(limit) or 1.0) for name, limit in bounds.items()}
+    for relaxed in ({**bounds, **{name: stretched[name] for name in binding}}, stretched):
+        better = optimum(problem, "error", relaxed, deadline=deadline, known=[choices])
+        if better.choices is not None:
+            choices = better.choices
+            break
+    over = excesses(problem, choices, bounds)
+    worst = max(over.values())
+    error, costs = evaluate(problem, choices)
+    binding = sorted(name for name, value in over.items() if value >= worst * (1 - 1e-6) and value > 0)
+    bound = min(bound, worst)
+    # a choice found only now, because the first search ran out of time, may hold every limit after all
+    return Solution(choices, error, costs, bound, relative_gap(worst, bound), worst == 0, ", ".join(binding), worst)
+
+
+def _least_excess(problem: Problem, bounds: Mapping[str, float], deadline: float) -> tuple[tuple[int, ...], float]:
+    """The choice of least largest relative excess, and a proven lower bound on it.
+
+    Each round asks how far below the best known excess one can go, so its numbers are in units of that excess.
+    """
+    names = tuple(bounds)
+    terms = gather(problem, names)
+    limits = np.array([bounds[name] for name in names])
+    unit = np.where(limits == 0, 1.0, np.abs(limits))
+    first, allowed = start(terms, lambda totals: ((totals - limits[:, None]) / unit[:, None]).max(axis=0))
+    best = first if allowed else None
+    noise = ROUNDING * magnitude(terms)
+    # with nothing known, an excess that no combination reaches
+    worst = _worst(problem, best, bounds) if best else float(((magnitude(terms) + unit) / unit).max())
+    floor = 0.0
+    while time.monotonic() < deadline and worst > 0:
+        ceilings = limits + worst * unit + noise
+        shrunk = prune(terms, ceilings)
+        answer = Answer(None, np.inf)
+        if shrunk is not None:
+            low = grounded(shrunk)
+            left = deadline - time.monotonic()
+            rooms = ceilings - low.constant
+            answer = run(program(low), rooms, (), stretch=worst * unit, time_limit_s=left, gap=0.0)
+        floor = max(floor, worst * min(1.0, 1.0 + answer.bound))
+        if answer.choices is None:
+            break
+        reached = _worst(problem, answer.choices, bounds)
+        if best is not None and reached >= worst * (1 - 1e-9):
+            break
+        best, worst = answer.choices, reached
+    if best is None:
+        _raise_nothing_allowed(proven=time.monotonic() < deadline)
+    return best, floor
+
+
+def _raise_nothing_allowed(*, proven: bool) -> NoReturn:
+    if proven:
+        raise UsageError("every combination of options is forbidden", fix="allow more options at some site")
+    raise ResourceError("no allowed combination was found in time", fix="raise the time limit")
+
+
+def _least_within(limits: Floats) -> Score:
+    """The first quantity where all limits hold, else something larger that grows with the largest excess."""
+    finite = np.isfinite(limits)
+    unit = np.where(finite & (limits != 0), np.abs(limits), 1.0)
+    bar = np.where(finite, limits + 1e-9 * unit, np.inf)
+
+    def score(totals: Floats) -> Floats:
+        over = ((totals - bar[:, None]) / unit[:, None]).max(axis=0)
+        ranked: Floats = np.where(over <= 0, totals[0], 1e60 * (1.0 + over))
+        return ranked
+
+    return score
+
+
+def _tidy(problem: Problem, goal: str, bounds: Mapping[str, float], choices: tuple[int, ...]) -> tuple[int, ...]:
+    """The same goal or better with smaller option numbers wherever one change allows it: ties fall towards keep."""
+    value = _value(problem, goal, choices)
+    for variable, option in enumerate(choices):
+        for smaller in range(option):
+            moved = (*choices[:variable], smaller, *choices[variable + 1 :])
+            if _value(problem, goal, moved) <= value and _holds(problem, moved, bounds):
+                choices, value = moved, _value(problem, goal, moved)
+                break
+    return choices
+
+
+def _holds(problem: Problem, choices: tuple[int, ...], bounds: Mapping[str, float]) -> bool:
+    return evaluate(problem, choices)[0] < np.inf and _worst(problem, choices, bounds) == 0
+
+
+def _worst(problem: Problem, choices: tuple[int, ...], bounds: Mapping[str, float]) -> float:
+    return max(excesses(problem, choices, bounds).values(), default=0.0)
+
+
+def _value(problem: Problem, name: str, choices: tuple[int, ...]) -> float:
+    error, costs = evaluate(problem, choices)
+    return error if name == "error" else costs[name]
+
+
+def relative_gap(value: float, bound: float) -> float:
+    """By what share of itself `value` is above its proven lower bound."""
+    return 0.0 if value <= bound else (value - bound) / max(abs(value), np.finfo(float).tiny)
