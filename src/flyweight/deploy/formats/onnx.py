@@ -1,0 +1,182 @@
+"""From a graph to an ONNX file: fake quantizers lowered to QuantizeLinear/DequantizeLinear, nothing local left inside."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from flyweight.errors import ModelError
+from flyweight.graph.operators import CONVOLUTIONS
+from flyweight.graph.rewrite import flatten_views, refresh, without_dropout
+
+__all__ = ["export", "lower", "output_names", "stored_name"]
+
+import torch.ao.quantization.fx._decomposed  # noqa: F401  registers quantized_decomposed
+
+aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
+FAKE_QUANTIZE = aten.fake_quantize_per_tensor_affine.default
+
+
+def stored_name(layer: str) -> str:
+    """The name of the integer weights of a layer in the file."""
+    return f"{layer}.weight_integer"
+
+
+def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
+    """Writes the ONNX file of `graph` to `path`: dynamic batch, no metadata, deterministic bytes.
+
+    `inputs` is an example with at least two rows. `graph.meta["numbers"]`, if present, names the layers stored in
+    integers (`methods.int8`). Raises ModelError when an operator has no ONNX form.
+    """
+    lowered = lower(graph, inputs)
+    batch = {0: torch.export.Dim.DYNAMIC}
+    dynamic = tuple(batch if x.ndim and x.shape[0] == inputs[0].shape[0] else None for x in inputs)
+    names = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
+    try:
+        with warnings.catch_warnings(), _silent("torch.onnx"), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(lowered, tuple(inputs), dynamic_shapes=dynamic, strict=False)
+            made = torch.onnx.export(
+                program, input_names=names, output_names=output_names(graph), dynamo=True, verbose=False
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise ModelError(
+            "the graph has no ONNX form", where=reason, fix="replace the operator named, or report it with the model"
+        ) from error
+    assert made is not None
+    onnx.save(_stripped(made.model_proto), path)
+
+
+class _silent:
+    """Keeps a logger quiet inside a `with`: the exporter warns about packages that are not needed."""
+
+    def __init__(self, name: str) -> None:
+        self.logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self.level = self.logger.level
+        self.logger.setLevel(logging.CRITICAL)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+def output_names(graph: fx.GraphModule) -> list[str]:
+    """One name per output tensor: the keys of a dict, else "output" or "output_0" …"""
+    value = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    if isinstance(value, Mapping):
+        return [str(k) for k, v in value.items() if v is not None]
+    if isinstance(value, (tuple, list)):
+        count = sum(v is not None for v in value)
+        return [f"output_{i}" for i in range(count)] if count > 1 else ["output"]
+    return ["output"]
+
+
+def _stripped(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without stack traces, local paths, intermediate shapes and doc strings: privacy, size, the same bytes each time."""
+    for graph in (model.graph, *model.functions):
+        graph.ClearField("metadata_props")
+        graph.ClearField("doc_string")
+        graph.ClearField("value_info")
+        for node in graph.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        value.ClearField("metadata_props")
+        value.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    model.producer_name, model.producer_version = "flyweight", ""
+    return model
+
+
+def lower(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """A copy in which fake quantizers are quantize/dequantize pairs and int8 layers read integer weights and biases."""
+    lowered = copy.deepcopy(graph).eval()
+    without_dropout(lowered)
+    refresh(lowered, inputs)
+    flatten_views(lowered)
+    numbers: Mapping[str, Mapping[str, object]] = graph.meta.get("numbers", {})
+    scales: Mapping[str, Tensor] = graph.meta.get("extra_tensors", {})
+    for node in list(lowered.graph.nodes):
+        if node.op == "call_module" and node.target in numbers:
+            _lower_layer(lowered, node, scales[f"{node.target}.weight_scale"])
+    for node in list(lowered.graph.nodes):
+        if node.target == FAKE_QUANTIZE:
+            _lower_quantizer(lowered, node)
+    lowered.graph.eliminate_dead_code()
+    lowered.delete_all_unused_submodules()
+    lowered.recompile()
+    return lowered
+
+
+def _lower_quantizer(graph: fx.GraphModule, node: fx.Node) -> None:
+    value, scale, zero_point, low, high = node.args
+    with graph.graph.inserting_before(node):
+        grid = (scale, zero_point, low, high, torch.uint8)
+        stored = graph.graph.call_function(decomposed.quantize_per_tensor.default, (value, *grid))
+        read = graph.graph.call_function(decomposed.dequantize_per_tensor.default, (stored, *grid))
+    node.replace_all_uses_with(read)
+    graph.graph.erase_node(node)
+
+
+def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
+    name, module = str(node.target), graph.get_submodule(str(node.target))
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    input_scale = float(source.args[1])  # type: ignore[arg-type]  # the fake quantizer in front
+    weight = _integers(graph, stored_name(name), module.weight, scale, 127, torch.int8, node)
+    bias = None
+    if module.bias is not None:
+        # one scale per call: a layer used twice may read two grids
+        place = f"{name}.bias_integer_{node.name}"
+        bias = _integers(graph, place, module.bias, scale * input_scale, 2**31 - 1, torch.int32, node)
+    with graph.graph.inserting_before(node):
+        call = _functional(graph, module, source, weight, bias)
+    node.replace_all_uses_with(call)
+    graph.graph.erase_node(node)
+
+
+def _functional(
+    graph: fx.GraphModule, module: nn.Module, source: fx.Node, weight: fx.Node, bias: fx.Node | None
+) -> fx.Node:
+    if isinstance(module, nn.Linear):
+        return graph.graph.call_function(aten.linear.default, (source, weight, bias))
+    assert isinstance(module, CONVOLUTIONS)
+    dims = len(module.kernel_size)
+    operator = getattr(aten, f"conv{dims}d")
+    padded = operator.padding if isinstance(module.padding, str) else operator.default
+    padding = module.padding if isinstance(module.padding, str) else list(module.padding)
+    arguments = (source, weight, bias, list(module.stride), padding, list(module.dilation), module.groups)
+    return graph.graph.call_function(padded, arguments)
+
+
+def _integers(
+    graph: fx.GraphModule, name: str, values: Tensor, scale: Tensor, largest: int, kind: torch.dtype, before: fx.Node
+) -> fx.Node:
+    """Nodes that read `values` back from integers of one scale per row."""
+    shape = (-1, *[1] * (values.ndim - 1))
+    scale = scale.to(torch.float32)
+    integers = (values.detach().double() / scale.double().reshape(shape)).round().clamp(-largest, largest).to(kind)
+    low = -largest if kind == torch.int8 else -(2**31)
+    tensors = {"": integers, "_scale": scale, "_zero_point": torch.zeros(len(scale), dtype=kind)}
+    nodes = []
+    with graph.graph.inserting_before(before):
+        for suffix, tensor in tensors.items():
+            nodes.append(_buffer(graph, name + suffix, tensor))
+        return graph.graph.call_function(
+            decomposed.dequantize_per_channel.default, (*nodes, 0, low, largest, kind)
+        )
+
+
+def _buffer(graph: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    owner, _, leaf = name.rpartition(".")
+    graph.get_submodule(owner).register_buffer(leaf, tensor)
+    return graph.graph.get_attr(name)

@@ -1,0 +1,101 @@
+"""Where ONNX Runtime wants its quantizers, so that a layer planned as int8 really runs as int8.
+
+The rules (each violation is silent: the layer runs in float, slower than before):
+1. the input and the output of a convolution are both stored in 8 bits; the last linear layer may put out float;
+2. behind a layer and its ReLU sits one quantizer, whose zero point is 0; ReLU6 never gets a range above 6;
+3. pooling by maximum, flattening and reshaping keep their input's grid;
+4. an addition runs in integers when both terms and the sum (after its ReLU) are stored in 8 bits;
+5. average pooling runs in integers between two stored values; a mean does not (rewritten before).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from flyweight.graph.operators import module_of
+
+__all__ = ["Slot", "slots"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A value stored in 8 bits: the output of `node`. `like` names the node whose grid it shares."""
+
+    node: str
+    like: str = ""
+    low: float | None = None  # known lowest value
+    high: float | None = None  # known highest value
+
+
+def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ...]:
+    """The values to store in 8 bits when the layers named run in int8, in graph order."""
+    stored: set[fx.Node] = set()
+    nodes = list(graph.graph.nodes)
+    planned = [n for n in nodes if n.op == "call_module" and n.target in int8_layers]
+    for node in planned:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        stored.add(_origin(graph, source))
+        end = _behind_relu(graph, node)
+        if not _only_output(end) or not isinstance(module_of(graph, node), nn.Linear):
+            stored.add(end)
+    for node in nodes:  # graph order: the terms are decided before the sum
+        pool = node.target == aten.avg_pool2d.default or isinstance(module_of(graph, node), nn.AvgPool2d)
+        pool = pool and any(_origin(graph, n.args[0]) is node for n in planned)  # type: ignore[arg-type]
+        if (_is_sum(node) or pool) and all(_origin(graph, a) in stored for a in node.all_input_nodes):
+            stored.add(_behind_relu(graph, node))
+    return tuple(slot for node in nodes if (slot := _slot(graph, node, stored)) is not None)
+
+
+def _slot(graph: fx.GraphModule, node: fx.Node, stored: Collection[fx.Node]) -> Slot | None:
+    if node in stored:
+        low, high = _known_range(graph, node)
+        return Slot(node.name, "", low, high)
+    origin = _origin(graph, node)
+    return Slot(node.name, origin.name) if origin is not node and origin in stored and not _only_output(node) else None
+
+
+def _operator(graph: fx.GraphModule, node: fx.Node) -> str:
+    module = module_of(graph, node)
+    if module is not None:
+        return type(module).__name__
+    return str(node.target.overloadpacket) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+RELUS = {"ReLU": None, "aten.relu": None, "ReLU6": 6.0, "aten.relu6": 6.0}
+SAME_GRID = ("MaxPool2d", "MaxPool1d", "MaxPool3d", "Flatten", "aten.max_pool2d", "aten.max_pool1d", "aten.flatten",
+             "aten.view", "aten.reshape", "aten.contiguous", "aten.clone")  # fmt: skip
+
+
+def _known_range(graph: fx.GraphModule, node: fx.Node) -> tuple[float | None, float | None]:
+    name = _operator(graph, node)
+    return (0.0, RELUS[name]) if name in RELUS else (None, None)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return node.target == aten.add.Tensor and len(node.all_input_nodes) == 2
+
+
+def _only_output(node: fx.Node) -> bool:
+    return all(user.op == "output" for user in node.users)
+
+
+def _behind_relu(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The ReLU that alone reads `node`, else `node`."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and _operator(graph, users[0]) in RELUS else node
+
+
+def _origin(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Where a value got its grid: back through operators that only move entries."""
+    while _operator(graph, node) in SAME_GRID:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node

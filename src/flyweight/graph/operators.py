@@ -1,0 +1,164 @@
+"""One adapter over every linear operator: its weight as a matrix, its inputs as rows, its place in the graph.
+
+A layer's matrix is `"out in"` with columns in the order (input channel, tap), so channel j of the input is the columns
+[j * taps, (j + 1) * taps). Rows are the vectors that the matrix multiplies: patches of a convolution, vectors of a
+linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, fx, nn
+
+__all__ = [
+    "CONVOLUTIONS",
+    "Layer",
+    "input_rows",
+    "layers",
+    "matrix",
+    "module_of",
+    "norm_behind",
+    "set_matrix",
+    "sizes",
+]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution (one group of channels) or linear layer. `positions`: outputs per sample and channel, all calls."""
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...]
+    outputs: int
+    inputs: int
+    taps: int
+    positions: int
+    bias: bool
+    norm: str = ""  # the batch norm that alone reads its output
+
+    @property
+    def columns(self) -> int:
+        """Columns of its matrix."""
+        return self.inputs * self.taps
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per sample."""
+        return self.outputs * self.columns * self.positions
+
+
+def module_of(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that `node` calls, if it calls one."""
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def sizes(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """The sizes of a node's tensor as traced; () if it is not one tensor."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def layers(graph: fx.GraphModule) -> dict[str, Layer]:
+    """Every convolution without channel groups and every linear layer, by module name, in graph order."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        module = module_of(graph, node)
+        plain = isinstance(module, CONVOLUTIONS) and module.groups == 1
+        if plain or isinstance(module, nn.Linear):
+            calls.setdefault(str(node.target), []).append(node)
+    return {name: _layer(graph, name, nodes) for name, nodes in calls.items()}
+
+
+def _layer(graph: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> Layer:
+    module = graph.get_submodule(name)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return Layer(
+        name=name,
+        kind=type(module).__name__,
+        nodes=tuple(n.name for n in nodes),
+        outputs=weight.shape[0],
+        inputs=weight.shape[1],
+        taps=math.prod(weight.shape[2:]),
+        positions=sum(_positions(module, n) for n in nodes),
+        bias=module.bias is not None,
+        norm=norm_behind(graph, nodes),
+    )
+
+
+def _positions(module: nn.Module, node: fx.Node) -> int:
+    shape = sizes(node)
+    return math.prod(int(s) for s in (shape[1:-1] if isinstance(module, nn.Linear) else shape[2:]))
+
+
+def norm_behind(graph: fx.GraphModule, nodes: Sequence[fx.Node]) -> str:
+    """The batch norm that is the only reader of the one call of a layer, or ""."""
+    if len(nodes) != 1 or len(nodes[0].users) != 1:
+        return ""
+    user = next(iter(nodes[0].users))
+    module = module_of(graph, user)
+    called_once = sum(n.target == user.target for n in graph.graph.nodes if n.op == "call_module") == 1
+    usable = isinstance(module, NORMS) and module.running_mean is not None and called_once
+    return str(user.target) if usable else ""
+
+
+def matrix(module: nn.Module) -> Float[Tensor, "out in"]:
+    """A copy of the layer's weight as a matrix, float64."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().to(torch.float64).flatten(1).clone()
+
+
+def set_matrix(module: nn.Module, values: Float[Tensor, "out in"]) -> None:
+    """Writes `values` into the layer's weight, in place of what it held (same shape, its own precision)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        weight.copy_(values.reshape(weight.shape))
+
+
+def input_rows(
+    module: nn.Module, x: Tensor, first_sample: int, positions: int, order: Mapping[int, Tensor] | None = None
+) -> Float[Tensor, "rows in"]:
+    """The rows of one call: at most `positions` patches of each sample, which ones depends on its number in the data.
+
+    Sample i looks at positions i * p … i * p + p - 1 of one fixed random order, so over the samples all positions are
+    seen alike, and a batch's rows do not depend on how the data was batched.
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
+    assert isinstance(module, CONVOLUTIONS)
+    patches = _patches(module, x)
+    dims = len(module.kernel_size)
+    spatial = patches.shape[2 : 2 + dims]
+    total = math.prod(spatial)
+    count = min(total, positions)
+    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(total))
+    samples = torch.arange(x.shape[0])
+    chosen = shuffled[((first_sample + samples)[:, None] * count + torch.arange(count)) % total]
+    index = torch.unravel_index(chosen, spatial)
+    rows = patches.movedim(1, 1 + dims)[(samples[:, None], *index)]  # sample position channel taps…
+    return rows.reshape(x.shape[0] * count, -1)
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """A view of all patches: sample, channel, output positions…, taps…"""
+    if isinstance(module.padding, str):
+        padding = [s for pair in zip(*[iter(module._reversed_padding_repeated_twice)] * 2, strict=True) for s in pair]
+    else:
+        padding = [p for p in reversed(module.padding) for _ in range(2)]
+    x = nn.functional.pad(x, padding)
+    for i, (kernel, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    ):
+        x = x.unfold(2 + i, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    return x
