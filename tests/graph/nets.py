@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,9 +101,7 @@ class ResNet20(nn.Module):
         self.conv = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(16)
         widths = [16] * 4 + [32] * 3 + [64] * 3
-        self.layers = nn.Sequential(
-            *[Block(a, b, 1 if a == b else 2) for a, b in zip(widths, widths[1:], strict=False)]
-        )
+        self.layers = nn.Sequential(*[Block(a, b, 1 if a == b else 2) for a, b in pairwise(widths)])
         self.fc = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class MLP(nn.Module):
     def __init__(self, sizes: tuple[int, ...] = (12, 24, 16, 5)) -> None:
         super().__init__()
         parts: list[nn.Module] = []
-        for a, b in zip(sizes, sizes[1:], strict=False):
+        for a, b in pairwise(sizes):
             parts += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.25)]
         self.body = nn.Sequential(*parts[:-2])
 
@@ -212,7 +212,7 @@ class NormNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, stride=2, groups=1, padding="same" if False else 1)
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.group = nn.GroupNorm(2, 8)
         self.act = nn.SiLU()
         self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)

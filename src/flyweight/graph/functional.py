@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +39,7 @@ def source_line(node: fx.Node) -> str:
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     for index in range(len(lines) - 1, -1, -1):
         if lines[index].startswith("File "):
-            file, number, place = (lines[index].split(", ") + ["", ""])[:3]
+            file, number, place = [*lines[index].split(", "), "", ""][:3]
             short = file[5:].strip('"').rsplit("/", 1)[-1]
             code = lines[index + 1] if index + 1 < len(lines) else ""
             return f"{short}:{number.removeprefix('line ')} {place}: {code}"
@@ -69,7 +68,7 @@ def erase_checks(graph: fx.Graph) -> None:
         if isinstance(node.target, OpOverload):
             check = check or str(node.target._overloadpacket) in CHECKS
         if check or node.target is torch._check:
-            node.replace_all_uses_with(None)  # type: ignore[arg-type]
+            node.replace_all_uses_with(None)
             graph.erase_node(node)
 
 
@@ -192,25 +191,3 @@ def _size_node(graph: fx.Graph, before: fx.Node, source: fx.Node, axis: int, siz
 
 def _placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if node.op == "placeholder")
-
-
-OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in (
-        "getitem",
-        "add",
-        "sub",
-        "mul",
-        "floordiv",
-        "truediv",
-        "mod",
-        "neg",
-        "pow",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-    )
-)

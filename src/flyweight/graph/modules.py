@@ -1,4 +1,4 @@
-"""Real `nn` modules out of aten nodes, under the user's names, and the list of modules that graphs may hold."""
+"""Real `nn` modules out of aten nodes, under the user's names."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from torch._ops import OpOverload
 
 from ..types import Note
 from .functional import arguments_of, source_line
+from .specs import PARAMETRIZED, STATELESS, Spec, build
 
-__all__ = ["Spec", "TensorNames", "build", "rebuild", "tensor_key"]
+__all__ = ["Rebuilt", "rebuild", "tensor_key"]
 
 aten = torch.ops.aten
-
-
-class Spec(NamedTuple):
-    """A module as data: its class in torch.nn and the arguments that make it."""
-
-    type: str
-    args: Mapping[str, Any]
-
-
-TensorNames = dict[str, Tensor]
+Owned = Mapping[str, Tensor | None]  # the tensors that the module will own, by attribute
 
 
 def tensor_key(tensor: Tensor) -> tuple[Any, ...]:
@@ -35,21 +27,28 @@ def tensor_key(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-def build(spec: Spec) -> nn.Module:
-    """The module of a spec, its tensors on the meta device: the caller puts the real ones in."""
-    kind = getattr(nn, spec.type)
-    if spec.type in PARAMETRIZED:
-        made = kind(**spec.args, device="meta")
-    else:
-        made = kind(**spec.args)
-    assert isinstance(made, nn.Module)
-    return made
+class Call(NamedTuple):
+    """An aten call that may become a module: the node, its arguments by name, its tensors, the user's module."""
+
+    node: fx.Node
+    args: Mapping[str, Any]
+    owned: Owned
+    user: nn.Module | None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an owned tensor that is there."""
+        tensor = self.owned[name]
+        assert tensor is not None
+        return tuple(tensor.shape)
+
+    def input_shape(self) -> tuple[Any, ...]:
+        """The shape of the first input as traced; sizes may be symbols."""
+        first = self.node.args[0]
+        assert isinstance(first, fx.Node)
+        return tuple(first.meta["val"].shape)
 
 
-# ---- specs of aten nodes: each function gives the arguments of the module, or None where no module says the same ----
-
-Arguments = Mapping[str, Any]
-Maker = Callable[[fx.Node, Arguments, Mapping[str, Tensor | None], nn.Module | None], "Spec | None"]
+# each maker gives the spec of the module that says the same as the call, or None where there is none
 
 
 def _ints(value: Any, count: int = 0) -> Any:
@@ -62,199 +61,130 @@ def _ints(value: Any, count: int = 0) -> Any:
     return items * count if len(items) == 1 and count > 1 else items
 
 
-def _conv(node: fx.Node, args: Arguments, tensors: Mapping[str, Tensor | None], user: nn.Module | None) -> Spec | None:
-    weight = tensors["weight"]
-    assert weight is not None
-    space = weight.dim() - 2
-    sizes = {name: _ints(args[name], space) for name in ("stride", "padding", "dilation")}
-    if any(value is None for value in sizes.values()) or type(args["groups"]) is not int:
+def _conv(call: Call) -> Spec | None:
+    shape = call.shape("weight")
+    space = len(shape) - 2
+    transposed = "output_padding" in call.args
+    names = ("stride", "padding", "dilation", *(("output_padding",) if transposed else ()))
+    settings = {name: _ints(call.args[name], space) for name in names}
+    groups = call.args["groups"]
+    if None in settings.values() or type(groups) is not int:
         return None
-    made = {
-        "in_channels": weight.shape[1] * args["groups"],
-        "out_channels": weight.shape[0],
-        "kernel_size": tuple(weight.shape[2:]),
-        **sizes,
-        "groups": args["groups"],
-        "bias": tensors["bias"] is not None,
-    }
-    return Spec(f"Conv{space}d", made)
+    inputs, outputs = (shape[0], shape[1] * groups) if transposed else (shape[1] * groups, shape[0])
+    sizes = {"in_channels": inputs, "out_channels": outputs, "kernel_size": shape[2:]}
+    made = {**sizes, **settings, "groups": groups, "bias": call.owned["bias"] is not None}
+    return Spec(f"ConvTranspose{space}d" if transposed else f"Conv{space}d", made)
 
 
-def _conv_transpose(
-    node: fx.Node, args: Arguments, tensors: Mapping[str, Tensor | None], user: nn.Module | None
-) -> Spec | None:
-    weight = tensors["weight"]
-    assert weight is not None
-    space = weight.dim() - 2
-    sizes = {name: _ints(args[name], space) for name in ("stride", "padding", "output_padding", "dilation")}
-    if any(value is None for value in sizes.values()) or type(args["groups"]) is not int:
+def _linear(call: Call) -> Spec | None:
+    shape = call.shape("weight")
+    if len(shape) != 2:
         return None
-    made = {
-        "in_channels": weight.shape[0],
-        "out_channels": weight.shape[1] * args["groups"],
-        "kernel_size": tuple(weight.shape[2:]),
-        **sizes,
-        "groups": args["groups"],
-        "bias": tensors["bias"] is not None,
-    }
-    return Spec(f"ConvTranspose{space}d", made)
+    return Spec("Linear", {"in_features": shape[1], "out_features": shape[0], "bias": call.owned["bias"] is not None})
 
 
-def _linear(
-    node: fx.Node, args: Arguments, tensors: Mapping[str, Tensor | None], user: nn.Module | None
-) -> Spec | None:
-    weight = tensors["weight"]
-    assert weight is not None
-    made = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": tensors["bias"] is not None}
-    return Spec("Linear", made) if weight.dim() == 2 else None
-
-
-def _batch_norm(
-    node: fx.Node, args: Arguments, tensors: Mapping[str, Tensor | None], user: nn.Module | None
-) -> Spec | None:
-    mean = tensors["running_mean"]
-    if args["training"] or mean is None or (tensors["weight"] is None) != (tensors["bias"] is None):
+def _batch_norm(call: Call) -> Spec | None:
+    affine = call.owned["weight"] is not None
+    if call.args["training"] or call.owned["running_mean"] is None or affine != (call.owned["bias"] is not None):
         return None
-    axes = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
     # a cumulative average (momentum None) reaches the operator as 0.0: only the user's module still knows
-    momentum = user.momentum if isinstance(user, nn.modules.batchnorm._BatchNorm) else args["momentum"]
-    made = {
-        "num_features": mean.shape[0],
-        "eps": args["eps"],
-        "momentum": momentum,
-        "affine": tensors["weight"] is not None,
-    }
-    return Spec({2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}[axes], made)
+    known = isinstance(call.user, nn.modules.batchnorm._BatchNorm)
+    momentum = call.user.momentum if known else call.args["momentum"]  # type: ignore[union-attr]
+    kind = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}[len(call.input_shape())]
+    sizes = {"num_features": call.shape("running_mean")[0]}
+    return Spec(kind, {**sizes, "eps": call.args["eps"], "momentum": momentum, "affine": affine})
 
 
-def _layer_norm(
-    node: fx.Node, args: Arguments, tensors: Mapping[str, Tensor | None], user: nn.Module | None
-) -> Spec | None:
-    shape = _ints(args["normalized_shape"])
-    if shape is None or (tensors["weight"] is None and tensors["bias"] is not None):
+def _layer_norm(call: Call) -> Spec | None:
+    shape = _ints(call.args["normalized_shape"])
+    affine, bias = call.owned["weight"] is not None, call.owned["bias"] is not None
+    if shape is None or (bias and not affine):
         return None
-    affine = tensors["weight"] is not None
-    bias = {"bias": tensors["bias"] is not None} if affine else {}
-    return Spec("LayerNorm", {"normalized_shape": shape, "eps": args["eps"], "elementwise_affine": affine, **bias})
+    made = {"normalized_shape": shape, "eps": call.args["eps"], "elementwise_affine": affine}
+    return Spec("LayerNorm", {**made, **({"bias": bias} if affine else {})})
 
 
-def _group_norm(
-    node: fx.Node, args: Arguments, tensors: Mapping[str, Tensor | None], user: nn.Module | None
-) -> Spec | None:
-    if (tensors["weight"] is None) != (tensors["bias"] is None) or type(args["num_groups"]) is not int:
+def _group_norm(call: Call) -> Spec | None:
+    affine = call.owned["weight"] is not None
+    groups, channels = call.args["num_groups"], call.input_shape()[1]
+    if affine != (call.owned["bias"] is not None) or type(groups) is not int or type(channels) is not int:
         return None
-    channels = node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
-    affine = tensors["weight"] is not None
-    made = {"num_groups": args["num_groups"], "num_channels": channels, "eps": args["eps"], "affine": affine}
+    made = {"num_groups": groups, "num_channels": channels, "eps": call.args["eps"], "affine": affine}
     return Spec("GroupNorm", made)
 
 
-def _embedding(
-    node: fx.Node, args: Arguments, tensors: Mapping[str, Tensor | None], user: nn.Module | None
-) -> Spec | None:
-    weight = tensors["weight"]
-    assert weight is not None
-    made = {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
-    padding = args["padding_idx"]
-    return Spec("Embedding", made | ({"padding_idx": padding} if padding >= 0 else {}))
-
-
-def _dropout(kind: str) -> Maker:
-    def make(
-        node: fx.Node, args: Arguments, tensors: Mapping[str, Tensor | None], user: nn.Module | None
-    ) -> Spec | None:
-        name = type(user).__name__ if type(user) in DROPOUTS else kind
-        return Spec(name, {"p": args["p"]})
-
-    return make
-
-
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-DROPOUT_MAKERS: dict[OpOverload, Maker] = {
-    aten.dropout.default: _dropout("Dropout"),
-    aten.feature_dropout.default: _dropout("Dropout2d"),
-    aten.alpha_dropout.default: _dropout("AlphaDropout"),
-    aten.feature_alpha_dropout.default: _dropout("FeatureAlphaDropout"),
-}
+def _embedding(call: Call) -> Spec | None:
+    rows, columns = call.shape("weight")
+    padding = call.args["padding_idx"]
+    made = {"num_embeddings": rows, "embedding_dim": columns}
+    return Spec("Embedding", {**made, **({"padding_idx": padding} if padding >= 0 else {})})
 
 
 class Weighted(NamedTuple):
     """How an operator with weights becomes a module: its maker and the tensors that the module owns."""
 
-    make: Maker
+    make: Callable[[Call], Spec | None]
     tensors: tuple[str, ...]
 
 
-WEIGHTED: dict[OpOverload, Weighted] = {
+WEIGHTED: dict[Any, Weighted] = {
     **{
         op: Weighted(_conv, ("weight", "bias"))
         for packet in (aten.conv1d, aten.conv2d, aten.conv3d)
         for op in (packet.default, packet.padding)
     },
-    aten.conv_transpose1d.default: Weighted(_conv_transpose, ("weight", "bias")),
-    aten.conv_transpose2d.input: Weighted(_conv_transpose, ("weight", "bias")),
-    aten.conv_transpose3d.input: Weighted(_conv_transpose, ("weight", "bias")),
+    aten.conv_transpose1d.default: Weighted(_conv, ("weight", "bias")),
+    aten.conv_transpose2d.input: Weighted(_conv, ("weight", "bias")),
+    aten.conv_transpose3d.input: Weighted(_conv, ("weight", "bias")),
     aten.linear.default: Weighted(_linear, ("weight", "bias")),
     aten.batch_norm.default: Weighted(_batch_norm, ("weight", "bias", "running_mean", "running_var")),
     aten.layer_norm.default: Weighted(_layer_norm, ("weight", "bias")),
     aten.group_norm.default: Weighted(_group_norm, ("weight", "bias")),
     aten.embedding.default: Weighted(_embedding, ("weight",)),
 }
-PARAMETRIZED = frozenset(
-    [f"{kind}{space}d" for kind in ("Conv", "ConvTranspose", "BatchNorm") for space in (1, 2, 3)]
-    + ["Linear", "LayerNorm", "GroupNorm", "Embedding"]
-)
-
-# stateless: operator -> (module class, {module argument: schema argument})
-_POOL = {"kernel_size": "kernel_size", "stride": "stride", "padding": "padding"}
-STATELESS: dict[OpOverload, tuple[str, dict[str, str]]] = {
-    aten.relu.default: ("ReLU", {}),
-    aten.relu6.default: ("ReLU6", {}),
-    aten.gelu.default: ("GELU", {"approximate": "approximate"}),
-    aten.silu.default: ("SiLU", {}),
-    aten.mish.default: ("Mish", {}),
-    aten.elu.default: ("ELU", {"alpha": "alpha"}),
-    aten.hardswish.default: ("Hardswish", {}),
-    aten.hardsigmoid.default: ("Hardsigmoid", {}),
-    aten.sigmoid.default: ("Sigmoid", {}),
-    aten.tanh.default: ("Tanh", {}),
-    aten.softplus.default: ("Softplus", {"beta": "beta", "threshold": "threshold"}),
-    aten.leaky_relu.default: ("LeakyReLU", {"negative_slope": "negative_slope"}),
-    aten.softmax.int: ("Softmax", {"dim": "dim"}),
-    aten.log_softmax.int: ("LogSoftmax", {"dim": "dim"}),
-    aten.flatten.using_ints: ("Flatten", {"start_dim": "start_dim", "end_dim": "end_dim"}),
-    aten.hardtanh.default: ("Hardtanh", {"min_val": "min_val", "max_val": "max_val"}),
-    **{
-        op: (f"MaxPool{space}d", _POOL | {"dilation": "dilation", "ceil_mode": "ceil_mode"})
-        for space, op in ((1, aten.max_pool1d.default), (2, aten.max_pool2d.default), (3, aten.max_pool3d.default))
-    },
-    **{
-        op: (f"AvgPool{space}d", _POOL | {"ceil_mode": "ceil_mode", "count_include_pad": "count_include_pad"})
-        for space, op in ((1, aten.avg_pool1d.default), (2, aten.avg_pool2d.default), (3, aten.avg_pool3d.default))
-    },
-    **{
-        op: (f"AdaptiveAvgPool{space}d", {"output_size": "output_size"})
-        for space, op in (
-            (1, aten.adaptive_avg_pool1d.default),
-            (2, aten.adaptive_avg_pool2d.default),
-            (3, aten.adaptive_avg_pool3d.default),
-        )
-    },
+DROPOUTS: dict[Any, str] = {
+    aten.dropout.default: "Dropout",
+    aten.feature_dropout.default: "Dropout2d",
+    aten.alpha_dropout.default: "AlphaDropout",
+    aten.feature_alpha_dropout.default: "FeatureAlphaDropout",
 }
-STATELESS_TYPES = (
-    frozenset(name for name, _ in STATELESS.values()) | {kind.__name__ for kind in DROPOUTS} | {"Identity"}
-)
+DROPOUT_TYPES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# the module's arguments carry the same names as the operator's
+PLAIN: dict[Any, str] = {
+    aten.relu.default: "ReLU",
+    aten.relu6.default: "ReLU6",
+    aten.gelu.default: "GELU",
+    aten.silu.default: "SiLU",
+    aten.mish.default: "Mish",
+    aten.elu.default: "ELU",
+    aten.hardswish.default: "Hardswish",
+    aten.hardsigmoid.default: "Hardsigmoid",
+    aten.hardtanh.default: "Hardtanh",
+    aten.sigmoid.default: "Sigmoid",
+    aten.tanh.default: "Tanh",
+    aten.softplus.default: "Softplus",
+    aten.leaky_relu.default: "LeakyReLU",
+    aten.softmax.int: "Softmax",
+    aten.log_softmax.int: "LogSoftmax",
+    aten.flatten.using_ints: "Flatten",
+    aten.max_pool1d.default: "MaxPool1d",
+    aten.max_pool2d.default: "MaxPool2d",
+    aten.max_pool3d.default: "MaxPool3d",
+    aten.avg_pool1d.default: "AvgPool1d",
+    aten.avg_pool2d.default: "AvgPool2d",
+    aten.avg_pool3d.default: "AvgPool3d",
+    aten.adaptive_avg_pool1d.default: "AdaptiveAvgPool1d",
+    aten.adaptive_avg_pool2d.default: "AdaptiveAvgPool2d",
+    aten.adaptive_avg_pool3d.default: "AdaptiveAvgPool3d",
+}
 
 
-def _stateless(node: fx.Node, user: nn.Module | None) -> Spec | None:
-    if user is None or node.target not in STATELESS:
-        return None
-    name, names = STATELESS[node.target]  # type: ignore[index]
-    name = "ReLU6" if type(user) is nn.ReLU6 and name == "Hardtanh" else name
-    if type(user) is not getattr(nn, name):
+def _stateless(node: fx.Node, user: nn.Module) -> Spec | None:
+    name = "ReLU6" if type(user) is nn.ReLU6 and node.target is aten.hardtanh.default else PLAIN.get(node.target)
+    if name is None or type(user) is not getattr(nn, name):
         return None
     args = arguments_of(node)
-    made = {ours: _plain(args[theirs]) for ours, theirs in names.items()} if name != "ReLU6" else {}
+    made = {key: _tuples(args[key]) for key in STATELESS[name]}
     if made.get("stride") == ():  # the schema's way to say "as the kernel"
         made["stride"] = made["kernel_size"]
     if args.get("divisor_override") is not None or any(_holds_node(value) for value in made.values()):
@@ -262,15 +192,12 @@ def _stateless(node: fx.Node, user: nn.Module | None) -> Spec | None:
     return Spec(name, made)
 
 
-def _plain(value: Any) -> Any:
+def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def _holds_node(value: Any) -> bool:
     return any(isinstance(item, fx.Node) for item in (value if isinstance(value, tuple) else (value,)))
-
-
-# ---- the pass ----
 
 
 class Rebuilt(NamedTuple):
@@ -291,23 +218,21 @@ def rebuild(graph: fx.Graph, user: nn.Module, attribute: Callable[[str], Tensor]
     modules: dict[str, nn.Module] = {}
     notes: list[Note] = []
     for node in list(graph.nodes):
-        if not isinstance(node.target, OpOverload):
-            continue
         path = module_path(node)
-        found = _spec_of(node, path, owners, attribute)
+        found = _spec_of(node, path, owners, attribute) if isinstance(node.target, OpOverload) else None
         if found is None:
             notes += _loose_notes(node)
             continue
-        spec, tensors = found
-        if node.target in DROPOUT_MAKERS and type(owners.get(path)) not in DROPOUTS:
-            path = _fresh(f"{path}.functional_dropout" if path else "functional_dropout", {*owners, *specs})
+        spec, owned = found
+        if node.target in DROPOUTS and type(owners.get(path)) not in DROPOUT_TYPES:
+            path = _fresh(f"{path}.functional_dropout".lstrip("."), {*owners, *specs})
             text = f"functional dropout (p={spec.args['p']}) is now the module `{path}`, so that .train() turns it on"
             notes.append(Note("trace.dropout", text, source_line(node)))
         if specs.setdefault(path, spec) != spec:
             notes.append(Note("trace.two-roles", f"`{path}` is used in two ways; the second stays a call", path))
             continue
         if path not in modules:
-            modules[path] = _filled(spec, tensors, owners.get(path))
+            modules[path] = _filled(spec, owned, owners.get(path))
         _call(graph, node, path)
     return Rebuilt(modules, tuple(notes))
 
@@ -317,62 +242,64 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
+    path = str(list(stack.values())[-1][0])
     return re.sub(r"@\d+", "", path)  # "@1" marks the second call of a module
 
 
 def _spec_of(
     node: fx.Node, path: str, owners: Mapping[str, nn.Module], attribute: Callable[[str], Tensor]
-) -> tuple[Spec, dict[str, Tensor]] | None:
+) -> tuple[Spec, Owned] | None:
     owner = owners.get(path)
-    args = arguments_of(node)
-    if node.target in DROPOUT_MAKERS:
-        spec = DROPOUT_MAKERS[node.target](node, args, {}, owner)  # type: ignore[index]
-        return (spec, {}) if spec else None
+    if node.target in DROPOUTS:
+        name = type(owner).__name__ if type(owner) in DROPOUT_TYPES else DROPOUTS[node.target]
+        return Spec(name, {"p": arguments_of(node)["p"]}), {}
     if not path or owner is None:
         return None
     spec = _stateless(node, owner)
     if spec is not None:
         return spec, {}
-    rule = WEIGHTED.get(node.target)  # type: ignore[call-overload]
-    if rule is None:
+    rule = WEIGHTED.get(node.target)
+    owned = _owned(node, rule, owner, attribute) if rule is not None else None
+    if rule is None or owned is None:
         return None
-    tensors: dict[str, Tensor | None] = {}
+    spec = rule.make(Call(node, arguments_of(node), owned, owner))
+    return (spec, owned) if spec is not None else None
+
+
+def _owned(node: fx.Node, rule: Weighted, owner: nn.Module, attribute: Callable[[str], Tensor]) -> Owned | None:
+    """The node's tensors where each is the one that the calling module holds under the same name, else None."""
+    args = arguments_of(node)
+    owned: dict[str, Tensor | None] = {}
     for name in rule.tensors:
-        value = args[name]
+        value, mine = args[name], getattr(owner, name, None)
         if value is None:
-            tensors[name] = None
+            owned[name] = None
             continue
-        mine = getattr(owner, name, None)
         if value.op != "get_attr" or not isinstance(mine, Tensor):
             return None
         if tensor_key(attribute(value.target)) != tensor_key(mine):
             return None
-        tensors[name] = mine
-    if not any(tensor is not None for tensor in tensors.values()) and type(owner).__name__ not in PARAMETRIZED:
-        return None
-    spec = rule.make(node, args, tensors, owner)
-    return (spec, {name: tensor for name, tensor in tensors.items() if tensor is not None}) if spec else None
+        owned[name] = mine
+    bare = all(tensor is None for tensor in owned.values())
+    return None if bare and type(owner).__name__ not in PARAMETRIZED else owned
 
 
-def _filled(spec: Spec, tensors: dict[str, Tensor], owner: nn.Module | None) -> nn.Module:
+def _filled(spec: Spec, owned: Owned, owner: nn.Module | None) -> nn.Module:
     made = build(spec)
-    for name, tensor in tensors.items():
+    for name, tensor in owned.items():
         if isinstance(tensor, nn.Parameter):
-            made._buffers.pop(name, None)
             made._parameters[name] = tensor
-        else:
+        elif tensor is not None:
             made._parameters.pop(name, None)
             made.register_buffer(name, tensor)
     if "num_batches_tracked" in made._buffers:
         seen = getattr(owner, "num_batches_tracked", None)
         made._buffers["num_batches_tracked"] = torch.tensor(0) if seen is None else seen
-    return made.eval()
+    return made
 
 
 def _call(graph: fx.Graph, node: fx.Node, path: str) -> None:
-    inputs = arguments_of(node)
-    value = inputs["indices"] if node.target is aten.embedding.default else node.args[0]
+    value = arguments_of(node)["indices"] if node.target is aten.embedding.default else node.args[0]
     with graph.inserting_before(node):
         made = graph.create_node("call_module", path, (value,), name=path.replace(".", "_"))
     made.meta = dict(node.meta)
@@ -387,7 +314,14 @@ def _fresh(name: str, taken: set[str]) -> str:
 
 
 def _loose_notes(node: fx.Node) -> list[Note]:
-    if node.target is not aten.batch_norm.default:
+    """Notes on operators that behave otherwise in training and stay calls with a fixed mode."""
+    if not isinstance(node.target, OpOverload):
         return []
-    text = "batch_norm on loose tensors stays a call with fixed statistics: .train() does not change it"
-    return [Note("trace.loose-batchnorm", text, source_line(node))]
+    if node.target is aten.batch_norm.default:
+        text = "batch_norm on loose tensors stays a call with fixed statistics: .train() does not change it"
+        return [Note("trace.loose-batchnorm", text, source_line(node))]
+    args = arguments_of(node)
+    if args.get("train") is False and args.get("dropout", 0.0) > 0.0:
+        text = f"the dropout inside {node.target} stays off: .train() does not turn it on"
+        return [Note("trace.dropout-lost", text, source_line(node))]
+    return []

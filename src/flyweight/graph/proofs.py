@@ -7,11 +7,13 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import ModelError, TraceError
 from .functional import source_line
@@ -27,7 +29,7 @@ OURS = str(Path(__file__).parents[1])
 def check_weights(model: nn.Module) -> None:
     """Raises ModelError with the names of the tensors that hold NaN or infinity, or that were never initialised."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    lazy = [name for name, tensor in named if isinstance(tensor, nn.parameter.UninitializedTensorMixin)]
+    lazy = [name for name, tensor in named if isinstance(tensor, (UninitializedParameter, UninitializedBuffer))]
     if lazy:
         raise ModelError(f"uninitialised parameters: {_some(lazy)}", fix="run the model once before compressing it")
     # an attention mask may well hold -inf, so of the buffers only NaN is refused
@@ -94,9 +96,9 @@ def prove_batches(model: nn.Module, graph: fx.GraphModule, call: Call, sizes: Se
     """Raises TraceError unless graph and model agree at every batch size and keep the batch in front."""
     for rows in sizes:
         batch = with_rows(call, rows)
-        expected = _guarded(lambda batch=batch: run_model(model, batch), f"the model fails on {rows} rows")
+        expected = _guarded(partial(run_model, model, batch), f"the model fails on {rows} rows")
         check_batch_axis(expected, rows, graph)
-        got = _guarded(lambda batch=batch: _run_graph(graph, batch), f"the exported graph fails on {rows} rows")
+        got = _guarded(partial(_run_graph, graph, batch), f"the exported graph fails on {rows} rows")
         _same(expected, got, len(graph.graph.nodes), rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -107,8 +108,7 @@ def _exported(own: nn.Module, call: Call) -> torch.export.ExportedProgram:
             fix="look for a `view` literal that does not fit the input's size: x.flatten(1) keeps the rows",
         ) from error
     try:
-        with warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
+        with _quiet():
             return torch.export.export(
                 own, call.args, call.kwargs, dynamic_shapes=dynamic_shapes(own, call), strict=False
             )
@@ -123,18 +123,19 @@ def _exported(own: nn.Module, call: Call) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps torch's loggers silent: what matters is raised again as our error."""
+    """Keeps torch's loggers, warnings and prints silent: what matters is raised again as our error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)
 
 
 def _as_graph(own: nn.Module, exported: torch.export.ExportedProgram, call: Call) -> tuple[fx.GraphModule, list[Note]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         raw = exported.module(check_guards=False)
     assert isinstance(raw, fx.GraphModule)
     graph = raw.graph
