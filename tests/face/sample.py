@@ -157,13 +157,7 @@ def hostile() -> Results:
 
     def poison(value: object, key: str = "") -> object:
         if isinstance(value, str):
-            literal = key in {"state", "op", "prefer"} or value in {
-                "channels",
-                "numbers",
-                "proof",
-                "promise",
-                "forecast",
-            }
+            literal = key in {"state", "op", "prefer"} or value in literals
             return value if literal else value + HOSTILE
         if isinstance(value, dict):
             tail = HOSTILE if key in named else ""
