@@ -14,7 +14,8 @@ Source            Kurtic, Frantar, Alistarh 2023, arXiv:2302.04089 (ZipLM); our 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,12 @@ from torch import Tensor, fx
 from flyweight.graph.axes import Group
 from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, set_matrix
+from flyweight.graph.surgery import cut
 from flyweight.numerics.moments import Moments, shrunk
 from flyweight.numerics.obs import Consumer, polish, removal_order, row_errors
 from flyweight.types import Step
 
-__all__ = ["Refit", "apply", "columns", "gram_of", "kept_channels", "levels", "order", "refit", "step"]
+__all__ = ["Refit", "apply", "columns", "gram_of", "kept_channels", "levels", "order", "refit", "refit_readers", "restructure", "step"]
 
 NAME = "channels"
 FLOOR = 0.001  # least shrinkage of a second moment: keeps every solve well conditioned
@@ -120,3 +122,41 @@ def apply(graph: fx.GraphModule, layer: Layer, new: Refit) -> None:
             bias = module.bias
             assert isinstance(bias, Tensor)
             bias.add_(new.shift.to(bias.dtype))
+
+
+def refit_readers(
+    graph: fx.GraphModule,
+    group: Group,
+    layers: Mapping[str, Layer],
+    stats: Stats,
+    kept: Sequence[int],
+    compensate: bool = True,
+) -> dict[str, Refit]:
+    """The refit of every reader of a group when only `kept` remain, by layer name."""
+    return {
+        use.layer: refit(graph, layers[use.layer], stats.inputs[use.layer], columns(kept, use.block), compensate)
+        for use in group.consumers
+    }
+
+
+def restructure(
+    graph: fx.GraphModule,
+    groups: Mapping[str, Group],
+    layers: Mapping[str, Layer],
+    stats: Stats,
+    steps: Collection[Step],
+) -> fx.GraphModule:
+    """A copy of `graph` with the channels of `steps` removed, every reader refitted on what is left.
+
+    `stats` and `layers` belong to `graph`, which is not changed.
+    """
+    result = copy.deepcopy(graph)
+    kept: dict[Group, list[int]] = {}
+    for one in steps:
+        group = groups[one.target]
+        kept[group] = [int(c) for c in one.setting["kept"]]
+        compensate = bool(one.setting.get("compensate", True))
+        for name, new in refit_readers(graph, group, layers, stats, kept[group], compensate).items():
+            apply(result, layers[name], new)
+    cut(result, kept)
+    return result

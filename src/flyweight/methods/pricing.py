@@ -1,0 +1,142 @@
+"""What an option does to the model's outputs: divergence measured at a few settings, fitted in between."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from flyweight.graph.axes import Group
+from flyweight.graph.measure import Stats
+from flyweight.graph.operators import Layer
+from flyweight.methods import channels
+
+__all__ = ["Judge", "Ladder", "fitted", "ladder", "outputs_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Measures how far a graph's outputs are from the original's: mean divergence over `batches`."""
+
+    batches: Sequence[tuple[Tensor, ...]]
+    reference: Sequence[object]
+    divergence: Callable[[object, object], Tensor]
+
+    def __call__(self, graph: Callable[..., object]) -> float:
+        """The mean over samples of divergence(original, graph)."""
+        with torch.no_grad():
+            parts = [
+                self.divergence(expected, graph(*batch))
+                for batch, expected in zip(self.batches, self.reference, strict=True)
+            ]
+        return float(torch.cat(parts).double().mean())
+
+
+def outputs_of(graph: Callable[..., object], batches: Sequence[tuple[Tensor, ...]]) -> list[object]:
+    """The outputs of every batch."""
+    with torch.no_grad():
+        return [graph(*batch) for batch in batches]
+
+
+@dataclass(frozen=True, eq=False)
+class Ladder:
+    """One group and its options: channel counts, falling, the first being all. Errors rise along it."""
+
+    group: Group
+    gone: tuple[int, ...]  # channels in the order they go
+    levels: tuple[int, ...]
+    layer_errors: tuple[float, ...]  # squared error at the readers' outputs, sum over readers, mean over rows
+    errors: tuple[float, ...]  # rise of the divergence
+
+    def kept(self, level: int) -> list[int]:
+        """The channels that remain at a level."""
+        return channels.kept_channels(self.group, self.gone, level)
+
+
+def ladder(
+    graph: fx.GraphModule,
+    group: Group,
+    layers: Mapping[str, Layer],
+    stats: Stats,
+    levels: Sequence[int],
+    judge: Judge,
+    *,
+    measured: int = 4,
+    compensate: bool = True,
+) -> Ladder:
+    """Prices every level of a group: the layer error exactly, the divergence measured at `measured` levels and fitted."""
+    gone = channels.order(graph, group, layers, stats) if compensate else _by_magnitude(graph, group)
+    trial = copy.deepcopy(graph)
+    points = _spread(len(levels), measured)
+    errors, found = [0.0], {0.0: 0.0}
+    for i, level in enumerate(levels):
+        kept = channels.kept_channels(group, gone, level)
+        refits = channels.refit_readers(graph, group, layers, stats, kept, compensate)
+        errors.append(sum(r.error for r in refits.values()))
+        if i in points:
+            for name, new in refits.items():
+                channels.apply(trial, layers[name], new)
+            found[errors[-1]] = judge(trial)
+            _restore(trial, graph, [layers[name] for name in refits])
+    curve = fitted(found)
+    return Ladder(group, tuple(gone), (group.size, *levels), tuple(errors), tuple(curve(e) for e in errors))
+
+
+def _by_magnitude(graph: fx.GraphModule, group: Group) -> tuple[int, ...]:
+    """Channels by the norm of the rows that make them: what plain pruning does."""
+    power = torch.zeros(group.size, dtype=torch.float64)
+    for name in group.producers:
+        weight = graph.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        power += weight.detach().double().flatten(1).square().sum(1)
+    return tuple(power.argsort(stable=True).tolist()[:-1])
+
+
+def _spread(count: int, wanted: int) -> set[int]:
+    """About `wanted` of 0 … count - 1, both ends among them."""
+    if count <= wanted:
+        return set(range(count))
+    return {round(i * (count - 1) / (wanted - 1)) for i in range(wanted)}
+
+
+def _restore(trial: fx.GraphModule, graph: fx.GraphModule, changed: Sequence[Layer]) -> None:
+    for layer in changed:
+        for name in (layer.name, layer.norm):
+            if name:
+                trial.get_submodule(name).load_state_dict(graph.get_submodule(name).state_dict())
+
+
+def fitted(found: Mapping[float, float]) -> Callable[[float], float]:
+    """A rising curve through measured (layer error, divergence) points: straight in log-log, power 1 towards zero.
+
+    Divergence grows about in proportion to a small layer error (METHODS 2.8), so both ends are extended with a power
+    between .7 and 1.5. Measured falls (noise) are flattened.
+    """
+    points = sorted((e, max(d, 1e-12)) for e, d in found.items() if e > 0)
+    if not points:
+        return lambda error: 0.0
+    rising: list[tuple[float, float]] = []
+    for e, d in points:
+        d = max(d, rising[-1][1]) if rising else d
+        if not rising or e > rising[-1][0] * (1 + 1e-9):
+            rising.append((e, d))
+
+    def curve(error: float) -> float:
+        if error <= 0:
+            return 0.0
+        if len(rising) == 1:
+            return rising[0][1] * error / rising[0][0]
+        pairs = list(zip(rising, rising[1:], strict=False))
+        outside = error < rising[0][0] or error > rising[-1][0]
+        (e0, d0), (e1, d1) = next((p for p in pairs if error <= p[1][0]), pairs[-1])
+        power = math.log(d1 / d0) / math.log(e1 / e0)
+        if outside:
+            power = min(1.5, max(0.7, power))
+            e0, d0 = (e0, d0) if error < rising[0][0] else (e1, d1)
+        return d0 * (error / e0) ** power
+
+    return curve
