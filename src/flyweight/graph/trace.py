@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
 from ..errors import ModelError, TraceError
@@ -21,6 +20,7 @@ from ..types import Note
 from .functional import erase_checks, explicit_sizes, functionalise
 from .modules import rebuild
 from .proofs import check_batch_axis, check_weights, first_line, prove_batches, prove_rows, run_model, user_line
+from .shapes import shapes
 from .signature import Call, batch_rows, bind, dynamic_shapes, plain, with_rows
 
 __all__ = ["Traced", "shapes", "trace"]
@@ -244,16 +244,3 @@ def _dropped(own: nn.Module, module: fx.GraphModule) -> list[Note]:
         return []
     some = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
     return [Note("trace.unused", f"{len(lost)} tensors that no output depends on were dropped: {some}")]
-
-
-def shapes(module: fx.GraphModule, args: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
-    """The shape of every node's tensor for one example, by running it: true after surgery too."""
-    with torch.no_grad():
-        probe = copy.copy(module)
-        ShapeProp(probe).propagate(*args)
-    found: dict[str, tuple[int, ...]] = {}
-    for node in probe.graph.nodes:
-        meta = node.meta.get("tensor_meta")
-        if hasattr(meta, "shape"):
-            found[node.name] = tuple(int(size) for size in meta.shape)
-    return found

@@ -1,0 +1,68 @@
+"""Sizes of a graph's nodes: by running it, or with a free batch without computing anything."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.fx.passes.shape_prop import ShapeProp
+
+__all__ = ["annotate", "shapes"]
+
+
+def shapes(module: fx.GraphModule, args: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
+    """The shape of every node's tensor for one example, by running it: true after surgery too."""
+    probe = copy.deepcopy(module).eval()
+    with torch.no_grad():
+        ShapeProp(probe).propagate(*args)
+    found: dict[str, tuple[int, ...]] = {}
+    for node in probe.graph.nodes:
+        meta = node.meta.get("tensor_meta")
+        if hasattr(meta, "shape"):
+            found[node.name] = tuple(int(size) for size in meta.shape)
+    return found
+
+
+def annotate(module: fx.GraphModule) -> None:
+    """Writes fresh sizes (`meta["val"]`, a fake tensor with a free batch) on every node. Nothing is computed.
+
+    What goes in is read from the placeholders: `meta["input"]` (dtype and shape, "batch" where the size is free) as a
+    stored program says it, else the old `meta["val"]`. Does nothing where a placeholder has neither.
+    """
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    known = [node.meta.pop("input", None) or _input_of(node) for node in placeholders]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    inputs: list[Tensor] = []
+    for entry in known:
+        if entry is None:
+            return
+        inputs.append(_fake(mode, *entry, before=inputs))
+    with mode:
+        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
+
+
+Input = tuple[torch.dtype, tuple[Any, ...]]
+
+
+def _input_of(node: fx.Node) -> Input | None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    return value.dtype, tuple(size if isinstance(size, int) else "batch" for size in value.shape)
+
+
+def _fake(mode: FakeTensorMode, dtype: torch.dtype, shape: tuple[Any, ...], before: list[Tensor]) -> Tensor:
+    """A fake input; the batch is one symbol for all inputs, so that they may be added to each other."""
+    known = [size for tensor in before for size in tensor.shape if isinstance(size, torch.SymInt)]
+    if known:
+        with mode:
+            return torch.empty([known[0] if size == "batch" else size for size in shape], dtype=dtype)
+    sizes = [2 if size == "batch" else size for size in shape]
+    dynamic = [DimDynamic.DYNAMIC if size == "batch" else DimDynamic.STATIC for size in shape]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic)
+    return mode.from_tensor(torch.empty(sizes, dtype=dtype), symbolic_context=context)
