@@ -1,0 +1,159 @@
+"""The latency table: what widths and number formats buy on this machine, measured as differences of whole models.
+
+Per-node profiles of a runtime are too coarse for small nets (their sum is up to 48 % off), so every price is the share
+of the float reference's time that a whole variant takes in the same blocks, less that of the variant it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from flyweight.deploy.clock import Timings, compare
+from flyweight.deploy.variants import Width, patched, with_float_layer
+from flyweight.graph.axes import Group
+from flyweight.graph.operators import Layer
+from flyweight.types import Interval, Note, to_json
+
+__all__ = ["LatencyTable", "measure_table", "table_hash", "widths_of"]
+
+FLOAT, INT8 = "float", "int8"
+REFERENCE = "reference"
+
+
+class LatencyTable(msgspec.Struct, frozen=True):
+    """Prices in shares of the float reference's time, by shape ("batch=1").
+
+    `whole[regime]`: the whole model with every layer in that number format. `saved[regime][group][level]`: what is saved
+    when that group alone has `level` channels. `extra[layer]`: what is added when that layer alone stays float in the
+    int8 model. `plans`: whole plans measured later, by hash, beside what had been predicted.
+    """
+
+    reference_s: Mapping[str, float]
+    whole: Mapping[str, Mapping[str, float]]
+    saved: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
+    extra: Mapping[str, Mapping[str, float]]
+    noise: Mapping[str, Interval]
+    fingerprint: str
+    runtime: str
+    threads: int
+    plans: Mapping[str, Mapping[str, float]] = {}
+    notes: tuple[Note, ...] = ()
+    schema_version: int = 1
+
+
+def table_hash(table: LatencyTable) -> str:
+    """The hash that a plan made with this table carries; later measurements of whole plans do not count."""
+    bare = msgspec.structs.replace(table, plans={}, notes=())
+    return hashlib.sha256(to_json(bare).encode()).hexdigest()[:16]
+
+
+def widths_of(layers: Mapping[str, Layer], counts: Mapping[str, int], groups: Sequence[Group]) -> dict[str, Width]:
+    """The width of every layer when the groups named in `counts` keep that many channels."""
+    width = {name: [layer.inputs, layer.outputs] for name, layer in layers.items()}
+    for group in groups:
+        if group.name not in counts:
+            continue
+        for name in group.producers:
+            width[name][1] = counts[group.name]
+        for use in group.consumers:
+            width[use.layer][0] = counts[group.name] * (use.block // layers[use.layer].taps)
+    return {name: Width(*pair) for name, pair in width.items()}
+
+
+def measure_table(
+    bases: Mapping[str, Path],
+    reference: Path,
+    layers: Mapping[str, Layer],
+    groups: Sequence[Group],
+    levels: Mapping[str, Sequence[int]],
+    feeds: Mapping[str, Path],
+    *,
+    runtime: str,
+    threads: int,
+    float_layers: Sequence[str] = (),
+    deadline_s: float | None = None,
+    seconds_per_shape: float | None = None,
+    advance: Callable[[int], None] = lambda variants: None,
+) -> LatencyTable:
+    """Times every variant against `reference` and takes differences.
+
+    `bases` maps a number format ("float", "int8") to the exported model with all layers in it; `levels` are the channel
+    counts to price per group; `float_layers` are priced one by one as float inside the int8 model.
+    """
+    with tempfile.TemporaryDirectory(prefix="flyweight-table-") as folder:
+        files: dict[str, Path] = {REFERENCE: reference}
+        for regime, base in bases.items():
+            files[regime] = base
+            model = onnx.load(base)
+            for group in groups:
+                for level in levels.get(group.name, ()):
+                    widths = widths_of(layers, {group.name: level}, groups)
+                    touched = {n: widths[n] for n in (*group.producers, *(u.layer for u in group.consumers))}
+                    files[f"{regime}|{group.name}|{level}"] = _saved(folder, patched(model, touched), len(files))
+            for layer in float_layers if regime == INT8 else ():
+                files[f"extra|{layer}"] = _saved(folder, with_float_layer(model, layer), len(files))
+        timings = _timed(files, feeds, runtime, threads, deadline_s, seconds_per_shape, advance)
+    return _table(timings, bases, groups, levels, float_layers)
+
+
+def _saved(folder: str, model: onnx.ModelProto, number: int) -> Path:
+    path = Path(folder) / f"{number}.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def _timed(
+    files: Mapping[str, Path],
+    feeds: Mapping[str, Path],
+    runtime: str,
+    threads: int,
+    deadline_s: float | None,
+    seconds_per_shape: float | None,
+    advance: Callable[[int], None],
+) -> Timings:
+    timings = compare(
+        files, feeds, reference=REFERENCE, runtime=runtime, threads=threads, quick=True,
+        deadline_s=deadline_s, seconds_per_shape=seconds_per_shape,
+    )  # fmt: skip
+    advance(len(files))
+    return timings
+
+
+def _table(
+    timings: Timings,
+    bases: Mapping[str, Path],
+    groups: Sequence[Group],
+    levels: Mapping[str, Sequence[int]],
+    float_layers: Sequence[str],
+) -> LatencyTable:
+    shapes = list(timings.noise)
+    share = {name: {s: by[s].share.value for s in shapes} for name, by in timings.times.items()}
+    return LatencyTable(
+        reference_s={s: timings.times[REFERENCE][s].latency_s for s in shapes},
+        whole={regime: share[regime] for regime in bases},
+        saved={
+            regime: {
+                g.name: {
+                    str(level): {s: share[regime][s] - share[f"{regime}|{g.name}|{level}"][s] for s in shapes}
+                    for level in levels.get(g.name, ())
+                }
+                for g in groups
+            }
+            for regime in bases
+        },
+        extra={
+            layer: {s: share[f"extra|{layer}"][s] - share[INT8][s] for s in shapes}
+            for layer in (float_layers if INT8 in bases else ())
+        },
+        noise=timings.noise,
+        fingerprint=timings.fingerprint,
+        runtime=timings.runtime,
+        threads=timings.threads,
+        notes=timings.notes,
+    )

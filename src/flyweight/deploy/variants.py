@@ -1,0 +1,105 @@
+"""Variants of an exported file with other widths, for the clock: patched in seconds, never delivered.
+
+Time does not depend on what the weights are, so a variant keeps the first channels of each tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from flyweight.deploy.formats.onnx import stored_name
+
+__all__ = ["Width", "patched", "with_float_layer"]
+
+
+@dataclass(frozen=True)
+class Width:
+    """How much of a layer's weight to keep: the first `inputs` of its input channels, the first `outputs` rows."""
+
+    inputs: int
+    outputs: int
+
+
+def patched(model: onnx.ModelProto, widths: Mapping[str, Width]) -> onnx.ModelProto:
+    """A copy of an exported `model` in which every layer named has the given width.
+
+    Layers are found by the names of their weights, float ("conv.weight") or stored in integers; what reads the weights
+    through DequantizeLinear has its scales and zero points cut too. Reshapes to (batch, rest) take any width.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    tensors = {t.name: t for t in result.graph.initializer}
+    new: dict[str, onnx.TensorProto] = {}
+    for node in result.graph.node:
+        owner = next((_owner(name, widths) for name in node.input if _owner(name, widths)), None)
+        if owner is not None:
+            _cut_inputs(node, owner, widths[owner], tensors, new)
+        elif node.op_type == "Reshape" and node.input[1] in tensors:
+            _any_width(node, tensors, new)
+    result.graph.initializer.extend(new.values())
+    used = {name for node in result.graph.node for name in node.input}
+    kept = [t for t in result.graph.initializer if t.name in used]
+    del result.graph.initializer[:]
+    result.graph.initializer.extend(kept)
+    return result
+
+
+def _owner(name: str, widths: Mapping[str, Width]) -> str | None:
+    for layer in widths:
+        if name in (f"{layer}.weight", f"{layer}.bias", stored_name(layer)) or name.startswith(f"{layer}.bias_integer"):
+            return layer
+    return None
+
+
+def _cut_inputs(
+    node: onnx.NodeProto,
+    layer: str,
+    width: Width,
+    tensors: Mapping[str, onnx.TensorProto],
+    new: dict[str, onnx.TensorProto],
+) -> None:
+    """Cuts every stored tensor that a layer's node (or the DequantizeLinear of its weight or bias) reads."""
+    for i, name in enumerate(node.input):
+        if name not in tensors:
+            continue
+        values = numpy_helper.to_array(tensors[name])
+        if values.ndim == 0 or values.size == 1 and node.op_type != "DequantizeLinear":
+            continue
+        cut = values[: width.outputs] if values.ndim else values
+        if values.ndim > 1:
+            cut = cut[:, : width.inputs]
+        # named by layer: equal tensors of several layers may be stored once
+        fresh = f"{name}/{layer}"
+        new[fresh] = numpy_helper.from_array(np.ascontiguousarray(cut), fresh)
+        node.input[i] = fresh
+
+
+def _any_width(
+    node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], new: dict[str, onnx.TensorProto]
+) -> None:
+    shape = numpy_helper.to_array(tensors[node.input[1]])
+    if shape.shape == (2,) and shape[0] == -1:
+        fresh = f"{node.input[1]}/any"
+        new[fresh] = numpy_helper.from_array(np.array([0, -1], dtype=np.int64), fresh)
+        node.input[1] = fresh
+
+
+def with_float_layer(model: onnx.ModelProto, layer: str) -> onnx.ModelProto:
+    """A copy of an int8 `model` in which one layer reads float weights and so runs in float, all else as it was."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    tensors = {t.name: t for t in result.graph.initializer}
+    for node in [n for n in result.graph.node if n.op_type == "DequantizeLinear"]:
+        name = node.input[0]
+        if name != stored_name(layer) and not name.startswith(f"{layer}.bias_integer"):
+            continue
+        integers, scale = (numpy_helper.to_array(tensors[i]) for i in node.input[:2])
+        values = integers.astype(np.float32) * scale.reshape(-1, *[1] * (integers.ndim - 1))
+        result.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+        result.graph.node.remove(node)
+    return result
