@@ -6,6 +6,7 @@ than HiGHS can see is cut off and the program is solved again. Deterministic as 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -109,7 +110,13 @@ def optimum(
         bound = np.inf if best_known is None else _value(problem, goal, best_known)
         return Found(best_known, bound)
     found = _exact(problem, goal, bounds, grounded(shrunk), ceilings, best_known, deadline=deadline, gap=gap)
-    return found if found.choices is None else Found(_tidy(problem, goal, bounds, found.choices), found.bound)
+    if found.choices is None:
+        return found
+    choices = _tidy(problem, goal, bounds, found.choices)
+    value = _value(problem, goal, choices)
+    # a bound that differs only by rounding is the value itself: an optimum of 0 would else have a gap of 100 %
+    rounding = ROUNDING * float(magnitude(terms)[0])
+    return Found(choices, value if value - found.bound <= rounding else found.bound)
 
 
 def _exact(
@@ -254,4 +261,4 @@ def _value(problem: Problem, name: str, choices: tuple[int, ...]) -> float:
 
 def relative_gap(value: float, bound: float) -> float:
     """By what share of itself `value` is above its proven lower bound."""
-    return 0.0 if value <= bound else (value - bound) / max(abs(value), np.finfo(float).tiny)
+    return 0.0 if value <= bound else (value - bound) / max(abs(value), sys.float_info.min)

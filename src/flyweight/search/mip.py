@@ -15,14 +15,15 @@ import scipy.optimize
 import scipy.sparse
 
 from flyweight.search.problem import Floats
+from flyweight.search.quiet import without_lines
 from flyweight.search.terms import Term, Terms
 
 __all__ = ["Answer", "Program", "program", "run"]
 
 # HiGHS works with absolute tolerances (rows 1e-6, gap 1e-6) that scipy does not expose, so the numbers are brought to
-# them: the objective's range becomes 1e6, so the gap means 1e-12 of it, and a row's room becomes 10. The row's tolerance
-# is then 1e-7 of the room; what it lets through is found by `evaluate` and cut off. A larger scale saves some cuts, but
-# HiGHS then fails to repair its own solutions more often, and says so on stdout.
+# them. The objective's range becomes 1e6: the gap means 1e-12 of it. A row's room becomes 10: the row's tolerance is
+# 1e-7 of the room, and what it lets through is found by `evaluate` and cut off. A larger scale saves some cuts, but
+# HiGHS then fails to repair its own solutions more often.
 ROW_SCALE = 10.0
 OBJECTIVE_SCALE = 1e6
 
@@ -88,13 +89,14 @@ def run(
     unit = (float(np.ptp(goal)) or 1.0) / OBJECTIVE_SCALE
     integrality = np.zeros(columns)
     integrality[: parts.binaries] = 1
-    result = scipy.optimize.milp(
-        goal / unit,
-        integrality=integrality,
-        bounds=scipy.optimize.Bounds(0.0, 1.0),
-        constraints=constraints,
-        options={"time_limit": max(time_limit_s, 0.01), "mip_rel_gap": gap},
-    )
+    with without_lines(b"HighsMipSolverData::"):  # it prints these whatever `disp` says
+        result = scipy.optimize.milp(
+            goal / unit,
+            integrality=integrality,
+            bounds=scipy.optimize.Bounds(0.0, 1.0),
+            constraints=constraints,
+            options={"time_limit": max(time_limit_s, 0.01), "mip_rel_gap": gap},
+        )
     return _answer(parts, result, unit)
 
 

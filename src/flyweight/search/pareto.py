@@ -24,25 +24,19 @@ def frontier(
     """At most `points` non-dominated choices by rising cost; the least cost and the least error are always among them.
 
     Each has the least error at its own cost; its `bound` is about that error (if the time ran out, its gap says so).
-    The ceilings are even steps between the ends; a step that would find the same choice again is spent elsewhere.
-    `limits` hold at every point; () if they cannot be met.
+    The widest hole in the cost is split first, so that fewer points, when the time is short, still cover the range; a
+    small frontier comes whole. `limits` hold at every point; () if they cannot be met.
     """
     bounds = check_limits(problem, {cost: math.inf, **(limits or {})}, None)
-    sweep = _Sweep(problem, cost, time.monotonic() + time_limit_s, 2 * max(points, 2))
-    cheapest = optimum(problem, cost, bounds, deadline=sweep.deadline(0))
+    sweep = _Sweep(problem, cost, time.monotonic() + time_limit_s)
+    cheapest = optimum(problem, cost, bounds, deadline=sweep.deadline())
     if cheapest.choices is None:
         return ()
     least = evaluate(problem, cheapest.choices)[1][cost]
-    low = sweep.point({**bounds, cost: least}, cheapest.choices, 1)
-    found = [low, sweep.point(bounds, low.choices, 2)]
-    for number in range(2, points):
-        last, bottom = found[-1].costs[cost], low.costs[cost]
-        # below the last point's own cost, or the same point would come back
-        ceiling = min(last - (last - bottom) / (points - number + 1), last - 4 * slack(last))
-        if ceiling <= bottom + slack(bottom):
-            break
-        found.append(sweep.point({**bounds, cost: ceiling}, low.choices, 2 * number))
-    return _undominated(found, cost)
+    low = sweep.point({**bounds, cost: least}, cheapest.choices)
+    high = sweep.point(bounds, low.choices)
+    between = _between(sweep, bounds, low, high, points - 2)
+    return _undominated([low, high, *between], cost)
 
 
 @dataclass(frozen=True)
@@ -50,24 +44,50 @@ class _Sweep:
     problem: Problem
     cost: str
     end: float  # a reading of time.monotonic
-    solves: int
 
-    def deadline(self, solved: int) -> float:
-        """What is left of the time is shared evenly by the solves that are left."""
-        now = time.monotonic()
-        return now + max(self.end - now, 0.0) / max(self.solves - solved, 1)
+    def left(self) -> float:
+        return self.end - time.monotonic()
 
-    def point(self, bounds: Mapping[str, float], known: tuple[int, ...], solved: int) -> Solution:
+    def deadline(self) -> float:
+        """One hard solve may take a third of what is left, so that others get their turn."""
+        return time.monotonic() + max(self.left(), 0.0) / 3
+
+    def point(self, bounds: Mapping[str, float], known: tuple[int, ...]) -> Solution:
         """The least error within `bounds`, and among those of that error the least cost. `known` holds the bounds."""
-        least = optimum(self.problem, "error", bounds, deadline=self.deadline(solved), known=[known])
+        least = optimum(self.problem, "error", bounds, deadline=self.deadline(), known=[known])
         choices = least.choices or known
         error = evaluate(self.problem, choices)[0]
         within = {**bounds, "error": error}
-        cheapest = optimum(self.problem, self.cost, within, deadline=self.deadline(solved + 1), known=[choices])
+        cheapest = optimum(self.problem, self.cost, within, deadline=self.deadline(), known=[choices])
         choices = cheapest.choices or choices
         error, costs = evaluate(self.problem, choices)
         bound = min(least.bound, error)
         return Solution(choices, error, costs, bound, relative_gap(error, bound), feasible=True)
+
+
+def _between(sweep: _Sweep, bounds: Mapping[str, float], low: Solution, high: Solution, wanted: int) -> list[Solution]:
+    """Up to `wanted` points between the ends.
+
+    A hole (floor, top, bare) says: `top` is a known point's cost, any ceiling up to `floor` gives a known point, and
+    `bare` that nothing new was found in the lower half, so that the next ceiling is just below the top.
+    """
+    cost = sweep.cost
+    found: list[Solution] = []
+    holes = [(low.costs[cost], high.costs[cost], False)]
+    while holes and len(found) < wanted and sweep.left() > 0:
+        floor, top, bare = holes.pop(holes.index(max(holes, key=lambda hole: hole[1] - hole[0])))
+        step = 4 * slack(max(abs(floor), abs(top)))
+        if top - floor <= 2 * step:
+            continue
+        ceiling = top - step if bare else (floor + top) / 2
+        point = sweep.point({**bounds, cost: ceiling}, low.choices)
+        reached = point.costs[cost]
+        if reached <= floor + step:
+            holes.append((ceiling, top, True))
+        else:
+            found.append(point)
+            holes += [(floor, reached, False), (ceiling, top, False)]
+    return found
 
 
 def _undominated(found: list[Solution], cost: str) -> tuple[Solution, ...]:
