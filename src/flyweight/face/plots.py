@@ -68,18 +68,17 @@ def frontier(
     with matplotlib.rc_context():
         axes = _axes(4.6, 3.1, left=0.14, right=0.97, bottom=0.16, top=0.93)
         axes.plot([p[0] for p in pairs], [p[1] for p in pairs], color=AFTER, linewidth=1.3, alpha=0.45)
-        axes.plot([p[0] for p in pairs], [p[1] for p in pairs], "o", color=AFTER, markersize=3.2, linestyle="none")
+        axes.plot([p[0] for p in pairs], [p[1] for p in pairs], "o", color=AFTER, markersize=3.2, clip_on=False)
         _error_scale(axes, [p[1] for p in pairs] + ([measured[1]] if measured else []))
         if limit is not None:
             axes.axvline(limit, color=GOAL, linewidth=1.1, linestyle=(0, (4, 3)))
             axes.annotate("limit", (limit, 1.0), (3, -8), ("data", "axes fraction"), "offset points", color=GOAL)
         for share, error, chosen in pairs:
             if chosen:
-                axes.plot([share], [error], "o", color=AFTER, markersize=8.5, linestyle="none")
+                axes.plot([share], [error], "o", color=AFTER, markersize=8.5, clip_on=False)
                 axes.annotate("chosen", (share, error), (7, 6), textcoords="offset points", fontweight="bold")
         if measured is not None:
-            axes.plot(*measured, "D", color=GOAL, markersize=6, fillstyle="none", markeredgewidth=1.4, linestyle="none")
-            axes.annotate("measured", measured, (-7, -11), textcoords="offset points", ha="right", color=GOAL)
+            _mark_measured(axes, measured)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value * 100:.0f} %")
         axes.set_xlabel(f"{quantity}, share of the float original")
         axes.set_title("predicted error", loc="left", fontsize=8.5, color=MUTED)
@@ -121,10 +120,22 @@ def _axes(width: float, height: float, **edges: float) -> Axes:
     return axes
 
 
+def _mark_measured(axes: Axes, measured: tuple[float, float]) -> None:
+    axes.plot(*measured, "D", color=GOAL, markersize=6, fillstyle="none", markeredgewidth=1.4, clip_on=False)
+    low, high = axes.get_xlim()
+    right = measured[0] < (low + high) / 2  # the label goes where there is room
+    place, anchor = ((8, -3), "left") if right else ((-8, -3), "right")
+    axes.annotate("measured", measured, place, textcoords="offset points", ha=anchor, color=GOAL)
+
+
 def _error_scale(axes: Axes, errors: Sequence[float]) -> None:
     positive = [error for error in errors if error > 0]
     if positive and max(positive) > 30 * min(positive):
-        axes.set_yscale("symlog", linthresh=min(positive))  # zero is a point of every frontier
+        least = min(positive)
+        axes.set_yscale("symlog", linthresh=least, linscale=0.4)  # zero is a point of every frontier
+        decades = range(math.ceil(math.log10(least)), math.floor(math.log10(max(positive))) + 1)
+        axes.set_yticks([0.0, *(10.0**decade for decade in decades)])
+        axes.minorticks_off()
     axes.set_ylim(bottom=min(0.0, *errors))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
 
@@ -211,6 +222,8 @@ def bullet(claim: Claim) -> Markup:
     left, right = sorted((float(at(0.0)), float(at(claim.measured))))
     parts = ['<rect class="f-track" x="2" y="8" width="156" height="8" rx="2"/>']
     parts.append(f'<rect class="f-got" x="{left:.1f}" y="8" width="{max(right - left, 0.8):.1f}" height="8" rx="1.5"/>')
+    if low < 0:
+        parts.append(f'<path class="s-muted" d="M{at(0.0)} 5v14"/>')
     if len(ends) == 2 and all(map(math.isfinite, ends)):
         parts.append(f'<path class="s-ink" d="M{at(ends[0])} 12H{at(ends[1])}M{at(ends[0])} 9v6M{at(ends[1])} 9v6"/>')
     tick = goal if goal is not None else claim.predicted

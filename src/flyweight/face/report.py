@@ -152,7 +152,8 @@ def _lighter(before: Row, after: Row) -> Tile | None:
     if before.macs <= 0 or after.macs <= 0:
         return None
     counts = f"{tables.format_count(before.macs)} → {tables.format_count(after.macs)}"
-    return Tile(_times(before.macs / after.macs), "fewer MACs", counts)
+    ratio = before.macs / after.macs
+    return Tile(_times(max(ratio, 1 / ratio)), "fewer MACs" if ratio >= 1 else "more MACs", counts)
 
 
 def _lost(results: Results, before: Row, after: Row) -> Tile | None:
