@@ -62,11 +62,11 @@ def _front_matter(results: Results) -> str:
 
 def _opening(results: Results) -> str:
     state, headline = tables.verdict(results)
-    text = f"**{STATES[state].split()[0]} {headline}.** {_escaped(results.summary)}"
+    threads = f"{results.threads} thread{'' if results.threads == 1 else 's'}"
     return (
-        f"{text}\n\nMade by [flyweight](#how-it-was-made) for {_escaped(results.target)} with {results.threads} "
-        f"thread{'' if results.threads == 1 else 's'} on {_escaped(results.date)}. The whole story, with pictures, is in `report.html`. The licence is "
-        "that of the original model."
+        f"**{STATES[state].split()[0]} {headline}.** {_escaped(results.summary)}\n\n"
+        f"Made by [flyweight](#how-it-was-made) for {_escaped(results.target)}, {threads}, on {_escaped(results.date)}. "
+        "The whole story, with pictures, is in `report.html`. The licence is that of the original model."
     )
 
 
@@ -76,11 +76,9 @@ def _rows(results: Results) -> str:
     metrics = list(dict.fromkeys(metric for row in results.rows for metric in row.quality))
     head = ["model", "file", "weights", "MACs", *(f"latency {s}" for s in results.shapes), *metrics]
     table = [head, *(_row(row, results.shapes, metrics) for row in results.rows)]
-    text = _table(table, right=len(head) - 1)
-    return (
-        text
-        + f"\n\nLatency is of one call, in the same run, on {_escaped(results.machine.get('cpu', 'this machine'))}."
-    )
+    machine = _escaped(results.machine.get("cpu", "this machine"))
+    notice = f"Latency is of one call, in the same run, on {machine}; 100 % is the float original."
+    return f"{_table(table, right=len(head) - 1)}\n\n{notice}"
 
 
 def _row(row: Row, shapes: tuple[str, ...], metrics: list[str]) -> list[str]:
@@ -112,9 +110,8 @@ def _claim(claim: Claim) -> list[str]:
 def _loading(results: Results) -> str:
     file = PurePath(results.artifact.path).name
     code = f"import onnxruntime\n\nsession = onnxruntime.InferenceSession({json.dumps(file)})"
-    return (
-        f"{_fenced(code, 'python')}\n\nWeigh it again on your machine:\n\n{_fenced(tables.next_command(results), 'sh')}"
-    )
+    verify = _fenced(tables.next_command(results), "sh")
+    return f"{_fenced(code, 'python')}\n\nWeigh it again on your machine:\n\n{verify}"
 
 
 def _changes(results: Results) -> str:
