@@ -24,6 +24,7 @@ from flyweight.search.problem import (
     check_limits,
     cost_names,
     evaluate,
+    excess_unit,
     excesses,
     slack,
 )
@@ -101,7 +102,7 @@ def optimum(
     limits = np.array([bounds.get(name, np.inf) for name in names])
     best = start(terms, _least_within(limits), known)[0]
     best_known = best if _holds(problem, best, bounds) else None
-    ceilings = limits + np.array([slack(limit) if np.isfinite(limit) else 0.0 for limit in limits])
+    ceilings = np.array([limit + slack(limit) for limit in limits])
     if best_known is not None:
         ceilings[0] = min(ceilings[0], _value(problem, goal, best_known))
     ceilings += ROUNDING * magnitude(terms)
@@ -163,7 +164,7 @@ def _nearest(problem: Problem, bounds: Mapping[str, float], found: Found, deadli
     over = excesses(problem, choices, bounds)
     worst = max(over.values())
     binding = sorted(name for name, value in over.items() if value >= worst * (1 - 1e-6) and value > 0)
-    stretched = {name: limit + worst * (abs(limit) or 1.0) for name, limit in bounds.items()}
+    stretched = {name: limit + worst * excess_unit(limit) for name, limit in bounds.items()}
     for relaxed in ({**bounds, **{name: stretched[name] for name in binding}}, stretched):
         better = optimum(problem, "error", relaxed, deadline=deadline, known=[choices])
         if better.choices is not None:
@@ -186,7 +187,7 @@ def _least_excess(problem: Problem, bounds: Mapping[str, float], deadline: float
     names = tuple(bounds)
     terms = gather(problem, names)
     limits = np.array([bounds[name] for name in names])
-    unit = np.where(limits == 0, 1.0, np.abs(limits))
+    unit = np.array([excess_unit(limit) for limit in limits])
     first, allowed = start(terms, lambda totals: ((totals - limits[:, None]) / unit[:, None]).max(axis=0))
     best = first if allowed else None
     noise = ROUNDING * magnitude(terms)
@@ -222,9 +223,8 @@ def _raise_nothing_allowed(*, proven: bool) -> NoReturn:
 
 def _least_within(limits: Floats) -> Score:
     """The first quantity where all limits hold, else something larger that grows with the largest excess."""
-    finite = np.isfinite(limits)
-    unit = np.where(finite & (limits != 0), np.abs(limits), 1.0)
-    bar = np.where(finite, limits + 1e-9 * unit, np.inf)
+    unit = np.array([excess_unit(limit) if np.isfinite(limit) else 1.0 for limit in limits])
+    bar = np.array([limit + slack(limit) for limit in limits])
 
     def score(totals: Floats) -> Floats:
         over = ((totals - bar[:, None]) / unit[:, None]).max(axis=0)

@@ -73,10 +73,10 @@ def _between(sweep: _Sweep, bounds: Mapping[str, float], low: Solution, high: So
     """
     cost = sweep.cost
     found: list[Solution] = []
+    step = 4 * slack(max(abs(low.costs[cost]), abs(high.costs[cost])))  # costs nearer than that are one cost
     holes = [(low.costs[cost], high.costs[cost], False)]
     while holes and len(found) < wanted and sweep.left() > 0:
         floor, top, bare = holes.pop(holes.index(max(holes, key=lambda hole: hole[1] - hole[0])))
-        step = 4 * slack(max(abs(floor), abs(top)))
         if top - floor <= 2 * step:
             continue
         ceiling = top - step if bare else (floor + top) / 2

@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 
 from flyweight.errors import BudgetError, FlyweightError
 
-__all__ = ["Factor", "Floats", "Problem", "Solution", "cost_names", "evaluate", "excess", "excesses", "slack"]
+__all__ = [
+    "Factor",
+    "Floats",
+    "Problem",
+    "Solution",
+    "check_limits",
+    "cost_names",
+    "evaluate",
+    "excess",
+    "excess_unit",
+    "excesses",
+    "slack",
+]
 
 Floats = NDArray[np.float64]
 
@@ -125,7 +137,12 @@ def slack(limit: float) -> float:
 
 def excess(value: float, limit: float) -> float:
     """By what share of `limit` the value passes it; 0 if it holds. A limit of zero is passed by the value itself."""
-    return 0.0 if value <= limit + slack(limit) else (value - limit) / (abs(limit) or 1.0)
+    return 0.0 if value <= limit + slack(limit) else (value - limit) / excess_unit(limit)
+
+
+def excess_unit(limit: float) -> float:
+    """What an excess over `limit` is counted in: the limit, or 1 where it is zero (or below 1e-30)."""
+    return abs(limit) if abs(limit) > 1e-30 else 1.0
 
 
 def excesses(problem: Problem, choices: Sequence[int], limits: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,101 @@
+"""The frontier is a part of the true Pareto set, with both ends; a small one comes whole."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flyweight.errors import UsageError
+from flyweight.search import Factor, Problem, brute_frontier, evaluate, frontier, minimum, solve
+
+from .menus import network_menu, random_menu
+
+CLOSE = 4e-9  # as in test_exact
+
+
+def pairs(points, cost):
+    return [(point.costs[cost], point.error) for point in points]
+
+
+def assert_close(ours, truth):
+    assert np.array(ours) == pytest.approx(np.array(truth), rel=CLOSE, abs=1e-12)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from(["latency", "size"]), st.booleans(), st.booleans())
+def test_frontier_with_enough_points_is_the_pareto_set(seed, variables, cost, ties, holes):
+    problem = random_menu(seed, variables=variables, options=3, ties=ties, holes=holes)
+    try:
+        truth = brute_frontier(problem, cost)
+        points = frontier(problem, cost, points=200)
+    except UsageError:
+        return
+    if not truth:
+        assert points == ()
+        return
+    assert_close(pairs(points, cost), truth)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from(["latency", "size"]), st.integers(2, 6))
+def test_a_short_frontier_is_part_of_the_pareto_set_and_has_both_ends(seed, cost, wanted):
+    problem = random_menu(seed, variables=5)
+    truth = brute_frontier(problem, cost)
+    points = frontier(problem, cost, points=wanted)
+    ours = pairs(points, cost)
+    assert len(ours) == min(wanted, len(truth))
+    assert_close([ours[0], ours[-1]], [truth[0], truth[-1]])
+    for point in ours:
+        assert min(max(abs(point[0] / t[0] - 1), abs(point[1] - t[1])) for t in truth) <= CLOSE
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(ours))
+    assert all(evaluate(problem, p.choices) == (p.error, p.costs) and p.gap <= CLOSE for p in points)
+
+
+def test_other_limits_hold_at_every_point():
+    problem = random_menu(2, variables=5)
+    limit = (minimum(problem, "size") + evaluate(problem, (0,) * 5)[1]["size"]) / 2
+    points = frontier(problem, "latency", limits={"size": limit}, points=8)
+    assert points
+    assert all(point.costs["size"] <= limit * (1 + 1e-9) for point in points)
+    assert frontier(problem, "latency", limits={"size": 1.0}) == ()
+
+
+def test_a_frontier_of_one_choice_is_one_point():
+    problem = Problem((3,), (Factor((0,), np.array([0.0, 1.0, 2.0]), {"size": np.array([1.0, 1.0, 3.0])}),))
+    assert [point.choices for point in frontier(problem, "size")] == [(0,)]
+
+
+def test_a_cost_that_is_zero_or_negative_has_a_frontier_too():
+    problem = Problem((3,), (Factor((0,), np.array([0.0, 1.0, 2.0]), {"size": np.array([0.0, -1.0, -2.0])}),))
+    assert [point.choices for point in frontier(problem, "size")] == [(2,), (1,), (0,)]
+
+
+def test_a_real_network_is_solved_exactly_in_seconds():
+    """40 sites of 10 widths, 50 layers over (10, 10, 2): 1 to 4 s on a quiet core; the bound leaves room."""
+    problem = network_menu(0, widths=40, formats=50)
+    keep = evaluate(problem, (0,) * 90)[1]
+    begin = time.monotonic()
+    solution = solve(problem, {"latency": 0.5 * keep["latency"]}, time_limit_s=60)
+    assert time.monotonic() - begin < 30
+    assert solution.feasible
+    assert solution.gap <= 1e-9
+    assert solution.costs["latency"] <= 0.5 * keep["latency"] * (1 + 1e-9)
+
+
+def test_when_the_time_is_over_the_answer_holds_the_limits_and_says_its_gap():
+    problem = network_menu(1, widths=20, formats=25)
+    keep = evaluate(problem, (0,) * 45)[1]
+    limit = {"latency": 0.5 * keep["latency"]}
+    hasty, exact = solve(problem, limit, time_limit_s=0), solve(problem, limit)
+    assert hasty.feasible
+    assert hasty.costs["latency"] <= limit["latency"] * (1 + 1e-9)
+    assert hasty.bound <= exact.error <= hasty.error
+    assert hasty.gap == pytest.approx((hasty.error - hasty.bound) / hasty.error)
+    points = frontier(problem, "latency", points=50, time_limit_s=0.0)
+    assert len(points) >= 2
+    assert points[0].costs["latency"] < points[-1].costs["latency"]
