@@ -1,0 +1,20 @@
+"""Data roles: any re-iterable becomes checked, streamed batches that fit the model's signature."""
+
+from flyweight.data.binding import Spec, bind_example, data
+from flyweight.data.files import load_data, load_model
+from flyweight.data.records import Batch, Batches, Roles, fingerprint, first_batch
+from flyweight.data.roles import roles
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Roles",
+    "Spec",
+    "bind_example",
+    "data",
+    "fingerprint",
+    "first_batch",
+    "load_data",
+    "load_model",
+    "roles",
+]
