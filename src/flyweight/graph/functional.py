@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,17 @@ from torch._ops import OpOverload
 
 from ..errors import TraceError
 from ..types import Note
+from .allowed import name_of
+from .places import source_line
 
-__all__ = ["arguments_of", "erase_checks", "explicit_sizes", "functionalise", "source_line"]
+__all__ = [
+    "arguments_of",
+    "erase_checks",
+    "explicit_sizes",
+    "functionalise",
+    "inline_regions",
+    "refuse_unknown",
+]
 
 aten = torch.ops.aten
 CHECKS = frozenset(
@@ -32,18 +42,6 @@ SIZED = {
     aten.expand.default: 1,
     aten.unflatten.int: 2,
 }
-
-
-def source_line(node: fx.Node) -> str:
-    """The user's line that made the node ("net.py:12 in forward: x = x.view(-1, 9)"), or the node's name."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith("File "):
-            file, number, place = [*lines[index].split(", "), "", ""][:3]
-            short = file[5:].strip('"').rsplit("/", 1)[-1]
-            code = lines[index + 1] if index + 1 < len(lines) else ""
-            return f"{short}:{number.removeprefix('line ')} {place}: {code}"
-    return f"node {node.name}"
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
@@ -75,11 +73,12 @@ def erase_checks(graph: fx.Graph) -> None:
 def functionalise(graph: fx.Graph) -> tuple[Note, ...]:
     """Replaces every in-place operator by its functional twin; later uses see the new value.
 
-    Raises TraceError where a view is written and the tensor it looks into is used later, or where a buffer that
-    is used is written: a pure graph cannot say that without changing the meaning.
+    Raises TraceError where a view is written and the tensor it looks into is used later: a pure graph cannot say that
+    without changing the meaning. State that forward keeps between calls is dropped, with a Note.
     """
     notes: list[Note] = []
     position = {node: index for index, node in enumerate(graph.nodes)}
+    kept = {node: node.args[0] for node in graph.nodes if node.target is aten.copy_.default and not node.users}
     for node in list(graph.nodes):
         if not (isinstance(node.target, OpOverload) and node.target._schema.is_mutable):
             continue
@@ -91,20 +90,80 @@ def functionalise(graph: fx.Graph) -> tuple[Note, ...]:
                 where=source_line(node),
                 fix="write it without assignment into a slice: torch.where, torch.cat or masked_fill",
             )
-        if written.op == "get_attr":
-            if any(position[user] > position[node] for user in written.users) or node.users:
-                raise TraceError(
-                    f"forward changes `{written.target}` and uses the changed value",
-                    where=source_line(node),
-                    why="a compressed model must give the same answer to the same input",
-                    fix="compute it without writing into the module",
-                )
-            notes.append(Note("trace.state-dropped", f"forward's write into `{written.target}` was dropped"))
+        if node in kept and kept[node].op == "get_attr":
+            text = f"forward changes `{kept[node].target}`; every call of the graph starts from the stored value"
+            notes.append(Note("trace.state-dropped", text, str(kept[node].target)))
             graph.erase_node(node)
             continue
         node.target = _functional(node)
         written.replace_all_uses_with(node, delete_user_cb=lambda user, at=node: position[user] > position[at])
     return tuple(notes)
+
+
+def inline_regions(root: fx.GraphModule) -> None:
+    """Replaces `with torch.no_grad()` and disabled autocast regions by what is in them, in place.
+
+    Results of a no_grad region are detached, so that gradients stop where the user stopped them.
+    """
+    for node in list(root.graph.nodes):
+        kind = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if kind not in REGIONS:
+            continue
+        settings, region, inputs = node.args[: REGIONS[kind]], node.args[REGIONS[kind]], node.args[REGIONS[kind] + 1 :]
+        if kind == "wrap_with_autocast" and settings[2]:
+            raise TraceError(
+                "forward computes under autocast",
+                where=source_line(node),
+                fix="take torch.autocast out of forward; the target decides the number format",
+            )
+        inside = root.get_submodule(str(region.target))
+        assert isinstance(inside, fx.GraphModule)
+        inline_regions(inside)
+        detach = kind == "wrap_with_set_grad_enabled" and not settings[0]
+        _inline(root.graph, node, str(region.target), inside, inputs, detach)
+
+
+# region operators and the number of their settings, which come before the region
+REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+
+
+def _inline(graph: fx.Graph, at: fx.Node, path: str, inside: fx.GraphModule, inputs: Any, detach: bool) -> None:
+    placeholders = [node for node in inside.graph.nodes if node.op == "placeholder"]
+    mapped: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
+    with graph.inserting_before(at):
+        for node in inside.graph.nodes:
+            if node.op == "output":
+                continue
+            if node.op != "placeholder":
+                mapped[node] = graph.node_copy(node, lambda old: mapped[old])
+                if node.op == "get_attr":
+                    mapped[node].target = f"{path}.{node.target}"
+        results = fx.map_arg(next(iter(inside.graph.find_nodes(op="output"))).args[0], lambda old: mapped[old])
+        if detach:
+            results = fx.map_arg(results, lambda new: _detached(graph, new))
+    for user in list(at.users):
+        assert user.target is operator.getitem, "a region gives a tuple"
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(at)
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    made = graph.call_function(aten.detach.default, (node,))
+    made.meta = dict(node.meta)
+    return made
+
+
+def refuse_unknown(graph: fx.Graph) -> None:
+    """Raises TraceError, with the user's line, for an operator that no stored program may name."""
+    for node in graph.nodes:
+        if node.op == "call_function" and name_of(node.target) is None:
+            raise TraceError(
+                f"operator {node.target} is not supported",
+                where=source_line(node),
+                why="it is not on the list of pure operators that a program may hold",
+                fix="write it with other operators of torch, or take it out of forward",
+            )
 
 
 def _functional(node: fx.Node) -> OpOverload:

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from ..types import Note
-from .functional import arguments_of, source_line
+from .functional import arguments_of
+from .places import source_line
 from .specs import PARAMETRIZED, STATELESS, Spec, build
 
 __all__ = ["Rebuilt", "rebuild", "tensor_key"]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +12,20 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import ModelError, TraceError
-from .functional import source_line
+from .places import source_line, user_line
 from .signature import Call, batch_rows, plain, tensors_in, with_rows
 
-__all__ = ["check_weights", "prove_batches", "prove_rows", "run_model", "tolerance", "user_line"]
-
-TORCH = str(Path(torch.__file__).parent)
-STDLIB = sysconfig.get_paths()["stdlib"]
-OURS = str(Path(__file__).parents[1])
+__all__ = [
+    "check_batch_axis",
+    "check_weights",
+    "first_line",
+    "in_batch",
+    "prove_batches",
+    "prove_repeats",
+    "prove_rows",
+    "run_model",
+    "tolerance",
+]
 
 
 def check_weights(model: nn.Module) -> None:
@@ -53,27 +55,13 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def user_line(error: BaseException) -> str:
-    """The innermost line of the user's own code in an error's traceback: "net.py:12 in forward: x = x.view(-1, 9)"."""
-    best = ""
-    seen: BaseException | None = error
-    while seen is not None and not best:
-        for frame in traceback.extract_tb(seen.__traceback__):
-            if not _foreign(frame.filename):
-                best = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
-        seen = seen.__cause__ or seen.__context__
-    return best
-
-
-def _foreign(file: str) -> bool:
-    standard = file.startswith(STDLIB) and "site-packages" not in file
-    return file.startswith((TORCH, OURS, "<")) or standard or file == sys.executable
-
-
-def run_model(model: nn.Module, call: Call) -> Any:
-    """The model's output in plain containers, without gradients."""
+def run_model(model: nn.Module, call: Call, see: Callable[[Any], None] | None = None) -> Any:
+    """The model's output in plain containers, without gradients; `see` is shown the output as it is."""
     with torch.no_grad():
-        return plain(model(*call.args, **call.kwargs))[0]
+        output = model(*call.args, **call.kwargs)
+    if see is not None:
+        see(output)
+    return plain(output)[0]
 
 
 def _run_graph(graph: fx.GraphModule, call: Call) -> Any:
@@ -96,9 +84,9 @@ def prove_batches(model: nn.Module, graph: fx.GraphModule, call: Call, sizes: Se
     """Raises TraceError unless graph and model agree at every batch size and keep the batch in front."""
     for rows in sizes:
         batch = with_rows(call, rows)
-        expected = _guarded(partial(run_model, model, batch), f"the model fails on {rows} rows")
+        expected = _guarded(partial(run_model, model, batch), f"the model fails on a batch of {rows}")
         check_batch_axis(expected, rows, graph)
-        got = _guarded(partial(_run_graph, graph, batch), f"the exported graph fails on {rows} rows")
+        got = _guarded(partial(_run_graph, graph, batch), f"the exported graph fails on a batch of {rows}")
         _same(expected, got, len(graph.graph.nodes), rows)
 
 
@@ -128,6 +116,12 @@ def check_batch_axis(output: Any, rows: int, graph: fx.GraphModule | None = None
     for name, tensor in found:
         if tensor.dim() and tensor.shape[0] == rows:
             continue
+        if not tensor.dim():
+            raise TraceError(
+                f"{name} is one number for {rows} rows",
+                why="an answer about the whole batch belongs to no sample",
+                fix="return one answer for each row; compute the loss outside of forward",
+            )
         views = _batch_views(graph) if graph is not None else ""
         raise TraceError(
             f"{name} has shape {tuple(tensor.shape)} for {rows} rows: its first axis is not the batch",
@@ -175,17 +169,22 @@ def _close(wanted: Tensor, given: Tensor, nodes: int) -> bool:
     return odd_equal and bool(((wanted - given)[usual].abs() <= limit).all())
 
 
+def prove_repeats(model: nn.Module, call: Call, nodes: int) -> None:
+    """Raises TraceError where two equal calls of the model give different answers."""
+    first, second = (dict(tensors_in(run_model(model, with_rows(call, 2)))) for _ in range(2))
+    for name, tensor in first.items():
+        if not _close(tensor, second[name], nodes):
+            raise TraceError(
+                f"{name} differs between two equal calls in eval mode",
+                why="forward draws random numbers or keeps state between calls",
+                fix="draw only while self.training (dropout takes training=self.training); keep no state in forward",
+            )
+
+
 def prove_rows(model: nn.Module, call: Call, nodes: int) -> None:
-    """Raises TraceError where one row's answer depends on another row, or where two equal calls differ."""
+    """Raises TraceError where one row's answer depends on another row."""
     batch = with_rows(call, 3)
     together = dict(tensors_in(run_model(model, batch)))
-    again = dict(tensors_in(run_model(model, batch)))
-    for name, tensor in together.items():
-        if not _close(tensor, again[name], nodes):
-            raise TraceError(
-                f"the model is random in eval mode: {name} differs between two equal calls",
-                fix="draw random numbers only while self.training, and pass training=self.training to dropout",
-            )
     for index in range(3):
         alone = dict(tensors_in(run_model(model, _only(batch, index))))
         for name, tensor in together.items():
@@ -197,10 +196,11 @@ def prove_rows(model: nn.Module, call: Call, nodes: int) -> None:
                 )
 
 
+def in_batch(value: Any, rows: int) -> bool:
+    """Whether an input's first axis is the batch."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+
+
 def _only(call: Call, index: int) -> Call:
     rows = batch_rows(call)
-    taken = (
-        value[index : index + 1] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
-        for value in call.inputs
-    )
-    return call.mapped(tuple(taken))
+    return call.mapped(tuple(v[index : index + 1] if in_batch(v, rows) else v for v in call.inputs))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -41,8 +42,8 @@ def annotate(module: fx.GraphModule) -> None:
     for entry in known:
         if entry is None:
             return
-        inputs.append(_fake(mode, *entry, before=inputs))
-    with mode:
+        inputs.append(_fake(mode, entry, inputs))
+    with enable_python_dispatcher(), mode:  # as the export does: without it an LSTM asks for symbolic sizes in C++
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
 
 
@@ -56,8 +57,9 @@ def _input_of(node: fx.Node) -> Input | None:
     return value.dtype, tuple(size if isinstance(size, int) else "batch" for size in value.shape)
 
 
-def _fake(mode: FakeTensorMode, dtype: torch.dtype, shape: tuple[Any, ...], before: list[Tensor]) -> Tensor:
+def _fake(mode: FakeTensorMode, entry: Input, before: list[Tensor]) -> Tensor:
     """A fake input; the batch is one symbol for all inputs, so that they may be added to each other."""
+    dtype, shape = entry
     known = [size for tensor in before for size in tensor.shape if isinstance(size, torch.SymInt)]
     if known:
         with mode:

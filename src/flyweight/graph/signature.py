@@ -58,6 +58,13 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             fix="give the example as the model is called: args as a tuple, kwargs as a dict",
         ) from error
     order = list(signature.parameters)
+    unnamed = sorted(set(kwargs) - set(order))
+    if unnamed:
+        raise TraceError(
+            f"input `{unnamed[0]}` reaches forward through **kwargs",
+            where=f"{type(model).__name__}.forward{signature}",
+            fix="name it in the signature of forward",
+        )
     given = {name: value for name, value in kwargs.items() if value is not None}
     given = dict(sorted(given.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
     args = _without_trailing_none(args)
@@ -103,6 +110,16 @@ def _accepted(name: str, value: Any) -> Any:
 
 def _fixed(name: str, value: Any) -> Note:
     return Note("trace.argument-fixed", f"input `{name}` is no tensor and is fixed at {value!r}", name)
+
+
+def _gaps(order: list[str], names: tuple[str, ...]) -> tuple[Note, ...]:
+    """A Note where an optional input that the example leaves out stands before one that it gives."""
+    places = [order.index(name) for name in names if name in order]
+    skipped = [name for name in order[: max(places, default=-1) + 1] if name not in names and places]
+    if not skipped or len(places) != len(names):
+        return ()
+    text = f"the example leaves out {', '.join(skipped)}: give the inputs after it by name"
+    return (Note("trace.call-order", text, skipped[0]),)
 
 
 def batch_rows(call: Call) -> int:

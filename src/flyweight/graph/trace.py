@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ModelError, TraceError
+from ..errors import ModelError
 from ..types import Note
-from .functional import erase_checks, explicit_sizes, functionalise
+from .exporting import exported, quiet, refuse_fixed_batch
+from .functional import erase_checks, explicit_sizes, functionalise, inline_regions, refuse_unknown
 from .modules import rebuild
-from .proofs import check_batch_axis, check_weights, first_line, prove_batches, prove_rows, run_model, user_line
+from .portable import follow_device
+from .proofs import check_weights, first_line, prove_batches, prove_repeats, prove_rows
 from .shapes import shapes
-from .signature import Call, batch_rows, bind, dynamic_shapes, plain, with_rows
+from .signature import Call, batch_rows, bind, plain, with_rows
 
 __all__ = ["Traced", "shapes", "trace"]
 
@@ -54,14 +52,19 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     """
     own, notes = own_copy(model)
     check_weights(own)
+    state = {name: buffer.clone() for name, buffer in own.named_buffers()}
     call = bind(own, tuple(args), dict(kwargs or {}))
     call = with_rows(call, max(2, min(batch_rows(call), 5)))
     two = with_rows(call, 2)
-    exported = _exported(own, two)
-    module, more = _as_graph(own, exported, two)
-    prove_batches(own, module, call)
-    prove_rows(own, call, len(module.graph.nodes))
-    return Traced(module, (*notes, *call.notes, *more))
+    with torch.random.fork_rng(devices=[]):
+        program = exported(own, two)
+        prove_repeats(own, call, len(program.graph.nodes))
+        module, more = _as_graph(own, program, two)
+        prove_batches(own, module, call)
+        prove_rows(own, call, len(module.graph.nodes))
+    for name, buffer in own.named_buffers():
+        buffer.copy_(state[name])  # a forward that counts its calls has counted ours
+    return Traced(module, (*notes, *call.notes, *more, *lost_dropout(own, module)))
 
 
 def own_copy(model: nn.Module) -> tuple[nn.Module, tuple[Note, ...]]:
@@ -96,54 +99,20 @@ def _strip_hooks(part: nn.Module) -> int:
     return count
 
 
-def _exported(own: nn.Module, call: Call) -> torch.export.ExportedProgram:
-    """The training IR of the model with a free batch; every failure becomes a TraceError."""
-    try:
-        expected = run_model(own, call)
-    except Exception as error:
-        raise TraceError(
-            f"the model fails on two rows: {first_line(error)}",
-            where=user_line(error),
-            why="the batch size must be free",
-            fix="look for a `view` literal that does not fit the input's size: x.flatten(1) keeps the rows",
-        ) from error
-    try:
-        with _quiet():
-            return torch.export.export(
-                own, call.args, call.kwargs, dynamic_shapes=dynamic_shapes(own, call), strict=False
-            )
-    except Exception as error:
-        check_batch_axis(expected, 2)  # a wrong batch is the better explanation
-        raise TraceError(
-            f"the model cannot be exported: {first_line(error)}",
-            where=user_line(error),
-            fix="write this line so that it does not depend on values: torch.where instead of if",
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torch's loggers, warnings and prints silent: what matters is raised again as our error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _as_graph(own: nn.Module, exported: torch.export.ExportedProgram, call: Call) -> tuple[fx.GraphModule, list[Note]]:
-    with _quiet():
-        raw = exported.module(check_guards=False)
+def _as_graph(own: nn.Module, program: torch.export.ExportedProgram, call: Call) -> tuple[fx.GraphModule, list[Note]]:
+    with quiet():
+        raw = program.module(check_guards=False)
     assert isinstance(raw, fx.GraphModule)
     graph = raw.graph
+    inline_regions(raw)
     erase_checks(graph)
     notes = [*functionalise(graph)]
-    notes += _plain_interface(graph, exported, call)
+    notes += _plain_interface(graph, program, call)
+    refuse_fixed_batch(graph, call)
     notes += explicit_sizes(graph)
     graph.eliminate_dead_code()
+    refuse_unknown(graph)
+    notes += follow_device(raw, graph)
     tensors = {**dict(own.named_parameters(remove_duplicate=False)), **dict(own.named_buffers(remove_duplicate=False))}
     attribute = _attribute_of(raw, tensors)
     rebuilt = rebuild(graph, own, attribute)
@@ -221,7 +190,7 @@ def _set_tensor(holder: nn.Module, leaf: str, tensor: Tensor) -> None:
         holder.register_buffer(leaf, tensor.detach())
 
 
-def _plain_interface(graph: fx.Graph, exported: torch.export.ExportedProgram, call: Call) -> tuple[Note, ...]:
+def _plain_interface(graph: fx.Graph, program: torch.export.ExportedProgram, call: Call) -> tuple[Note, ...]:
     """Placeholders under the user's names and outputs in plain containers, with no pytree in the generated code."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, name, value in zip(placeholders, call.names, call.inputs, strict=True):
@@ -230,7 +199,7 @@ def _plain_interface(graph: fx.Graph, exported: torch.export.ExportedProgram, ca
             assert not node.users, "constants are baked in by the export"
             graph.erase_node(node)
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    spec = exported.call_spec.out_spec
+    spec = program.call_spec.out_spec
     assert spec is not None
     value, notes = plain(pytree.tree_unflatten(list(output.args[0]), spec))
     output.args = (value,)
@@ -244,3 +213,15 @@ def _dropped(own: nn.Module, module: fx.GraphModule) -> list[Note]:
         return []
     some = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
     return [Note("trace.unused", f"{len(lost)} tensors that no output depends on were dropped: {some}")]
+
+
+def lost_dropout(own: nn.Module, module: fx.GraphModule) -> tuple[Note, ...]:
+    """Notes on dropout that the model has in training and the graph has not, such as the one inside attention."""
+    kept = dict(module.named_modules(remove_duplicate=False))
+    lost = []
+    for path, part in own.named_modules():
+        inside = isinstance(part, nn.MultiheadAttention) and part.dropout > 0
+        gone = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 and path not in kept
+        lost += [path] if inside or gone else []
+    text = f"dropout that only training uses is not in the graph: {', '.join(lost[:8])}"
+    return (Note("trace.dropout-lost", text, lost[0]),) if lost else ()
