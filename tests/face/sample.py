@@ -1,8 +1,10 @@
-"""Invented `Results`, for looking at renderings only: no figure in here was ever measured."""
+"""Invented `Results`, for looking at renderings only (no figure in here was ever measured), and a reader of pages."""
 
 from __future__ import annotations
 
 import math
+import re
+from html.parser import HTMLParser
 
 import msgspec
 
@@ -153,11 +155,11 @@ def hostile() -> Results:
     plain = classification()
     tree = msgspec.to_builtins(plain)
     literals = {"channels", "numbers", "proof", "promise", "forecast"}
-    named = {"versions", "machine", "seconds", "data", "quality", "latency_s", "latency_share", "choices"}
+    named = {"versions", "machine", "seconds", "quality", "latency_s", "latency_share", "choices"}
 
     def poison(value: object, key: str = "") -> object:
         if isinstance(value, str):
-            literal = key in {"state", "op", "prefer"} or value in literals
+            literal = not value or key in {"state", "op", "prefer"} or value in literals  # "" means: nothing to say
             return value if literal else value + HOSTILE
         if isinstance(value, dict):
             tail = HOSTILE if key in named else ""
@@ -221,3 +223,47 @@ def _layer(index: int, name: str) -> LayerRow:
         name, "conv", (32, 32, 3, 3), (after, 32, 3, 3), 32, bits, 36_864, after * 288 * bits // 8, 2_000_000,
         62_500 * after, bell(5 + index % 5, 900), bell(5.5 + index % 5, 28 * after),
     )  # fmt: skip
+
+
+# --- reading what was rendered ----------------------------------------------------------------------------------------
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Everything a browser would see: elements with attributes, and the text between them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.styles: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        self.text = re.sub(r"\s+", " ", "".join(self.texts))
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        (self.styles if self.open and self.open[-1] == "style" else self.texts).append(data)
+
+    def handle_comment(self, data):
+        raise AssertionError(f"a comment: {data}")
+
+
+def shape(html: str) -> list[tuple[str, frozenset[str]]]:
+    return [(tag, frozenset(attributes)) for tag, attributes in Page(html).elements]
+
+
+def assert_says(text: str, *words: str) -> None:
+    for word in words:
+        assert word in text, word

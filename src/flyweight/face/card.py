@@ -65,8 +65,9 @@ def _opening(results: Results) -> str:
     threads = f"{results.threads} thread{'' if results.threads == 1 else 's'}"
     return (
         f"**{STATES[state].split()[0]} {headline}.** {_escaped(results.summary)}\n\n"
-        f"Made by [flyweight](#how-it-was-made) for {_escaped(results.target)}, {threads}, on {_escaped(results.date)}. "
-        "The whole story, with pictures, is in `report.html`. The licence is that of the original model."
+        f"Made by [flyweight](#how-it-was-made) for {_escaped(results.target)}, {threads}, on "
+        f"{_escaped(results.date)}. The whole story, with pictures, is in `report.html`. "
+        "The licence is that of the original model."
     )
 
 
@@ -153,7 +154,7 @@ def _making(results: Results) -> str:
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=True)
+    return json.dumps(text, ensure_ascii=False)  # pairs of \\u escapes, as JSON has them, are no YAML
 
 
 def _escaped(text: str) -> str:

@@ -128,12 +128,13 @@ class Progress:
             stage.finished = True
             self._open.remove(stage)
             if self._live is not None and stage.task is not None:
-                total = max(1, stage.total or stage.done)
-                self._live.update(stage.task, total=total, completed=total)
-                if not self._open:
-                    self._live.refresh()
+                if stage.total is None:  # now it is known; with a total, 3 of 4 stays 3 of 4
+                    self._live.update(stage.task, total=max(1, stage.done), completed=max(1, stage.done))
+                self._live.stop_task(stage.task)
+                self._live.refresh()
             else:
-                self._line(f"{stage.name}: done in {format_seconds(self.clock() - stage.started_s)}")
+                short = f" ({stage.done} of {stage.total})" if stage.total and stage.done < stage.total else ""
+                self._line(f"{stage.name}: done in {format_seconds(self.clock() - stage.started_s)}{short}")
 
     def _maybe_line(self, stage: Stage) -> None:
         """A line after every tenth of the work, or after half a minute of silence."""

@@ -243,8 +243,16 @@ def next_command(results: Results) -> str:
 # --- the terminal -----------------------------------------------------------------------------------------------------
 def summary(results: Results, console: Console) -> None:
     """Prints verdict, claims, before/after, notes and the next command; fits in 80 columns, data is never markup."""
-    results = cleaned(results)
-    icons = ICONS if console.encoding.lower().startswith("utf") else ASCII_ICONS
+    if console.encoding.lower().replace("-", "").startswith("utf"):
+        _print_summary(cleaned(results), console, ICONS)
+        return
+    with console.capture() as captured:  # an old code page must not turn a name into a UnicodeEncodeError
+        _print_summary(cleaned(results), console, ASCII_ICONS)
+    text = captured.get().replace("µ", "u")
+    console.file.write(text.encode(console.encoding, "backslashreplace").decode(console.encoding))
+
+
+def _print_summary(results: Results, console: Console, icons: Mapping[State, str]) -> None:
     state, headline = verdict(results)
     console.print(Text(f"{icons[state]} {headline}", STYLES[state]).append(f"  {results.title}", "default"))
     console.print(Text(results.summary))
