@@ -1,1 +1,1 @@
-
+"""What the compression did to the answers: flips, classes, divergences."""

@@ -30,7 +30,7 @@ def load_data(text: str, batch_size: int = 32) -> Any:
     """What DATA names: dict batches from an `.npz` (arrays by input name, labels `y`), or what a callable gives.
 
     `package.module:callable` may return anything that `roles` takes; where it returns a generator it is called again
-    for every walk. Raises UnsafeFileError for object arrays (pickle) and damaged files, UsageError for what is not known.
+    for every walk. Raises UnsafeFileError for object arrays (pickle) and damaged files, UsageError for the unknown.
     """
     if _is_reference(text):
         found = _resolve(text, "DATA")
