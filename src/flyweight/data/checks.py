@@ -208,13 +208,13 @@ def _refuse_kind(name: str, tensor: Tensor, wanted: torch.dtype, shape: tuple[in
 
 def _check_finite(batch: Batch, names: tuple[str, ...], where: str) -> None:
     tensors = [*zip(names, batch.inputs, strict=True)]
-    tensors += [("the labels", batch.labels)] if batch.labels is not None else []
+    tensors += [("labels", batch.labels)] if batch.labels is not None else []
     for name, tensor in tensors:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = (~tensor.isfinite()).reshape(len(tensor), -1).any(1)
             what = "NaN" if bool(tensor.isnan().any()) else "infinity"
             raise DataError(
-                f"{name} holds {what} in {int(bad.sum())} of {len(tensor)} samples",
+                f"{what} in {name} of {int(bad.sum())} of {len(tensor)} samples",
                 where=f"{where}, sample {int(bad.int().argmax())}",
                 fix="drop or repair these samples; a division by a zero deviation is a common cause",
             )

@@ -167,10 +167,17 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise UsageError(f"there is no file {path}", fix="check the path of DATA")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UnsafeFileError(f"{path} is no .npz archive", fix="save it with numpy.savez(path, x=…, y=labels)")
-            arrays = {name: archive[name] for name in archive.files}
+            with archive:
+                arrays = {name: archive[name] for name in archive.files}
+        strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        if strange:  # numpy hands out the bytes of members that are no arrays
+            raise UnsafeFileError(
+                f"{path}: {strange[0]} is no array", fix="save it with numpy.savez(path, x=…, y=labels)"
+            )
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         objects = "llow_pickle" in str(error) or "pickled" in str(error)
         raise UnsafeFileError(

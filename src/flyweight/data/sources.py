@@ -39,7 +39,7 @@ def walker(source: Any, role: str, batch_size: int) -> Walk:
         )
     if hasattr(source, "iloc"):
         raise DataError(f"{role} is a table", fix="give the input columns as an array: table[columns].to_numpy()")
-    if hasattr(source, "__iter__") and iter(source) is source:
+    if hasattr(source, "__next__"):  # not `iter(source) is source`: that would start a DataLoader's workers
         raise DataError(
             f"{role} is a one-shot generator or iterator",
             where=type(source).__name__,
@@ -133,9 +133,10 @@ def as_tensor(value: Any, where: str) -> Tensor:
             fix="turn texts and images into tensors first (tokenizer, transform), or name the inputs: "
             'fw.data(loader, inputs=("x",), labels="y")',
         )
-    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-        array = array.astype(np.int64)
-    return torch.from_numpy(np.ascontiguousarray(array)) if array.flags.writeable else torch.tensor(array)
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    wanted = np.int64 if kind == "u" and size > 1 else np.float64 if size > 8 else array.dtype.newbyteorder("=")
+    # always a copy: arrays may be read-only, reversed, of the other byte order, or changed later by their owner
+    return torch.from_numpy(array.astype(wanted, order="C"))
 
 
 def _are_columns(source: tuple[Any, ...]) -> bool:
