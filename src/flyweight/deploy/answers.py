@@ -1,0 +1,84 @@
+"""What an artifact answers in a fresh process, and whether that is what the graph computes."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from flyweight.deploy.answer_worker import Ask, AskReply
+from flyweight.errors import VerificationError
+
+__all__ = ["ask", "distance", "tolerance"]
+
+Answers = dict[str, Tensor]
+
+
+def ask(
+    model: Path,
+    inputs: Mapping[str, Tensor],
+    runs: Mapping[str, tuple[int, int]],
+    *,
+    runtime: str,
+    threads: int,
+) -> dict[str, Answers]:
+    """The outputs by name of every run: `runs` maps a name to (batch size, rows), rows counted from the first.
+
+    The model is loaded in a new process that has neither torch nor the user's code. Raises VerificationError when the
+    runtime refuses the file or the process dies.
+    """
+    with tempfile.TemporaryDirectory(prefix="flyweight-answers-") as folder:
+        place = Path(folder)
+        np.savez(place / "feeds.npz", **{n: v.numpy() for n, v in inputs.items()})
+        job = Ask(
+            runtime, threads, str(model.resolve()), str(place / "feeds.npz"), {n: b for n, (b, _) in runs.items()},
+            {n: r for n, (_, r) in runs.items()}, str(place / "answers.npz"), str(place / "reply.json"),
+        )  # fmt: skip
+        (place / "job.json").write_bytes(msgspec.json.encode(job))
+        command = [sys.executable, "-P", "-m", "flyweight.deploy.answer_worker", str(place / "job.json")]
+        ended = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - our own module
+        if not (place / "reply.json").is_file():
+            last = ended.stderr.decode(errors="replace").strip().splitlines()[-3:]
+            raise VerificationError("the verifying process died", where=str(model), why=" ".join(last))
+        reply = msgspec.json.decode((place / "reply.json").read_bytes(), type=AskReply)
+        if reply.kind:
+            raise VerificationError("the runtime refuses the artifact", where=str(model), why=reply.text)
+        with np.load(place / "answers.npz", allow_pickle=False) as stored:
+            answers = {key: torch.from_numpy(stored[key]) for key in stored.files}
+    split = {run: {k.split("|", 1)[1]: v for k, v in answers.items() if k.split("|", 1)[0] == run} for run in runs}
+    return split
+
+
+def distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """Root mean square of the difference over that of the centred expectation, the largest over the outputs.
+
+    inf for another shape or for values that are not finite.
+    """
+    worst = 0.0
+    for a, b in zip(expected, got, strict=True):
+        if a.shape != b.shape or not bool(torch.isfinite(b.double()).all()):
+            return math.inf
+        a, b = a.double(), b.double()
+        spread = float((a - a.mean()).square().mean().sqrt()) or float(a.abs().max()) or 1.0
+        worst = max(worst, float((a - b).square().mean().sqrt()) / spread)
+    return worst
+
+
+def tolerance(int8_layers: int, layers: int) -> float:
+    """How far (see `distance`) runtime and graph may be apart.
+
+    Float: both sum up to 2^14 products in another order, 2^-24 of relative error each, which grow with the root of the
+    count and of the layers: 2^-24 * 2^7 * sqrt(layers), times 8 for luck. Int8: the same differences move a value across
+    a rounding edge now and then; a step is 1/255 of a tensor's range, about 1/50 of its spread, and one value in twenty
+    moving by one step in each layer is generous: sqrt(1/20)/50 * sqrt(layers).
+    """
+    float_part = 8 * 2**-17 * math.sqrt(max(layers, 1))
+    return float_part + (math.sqrt(1 / 20) / 50 * math.sqrt(int8_layers) if int8_layers else 0.0)

@@ -1,0 +1,117 @@
+"""From chosen steps to a network: structure, norm statistics, folding, numbers. Everything on a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from flyweight.deploy.placement import Slot, slots
+from flyweight.graph.axes import Group
+from flyweight.graph.measure import Stats, measure
+from flyweight.graph.operators import Layer, layers
+from flyweight.graph.rewrite import pooled_means, refresh
+from flyweight.graph.surgery import fold_norms
+from flyweight.methods import channels, int8
+from flyweight.recover.normstats import reestimate
+from flyweight.types import Note, Step
+
+__all__ = ["Network", "Prepared", "deliver", "prepared", "with_numbers"]
+
+Batch = tuple[Tensor, ...]
+NUMBER_SAMPLES = 1024  # samples that ranges and rounding look at: their error is far below that of 8 bits
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The original as a graph and what is known about it. `stats` and `layers` belong to `graph`."""
+
+    graph: fx.GraphModule
+    layers: Mapping[str, Layer]
+    groups: Mapping[str, Group]
+    stats: Stats
+    example: Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A folded graph with the statistics that rounding needs: int8 layers can be tried on copies of it."""
+
+    graph: fx.GraphModule
+    layers: Mapping[str, Layer]
+    stats: Stats
+
+
+def deliver(
+    network: Network,
+    steps: Collection[Step],
+    calib: Callable[[], Iterable[Batch]],
+    largest: int = int8.LARGEST,
+) -> tuple[fx.GraphModule, tuple[Note, ...]]:
+    """The compressed graph, eval mode, and notes. `calib()` walks the calibration batches anew."""
+    structure = [s for s in steps if s.method == channels.NAME]
+    numbers = [s for s in steps if s.method == int8.NAME]
+    graph = restructured(network, structure, calib)
+    if not numbers:
+        return graph, ()
+    ready = prepared(graph, network.example, {s.target for s in numbers}, calib)
+    return with_numbers(ready, numbers, largest), _folded_note(network, graph, ready.graph)
+
+
+def restructured(
+    network: Network, steps: Collection[Step], calib: Callable[[], Iterable[Batch]]
+) -> fx.GraphModule:
+    """The graph with channels removed and the norms' statistics estimated anew (a plain copy without steps)."""
+    if not steps:
+        return copy.deepcopy(network.graph)
+    graph = channels.restructure(network.graph, network.groups, network.layers, network.stats, steps)
+    refresh(graph, network.example)
+    reestimate(graph, calib())
+    return graph
+
+
+def prepared(
+    graph: fx.GraphModule,
+    example: Batch,
+    int8_layers: Collection[str],
+    calib: Callable[[], Iterable[Batch]],
+) -> Prepared:
+    """A folded copy of `graph`, measured for rounding `int8_layers`."""
+    folded = copy.deepcopy(graph)
+    fold_norms(folded, {layer.name: layer.norm for layer in layers(folded).values() if layer.norm})
+    refresh(folded, example)
+    pooled_means(folded)
+    present = layers(folded)
+    wanted = {name: present[name] for name in int8_layers}
+    values = {slot.node for slot in slots(folded, int8_layers)} | {slot.node for slot in slots(folded, list(present))}
+    return Prepared(folded, present, measure(folded, _first(calib(), NUMBER_SAMPLES), wanted, values))
+
+
+def with_numbers(ready: Prepared, steps: Sequence[Step], largest: int = int8.LARGEST) -> fx.GraphModule:
+    """A copy of the prepared graph with the layers of `steps` in int8."""
+    graph = copy.deepcopy(ready.graph)
+    int8.apply(graph, ready.layers, steps, _slots(graph, steps), ready.stats, largest)
+    return graph
+
+
+def _slots(graph: fx.GraphModule, steps: Sequence[Step]) -> tuple[Slot, ...]:
+    return slots(graph, {s.target for s in steps})
+
+
+def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += len(batch[0])
+        if seen >= samples:
+            return
+
+
+def _folded_note(network: Network, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Note, ...]:
+    gone = sorted(set(dict(before.named_modules())) - set(dict(after.named_modules())))
+    if not gone:
+        return ()
+    text = f"{len(gone)} batch norms were folded into the layers before them, as int8 needs; their keys left the state"
+    return (Note("numbers.norms-folded", text, where=", ".join(gone[:4]) + (" …" if len(gone) > 4 else "")),)

@@ -1,0 +1,257 @@
+"""The menu: every site's options with their prices, as tables that the search can add up.
+
+Variables are the channel counts of the groups and the number formats of the layers. A layer's cost depends on three of
+them (its input width, its output width, its format), so it is one table over three variables; errors are tables over one,
+and over two where a removal and a rounding meet in one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
+from flyweight.graph.axes import Group
+from flyweight.graph.cost import layer_macs, weight_bytes
+from flyweight.graph.operators import Layer
+from flyweight.methods import channels, int8
+from flyweight.methods.pricing import Ladder
+from flyweight.search.problem import Factor, Floats, Problem, evaluate
+from flyweight.types import Cost, Option, Step
+
+__all__ = ["Format", "Menu", "Sizes", "edges", "options", "problem", "steps"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """The choice of a layer's number format. `allowed` holds the indices (0 float, 1 int8) that rules leave open."""
+
+    layer: str
+    layer_error: float
+    error: float
+    allowed: tuple[int, ...] = (0, 1)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """File bytes beyond the stored weights: of the float file, and what each int8 layer adds."""
+
+    overhead: int
+    per_int8_layer: float
+
+
+@dataclass(frozen=True, eq=False)
+class Menu:
+    """All decisions, in the order of the search's variables: ladders first, then formats.
+
+    `combined[group]` is what rounding all readers adds to the divergence of that group's second measured level, beyond
+    the sum of both prices, as a share of the level's own price.
+    """
+
+    layers: Mapping[str, Layer]
+    ladders: tuple[Ladder, ...]
+    formats: tuple[Format, ...]
+    combined: Mapping[str, float]
+    neighbours: tuple[tuple[str, str], ...]
+    sizes: Sizes
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups that something is offered for."""
+        return tuple(lad.group for lad in self.ladders)
+
+    def format_index(self) -> dict[str, int]:
+        """Layer name -> variable of its number format."""
+        return {f.layer: len(self.ladders) + i for i, f in enumerate(self.formats)}
+
+
+def edges(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> tuple[tuple[str, str], ...]:
+    """Pairs of layers between which a value flows through no other layer."""
+    calls = {node: layer.name for layer in layers.values() for node in layer.nodes}
+    sources: dict[fx.Node, set[str]] = {}
+    found: dict[tuple[str, str], None] = {}
+    for node in graph.graph.nodes:
+        above = {name for source in node.all_input_nodes for name in sources[source]}
+        if node.name in calls:
+            found |= dict.fromkeys((name, calls[node.name]) for name in sorted(above))
+            above = {calls[node.name]}
+        sources[node] = above
+    return tuple(found)
+
+
+def problem(menu: Menu, table: LatencyTable | None) -> Problem:
+    """The search problem of a menu; without a table, latency has no price and may not be limited."""
+    size = (*(len(lad.levels) for lad in menu.ladders), *(2 for _ in menu.formats))
+    factors = [Factor((i,), np.array(lad.errors)) for i, lad in enumerate(menu.ladders)]
+    where = menu.format_index()
+    for f in menu.formats:
+        error = [0.0 if 0 in f.allowed else np.inf, f.error if 1 in f.allowed else np.inf]
+        factors.append(Factor((where[f.layer],), np.array(error)))
+    factors += [_layer_factor(menu, layer, table) for layer in menu.layers.values()]
+    factors += _combined_factors(menu)
+    base: dict[str, float] = {"size": menu.sizes.overhead, "macs": 0.0}
+    if table is not None:
+        base |= {f"latency@{s}": v for s, v in table.whole[INT8 if menu.formats else FLOAT].items()}
+        factors += _boundaries(menu, table)
+    return Problem(size, tuple(factors), base)
+
+
+def _layer_factor(menu: Menu, layer: Layer, table: LatencyTable | None) -> Factor:
+    """Costs of one layer over (channels in, channels out, number format); axes without a variable are dropped."""
+    into = next((i for i, lad in enumerate(menu.ladders) if _reads(lad.group, layer)), None)
+    out = next((i for i, lad in enumerate(menu.ladders) if layer.name in lad.group.producers), None)
+    form = menu.format_index().get(layer.name)
+    inputs = _input_counts(menu.ladders[into], layer) if into is not None else [layer.inputs]
+    outputs = list(menu.ladders[out].levels) if out is not None else [layer.outputs]
+    bits = [32, 8] if form is not None else [32]
+    shape = (len(inputs), len(outputs), len(bits))
+    costs: dict[str, Floats] = {"macs": np.zeros(shape), "size": np.zeros(shape)}
+    for (i, a), (o, b), (k, width) in _grid(inputs, outputs, bits):
+        costs["macs"][i, o, k] = layer_macs(layer, a, b)
+        extra = menu.sizes.per_int8_layer if width == 8 else 0.0
+        costs["size"][i, o, k] = weight_bytes(layer, a, b, width) + extra
+    for name in table.reference_s if table is not None else ():
+        costs[f"latency@{name}"] = _latency(menu, layer, table, name, into, out, shape)  # type: ignore[arg-type]
+    variables = [v for v in (into, out, form) if v is not None]
+    present = tuple(size for size, v in zip(shape, (into, out, form), strict=True) if v is not None)
+    if into is not None and into == out:  # a layer that reads the group it writes: only equal counts exist
+        return _diagonal(costs, into, form)
+    return Factor(tuple(variables), np.zeros(present), {n: t.reshape(present) for n, t in costs.items()})
+
+
+def _diagonal(costs: Mapping[str, Floats], group: int, form: int | None) -> Factor:
+    tables = {n: np.moveaxis(np.diagonal(t, axis1=0, axis2=1), -1, 0) for n, t in costs.items()}
+    tables = {n: t if form is not None else t[:, 0] for n, t in tables.items()}
+    variables = (group,) if form is None else (group, form)
+    return Factor(variables, np.zeros(next(iter(tables.values())).shape), tables)
+
+
+def _grid(*axes: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
+    inputs, outputs, bits = axes
+    return [(i, o, k) for i in enumerate(inputs) for o in enumerate(outputs) for k in enumerate(bits)]
+
+
+def _reads(group: Group, layer: Layer) -> bool:
+    return any(use.layer == layer.name for use in group.consumers)
+
+
+def _input_counts(ladder: Ladder, layer: Layer) -> list[int]:
+    block = next(use.block for use in ladder.group.consumers if use.layer == layer.name)
+    return [level * (block // layer.taps) for level in ladder.levels]
+
+
+def _latency(
+    menu: Menu, layer: Layer, table: LatencyTable, shape: str, into: int | None, out: int | None, size: tuple[int, ...]
+) -> Floats:
+    """Change of time by one layer's widths and format, in shares of the reference.
+
+    A group's measured saving is split over its layers by their MACs. Where both widths of a layer shrink, the second cut
+    saves only on what the first has left: t (1 - (1 - s_in / t)(1 - s_out / t)), t the layer's own time.
+    """
+    result = np.zeros(size)
+    total = sum(one.macs for one in menu.layers.values())
+    for k in range(size[2]):
+        regime = FLOAT if size[2] == 1 or k == 0 else INT8
+        if regime not in table.whole:
+            continue
+        own = max(table.whole[regime][shape] * layer.macs / total, 1e-9)
+        first = _savings(menu, layer, table, shape, regime, into)
+        second = _savings(menu, layer, table, shape, regime, out)
+        for i, a in enumerate(first):
+            for o, b in enumerate(second):
+                both = (min(max(a, 0.0), own) * min(max(b, 0.0), own)) / own
+                result[i, o, k] = -(a + b - both)
+        if size[2] == 2 and k == 0:
+            result[:, :, k] += table.extra.get(layer.name, {}).get(shape, 0.0)
+    return result
+
+
+def _savings(
+    menu: Menu, layer: Layer, table: LatencyTable, shape: str, regime: str, index: int | None
+) -> list[float]:
+    if index is None:
+        return [0.0]
+    ladder = menu.ladders[index]
+    members = {*ladder.group.producers, *(use.layer for use in ladder.group.consumers)}
+    share = layer.macs / sum(menu.layers[name].macs for name in members)
+    measured = table.saved[regime].get(ladder.group.name, {})
+    return [share * _saved_at(measured, level, ladder.group.size, shape) for level in ladder.levels]
+
+
+def _saved_at(measured: Mapping[str, Mapping[str, float]], level: int, size: int, shape: str) -> float:
+    """The saving at a level: that of the nearest measured level not below it (kernels work in blocks)."""
+    above = [int(k) for k in measured if int(k) >= level]
+    if level >= size or not above:
+        return 0.0
+    return measured[str(min(above))][shape]
+
+
+def _combined_factors(menu: Menu) -> list[Factor]:
+    """What removal and rounding add when they meet, spread over the group's readers."""
+    factors, where = [], menu.format_index()
+    for i, lad in enumerate(menu.ladders):
+        readers = [where[use.layer] for use in lad.group.consumers if use.layer in where]
+        share = menu.combined.get(lad.group.name, 0.0)
+        if readers and share:
+            extra = np.array(lad.errors) * share / len(readers)
+            factors += [Factor((i, j), np.stack([np.zeros_like(extra), extra], 1)) for j in readers]
+    return factors
+
+
+def _boundaries(menu: Menu, table: LatencyTable) -> list[Factor]:
+    """Two neighbouring float layers need no conversion between them: the price that makes the all-float model's time
+    come out right, the same for every pair of neighbours."""
+    where = menu.format_index()
+    pairs = [(where[a], where[b]) for a, b in menu.neighbours if a in where and b in where and a != b]
+    if not pairs or not table.extra:
+        return []
+    costs = {}
+    for shape in table.reference_s:
+        added = sum(by[shape] for by in table.extra.values())
+        unit = (added - (table.whole[FLOAT][shape] - table.whole[INT8][shape])) / len(pairs)
+        costs[f"latency@{shape}"] = np.array([[-unit, 0.0], [0.0, 0.0]])
+    return [Factor(tuple(sorted(pair)), np.zeros((2, 2)), costs) for pair in pairs]
+
+
+def options(menu: Menu, built: Problem, table: LatencyTable | None) -> dict[str, tuple[Option, ...]]:
+    """The options of every site with their prices as changes against keeping everything."""
+    keep = tuple(0 for _ in built.sizes)
+    _, base = evaluate(built, keep)  # an error of inf (a rule that forbids keeping) does not matter for the costs
+    found: dict[str, tuple[Option, ...]] = {}
+    for v, count in enumerate(built.sizes):
+        rows = []
+        for option in range(count):
+            _, costs = evaluate(built, (*keep[:v], option, *keep[v + 1 :]))
+            change = {name: costs[name] - base[name] for name in costs}
+            rows.append(_option(menu, v, option, change, table))
+        found[rows[0].site] = tuple(rows)
+    return found
+
+
+def _option(
+    menu: Menu, variable: int, option: int, change: Mapping[str, float], table: LatencyTable | None
+) -> Option:
+    latency = {s: change[f"latency@{s}"] * t for s, t in (table.reference_s if table else {}).items()}
+    size = round(change["size"])
+    cost = Cost(macs=round(change["macs"]), weight_bytes=size, file_bytes=size, latency_s=latency or None)
+    done = steps(menu, variable, option)
+    if variable < len(menu.ladders):
+        lad = menu.ladders[variable]
+        label = f"{lad.levels[option]} of {lad.group.size} channels" if option else "keep"
+        return Option(f"channels:{lad.group.name}", label, done, lad.layer_errors[option], lad.errors[option], cost)
+    form = menu.formats[variable - len(menu.ladders)]
+    label, layer_error = ("int8", form.layer_error) if option else ("keep", 0.0)
+    return Option(f"numbers:{form.layer}", label, done, layer_error, form.error if option else 0.0, cost)
+
+
+def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:
+    """What a choice does."""
+    if option == 0:
+        return ()
+    if variable < len(menu.ladders):
+        lad = menu.ladders[variable]
+        return (channels.step(lad.group, lad.kept(lad.levels[option])),)
+    return (int8.step(menu.formats[variable - len(menu.ladders)].layer),)
