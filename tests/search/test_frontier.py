@@ -70,6 +70,11 @@ def test_a_frontier_of_one_choice_is_one_point():
     assert [point.choices for point in frontier(problem, "size")] == [(0,)]
 
 
+def test_of_two_points_with_equal_error_only_the_cheaper_is_shown():
+    site = Factor((0,), np.array([0.0, 1.0, 1.0, 2.0]), {"size": np.array([9.0, 5.0, 3.0, 1.0])})
+    assert [point.choices for point in frontier(Problem((4,), (site,)), "size", points=3)] == [(3,), (2,), (0,)]
+
+
 def test_a_cost_that_is_zero_or_negative_has_a_frontier_too():
     problem = Problem((3,), (Factor((0,), np.array([0.0, 1.0, 2.0]), {"size": np.array([0.0, -1.0, -2.0])}),))
     assert [point.choices for point in frontier(problem, "size")] == [(2,), (1,), (0,)]
