@@ -176,9 +176,9 @@ class FunctionalNet(nn.Module):
         self.fc = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu_(self.bn(self.conv(x)))
-        x = F.dropout(x, 0.5, self.training)
-        x += 1.0
+        x = self.bn(self.conv(x))
+        x += 0.5
+        x = F.dropout(F.relu_(x), 0.5, self.training)
         x = F.adaptive_avg_pool2d(x, 1)
         return self.fc(torch.flatten(x, 1))
 

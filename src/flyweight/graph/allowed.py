@@ -54,7 +54,7 @@ _QUANTIZED = """
 quantize_per_tensor dequantize_per_tensor quantize_per_channel dequantize_per_channel quantize_per_token
 dequantize_per_token quantize_per_channel_group dequantize_per_channel_group
 """
-_OPERATOR = "getitem add sub mul floordiv truediv mod neg pow abs eq ne lt le gt ge and_ or_ not_"
+_OPERATOR = "getitem add sub mul floordiv truediv mod neg abs eq ne lt le gt ge and_ or_ not_"
 _TORCH = "sym_max sym_min sym_float sym_int sym_not sym_ite sym_sqrt"
 
 ATEN = frozenset(_ATEN.split())

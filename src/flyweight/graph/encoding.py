@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 
 from ..errors import ModelError, UnsafeFileError
 
-__all__ = ["DTYPES", "check_schema", "decode", "encode", "safe_name", "safe_path"]
+__all__ = ["DTYPES", "check_plain", "check_schema", "decode", "encode", "safe_name", "safe_path"]
 
 _DTYPE_NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128"
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPE_NAMES.split()}
@@ -187,6 +187,14 @@ def check_schema(target: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str,
             fits = argument.has_default_value()
         if not fits:
             raise UnsafeFileError(f"argument `{argument.name}` of {target} does not fit its schema")
+
+
+def check_plain(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises UnsafeFileError where a Python operator is given anything but nodes and numbers (and getitem's index)."""
+    kinds = (fx.Node, int, float, slice, tuple) if name == "operator.getitem" else (fx.Node, int, float)
+    fits = bool(args) and all(isinstance(item, kinds) for item in args) and isinstance(args[0], fx.Node | int | float)
+    if not fits or kwargs:
+        raise UnsafeFileError(f"the arguments of {name} are no nodes and numbers")
 
 
 def _fits(kind: Any, value: Any) -> bool:

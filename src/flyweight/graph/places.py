@@ -36,15 +36,20 @@ def source_line(node: fx.Node) -> str:
     """The user's line that made the node ("net.py:12 in forward: x = x.view(-1, 9)"), or the node's name.
 
     In-place operators and slices carry no line of their own, and a layer's node only that of the layer: then the
-    nearest node before it that knows, marked "after".
+    nearest line or layer before it, marked "after".
     """
     known, mark = node, ""
     while known.op != "root":
-        line = _line_in(known.meta.get("stack_trace") or "")
+        line = _line_in(known.meta.get("stack_trace") or "") or _layer_of(known)
         if line:
             return mark + line
-        known, mark = known.prev, "after "
+        known, mark = known.prev, f"node {node.name}, after "
     return f"node {node.name}"
+
+
+def _layer_of(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return f"layer `{stack[-1][0]}`" if stack and stack[-1][0] else ""
 
 
 def _line_in(stack: str) -> str:

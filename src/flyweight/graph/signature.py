@@ -72,11 +72,10 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     values = tuple(_accepted(name, value) for name, value in zip(names, (*args, *given.values()), strict=True))
     if not any(isinstance(value, Tensor) for value in values):
         raise TraceError("the example holds no tensor", fix="give at least one tensor whose first axis is the batch")
-    notes = tuple(
-        _fixed(name, value) for name, value in zip(names, values, strict=True) if not isinstance(value, Tensor)
-    )
-    call = Call(tuple(args), given, names, notes)
-    return call.mapped(values)
+    pairs = list(zip(names, values, strict=True))
+    fixed = tuple(_fixed(*pair) for pair in pairs if not isinstance(pair[1], Tensor))
+    inputs = [name for name, value in pairs if isinstance(value, Tensor)]
+    return Call(tuple(args), given, names, (*fixed, *_gaps(order, inputs))).mapped(values)
 
 
 def _without_trailing_none(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -112,11 +111,11 @@ def _fixed(name: str, value: Any) -> Note:
     return Note("trace.argument-fixed", f"input `{name}` is no tensor and is fixed at {value!r}", name)
 
 
-def _gaps(order: list[str], names: tuple[str, ...]) -> tuple[Note, ...]:
-    """A Note where an optional input that the example leaves out stands before one that it gives."""
-    places = [order.index(name) for name in names if name in order]
-    skipped = [name for name in order[: max(places, default=-1) + 1] if name not in names and places]
-    if not skipped or len(places) != len(names):
+def _gaps(order: list[str], inputs: list[str]) -> tuple[Note, ...]:
+    """A Note where an input that the example leaves out or fixes stands before one that it gives."""
+    last = max((order.index(name) for name in inputs if name in order), default=-1)
+    skipped = [name for name in order[: max(last, 0)] if name not in inputs]
+    if not skipped or not set(inputs) <= set(order):
         return ()
     text = f"the example leaves out {', '.join(skipped)}: give the inputs after it by name"
     return (Note("trace.call-order", text, skipped[0]),)

@@ -50,8 +50,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     Raises ModelError for weights that are NaN, infinite or missing, and TraceError for a model that cannot be
     exported, whose outputs are not led by the batch, or whose rows influence each other.
     """
+    check_weights(model)
     own, notes = own_copy(model)
-    check_weights(own)
     state = {name: buffer.clone() for name, buffer in own.named_buffers()}
     call = bind(own, tuple(args), dict(kwargs or {}))
     call = with_rows(call, max(2, min(batch_rows(call), 5)))
