@@ -104,3 +104,12 @@ def test_when_the_time_is_over_the_answer_holds_the_limits_and_says_its_gap():
     points = frontier(problem, "latency", points=50, time_limit_s=0.0)
     assert len(points) >= 2
     assert points[0].costs["latency"] < points[-1].costs["latency"]
+
+
+def test_when_the_time_is_over_an_unproven_miss_says_that_it_is_unproven():
+    """Only both sites changed holds the limit, and no single change leads there; with no time nobody can know."""
+    table = np.array([[5.0, 9.0], [9.0, 1.0]])
+    problem = Problem((2, 2), (Factor((0, 1), table, {"size": table}),))
+    hasty = solve(problem, {"size": 1.5}, time_limit_s=0)
+    assert (hasty.choices, hasty.feasible, hasty.binding) == ((0, 0), False, "size")
+    assert (hasty.bound, hasty.gap) == (0.0, 1.0)

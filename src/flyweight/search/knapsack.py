@@ -65,14 +65,17 @@ def solve(
         raise BudgetError(f"no cost is called {minimise!r}", fix=f"known costs: {', '.join(cost_names(problem))}")
     deadline = time.monotonic() + time_limit_s
     found = optimum(problem, minimise, bounds, deadline=deadline, gap=gap)
-    if found.choices is None:
-        return _nearest(problem, bounds, found, deadline)
     choices = found.choices
-    if minimise != "error":
+    if choices is None:
+        choices, least_excess = _nearest(problem, bounds, found, deadline)
+        # judged again: a first search that ran out of time may have missed a choice that holds every limit
+        if not _holds(problem, choices, bounds):
+            return _infeasible(problem, bounds, choices, least_excess)
+    elif minimise != "error":
         within = {**bounds, minimise: _value(problem, minimise, choices)}
         choices = optimum(problem, "error", within, deadline=deadline, gap=gap, known=[choices]).choices or choices
     error, costs = evaluate(problem, choices)
-    value = error if minimise == "error" else costs[minimise]
+    value = _value(problem, minimise, choices)
     bound = min(found.bound, value)
     return Solution(choices, error, costs, bound, relative_gap(value, bound), feasible=True)
 
@@ -156,27 +159,43 @@ def _exact(
     return Found(best, min(floor, limit))
 
 
-def _nearest(problem: Problem, bounds: Mapping[str, float], found: Found, deadline: float) -> Solution:
-    """The choice of least largest relative excess; then as few limits passed, and as little error, as that allows."""
+def _nearest(
+    problem: Problem, bounds: Mapping[str, float], found: Found, deadline: float
+) -> tuple[tuple[int, ...], float]:
+    """The choice of least largest relative excess, then as few limits passed, and as little error, as that allows.
+
+    Also a proven lower bound on that excess.
+    """
     if not bounds:
         _raise_nothing_allowed(proven=found.bound == np.inf)
     choices, bound = _least_excess(problem, bounds, deadline)
-    over = excesses(problem, choices, bounds)
-    worst = max(over.values())
-    binding = sorted(name for name, value in over.items() if value >= worst * (1 - 1e-6) and value > 0)
+    worst = _worst(problem, choices, bounds)
     stretched = {name: limit + worst * excess_unit(limit) for name, limit in bounds.items()}
-    for relaxed in ({**bounds, **{name: stretched[name] for name in binding}}, stretched):
+    needed = {name: stretched[name] for name in _binding(problem, choices, bounds)}
+    for relaxed in ({**bounds, **needed}, stretched):
         better = optimum(problem, "error", relaxed, deadline=deadline, known=[choices])
         if better.choices is not None:
-            choices = better.choices
-            break
+            return better.choices, bound
+    return choices, bound
+
+
+def _infeasible(
+    problem: Problem, bounds: Mapping[str, float], choices: tuple[int, ...], least_excess: float
+) -> Solution:
+    error, costs = evaluate(problem, choices)
+    worst = _worst(problem, choices, bounds)
+    binding = ", ".join(_binding(problem, choices, bounds))
+    bound = min(least_excess, worst)
+    return Solution(
+        choices, error, costs, bound, relative_gap(worst, bound), feasible=False, binding=binding, excess=worst
+    )
+
+
+def _binding(problem: Problem, choices: tuple[int, ...], bounds: Mapping[str, float]) -> list[str]:
+    """The limits that are passed by the largest share, up to the precision to which the solver balances them."""
     over = excesses(problem, choices, bounds)
     worst = max(over.values())
-    error, costs = evaluate(problem, choices)
-    binding = sorted(name for name, value in over.items() if value >= worst * (1 - 1e-6) and value > 0)
-    bound = min(bound, worst)
-    # a choice found only now, because the first search ran out of time, may hold every limit after all
-    return Solution(choices, error, costs, bound, relative_gap(worst, bound), worst == 0, ", ".join(binding), worst)
+    return sorted(name for name, value in over.items() if value > 0 and value >= worst * (1 - 1e-6))
 
 
 def _least_excess(problem: Problem, bounds: Mapping[str, float], deadline: float) -> tuple[tuple[int, ...], float]:

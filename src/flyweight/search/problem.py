@@ -98,7 +98,8 @@ class Solution:
 
     Feasible: `bound` is a proven lower bound on what was minimised and `gap` the relative distance to it.
     Infeasible: the nearest point; `excess` is its largest relative excess over a limit, `binding` names the limits that
-    reach it, and `bound` and `gap` are about `excess`.
+    reach it, and `bound` and `gap` are about `excess`. A bound of 0 then means that the time ran out: it is
+    not proven that the limits cannot be met.
     """
 
     choices: tuple[int, ...]
