@@ -47,6 +47,7 @@ def test_the_card_makes_no_markup_from_names():
     page = Page(poisoned)
     assert {tag for tag, _ in page.elements} <= CARD_TAGS
     assert [a["href"] for tag, a in page.elements if tag == "a"] == ["#how-it-was-made"]
+    assert not set(card(sample.hostile())) & set("\x00\x1b\u202e\u2066")
     assert_says(page.text, "</script><img src=x onerror=alert(1)>", "[link](http://evil.example)|`$x^2$`")
 
 
@@ -59,6 +60,6 @@ def test_the_card_says_what_a_user_of_the_file_must_know():
 
 
 def test_a_command_with_backticks_stays_inside_its_fence():
-    results = msgspec.structs.replace(sample.classification(), command="echo ```\n# no heading")
+    results = msgspec.structs.replace(sample.classification(), command="echo\n```\n# no heading")
     tokens = MarkdownIt("commonmark").parse(card(results))
-    assert [t.content for t in tokens if t.type == "fence"][-1] == "echo ```\n# no heading\n"
+    assert [t.content for t in tokens if t.type == "fence"][-1] == "echo\n```\n# no heading\n"

@@ -235,7 +235,7 @@ def test_another_process_writes_the_same_bytes():
 
 
 def test_the_users_plot_style_neither_changes_the_page_nor_is_changed():
-    with matplotlib.rc_context({"lines.linewidth": 9.0, "font.size": 30.0, "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"lines.linewidth": 9.0, "axes.linewidth": 9.0, "svg.fonttype": "path"}):
         assert report(sample.classification()) == PAGES["classification"]
         assert matplotlib.rcParams["lines.linewidth"] == 9.0
         assert matplotlib.rcParams["svg.fonttype"] == "path"

@@ -171,6 +171,13 @@ def test_every_claim_row_and_note_is_printed():
         assert words in text
 
 
+def test_long_names_and_sentences_are_folded_never_cut():
+    results = sample.hostile()
+    text = "".join(printed(results, 80).split())
+    for words in (*(note.text for note in results.notes), *(c.how for c in results.claims if c.state != "holds")):
+        assert "".join(tables.clean(words).split()) in text
+
+
 def test_a_console_without_unicode_still_gets_everything():
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")

@@ -31,7 +31,6 @@ LABEL_LENGTH = 22
 _STYLES = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flyweight",
-    "text.parse_math": False,
     "font.size": 8.5,
     "text.color": INK,
     "axes.labelcolor": MUTED,
