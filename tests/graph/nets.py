@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -297,3 +298,19 @@ class FrozenNormNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.mean, self.var, self.gain, None, self.training) * self.scale
+
+
+def net(forward: Callable[..., object], **parts: object) -> nn.Module:
+    """A module with the given parts and forward."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, part in parts.items():
+                if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                    self.register_buffer(name, part)
+                else:
+                    setattr(self, name, part)
+
+    Net.forward = forward
+    return Net()

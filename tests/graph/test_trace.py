@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn import functional as F
 
-from flyweight.errors import ModelError, TraceError
 from flyweight.graph.shapes import annotate, shapes
 from flyweight.graph.trace import Traced, trace
 
 from . import nets
+from .nets import net
 
 torch.set_num_threads(1)
 
@@ -100,8 +100,8 @@ def test_graph_equals_model_at_every_batch(name, traced):
 def test_gradients_equal_the_models(name, traced):
     model, result, args = traced[name]
     theirs, mine = copy.deepcopy(model).eval(), copy.deepcopy(result.module)
-    for net in (theirs, mine):
-        sum((leaf**2).sum() for leaf in leaves(net(*rows(args, 3)))).backward()
+    for each in (theirs, mine):
+        sum((leaf**2).sum() for leaf in leaves(each(*rows(args, 3)))).backward()
     expected = {key: p.grad for key, p in theirs.named_parameters()}
     got = {key: p.grad for key, p in mine.named_parameters()}
     assert got.keys() == expected.keys()
@@ -349,22 +349,6 @@ def test_what_no_output_needs_is_dropped_and_told():
     assert "unused.bias" in note.text
 
 
-def net(forward: Callable[..., object], **parts: object) -> nn.Module:
-    """A module with the given parts and forward."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name, part in parts.items():
-                if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                    self.register_buffer(name, part)
-                else:
-                    setattr(self, name, part)
-
-    Net.forward = forward
-    return Net()
-
-
 @dataclass
 class Answer:
     logits: Tensor
@@ -436,87 +420,6 @@ def test_dropout_inside_attention_is_told():
     model = net(forward, attend=nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True))
     result = trace(model, (torch.randn(2, 5, 8),), {})
     assert [(note.code, note.where) for note in result.notes] == [("trace.dropout-lost", "attend")]
-
-
-def write_slice(self, x):
-    y = self.fc(x)
-    y[:, 0] = 0
-    return y
-
-
-def keep_state(self, x):
-    self.calls += 1
-    return self.fc(x) * self.calls
-
-
-def loop_rows(self, x):
-    return torch.stack([self.fc(x[i]) for i in range(x.shape[0])])
-
-
-def autocast(self, x):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return self.fc(x)
-
-
-def linear(forward: Callable[..., object], **parts: object) -> Callable[[], nn.Module]:
-    return lambda: net(forward, fc=nn.Linear(4, 3), **parts)
-
-
-FOUR = (torch.randn(2, 4),)
-REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[object, ...], str, str]] = {
-    "batch of 2304": (nets.BrokenTutorialCNN, image(32), r"fails on a batch of 2: shape '\[-1, 2304\]'", "x.view"),
-    "two rows of one": (nets.BrokenView, image(8), r"shape \(4, 10\) for 2 rows", "nets.py"),
-    "mixed rows": (nets.MixingNet, (torch.randn(1, 4),), "rows are mixed", ""),
-    "if on a value": (nets.ControlFlowNet, FOUR, "cannot be exported", "if x.sum() > 0"),
-    "a written slice": (linear(write_slice), FOUR, "view of a tensor", "`fc`"),
-    "state": (linear(keep_state, calls=torch.zeros(())), FOUR, "two equal calls", ""),
-    "random": (linear(lambda self, x: self.fc(x) + torch.rand(3)), FOUR, "two equal calls", ""),
-    "always dropout": (linear(lambda self, x: F.dropout(self.fc(x))), FOUR, "two equal calls", ""),
-    "a loop over rows": (linear(loop_rows), FOUR, "fixes the batch size", ""),
-    "a batch literal": (linear(lambda self, x: self.fc(x.view(2, 4))), FOUR, "fails on a batch of 1", "test_trace.py"),
-    "one number": (linear(lambda self, x: self.fc(x).sum()), FOUR, "one number for 2 rows", ""),
-    "a value": (linear(lambda self, x: self.fc(x) * x.max().item()), FOUR, "aten.item", "`fc`"),
-    "numpy": (linear(lambda self, x: torch.from_numpy(x.detach().numpy())), FOUR, "cannot be exported", "numpy"),
-    "autocast": (linear(autocast), FOUR, "autocast", ""),
-    "no output": (linear(lambda self, x: None), FOUR, "no tensor back", ""),
-    "nested": (nets.MLP, ([torch.randn(2, 12)],), "input `x` is a list", ""),
-    "no rows": (nets.MLP, (torch.randn(0, 12),), "no rows", ""),
-    "no tensor": (nets.OptionalNet, (3.0, 4.0), "no tensor", ""),
-    "too many inputs": (nets.MLP, (torch.randn(2, 12), torch.randn(2)), "does not fit", "forward"),
-    "wrong width": (nets.MLP, (torch.randn(2, 11),), "fails on a batch of 2: mat1 and mat2", "nets.py"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_a_graph_is_refused_with_place_and_fix(name):
-    make, args, what, where = REFUSED[name]
-    torch.manual_seed(0)
-    with pytest.raises(TraceError, match=what) as caught:
-        trace(make(), args, {})
-    error = caught.value
-    assert where in error.where
-    assert error.fix
-    assert "Traceback" not in str(error)
-    assert len(str(error)) < 1200
-    assert error.exit_code == 4
-
-
-def test_broken_weights_are_named():
-    model = nets.MLP()
-    with torch.no_grad():
-        model.body[0].weight[0, 0] = float("nan")
-        model.body[3].bias[1] = float("inf")
-    with pytest.raises(ModelError, match=r"body\.0\.weight, body\.3\.bias"):
-        trace(model, (torch.randn(2, 12),), {})
-
-
-def test_lazy_and_uncopyable_models_are_refused():
-    with pytest.raises(ModelError, match="uninitialised"):
-        trace(nn.Sequential(nn.LazyLinear(3)), (torch.randn(2, 4),), {})
-    model = net(lambda self, x: self.fc(x), fc=nn.Linear(4, 3))
-    model.fc.cached = model.fc.weight * 2  # as old weight_norm leaves it: a tensor with a history
-    with pytest.raises(ModelError, match="cannot be copied"):
-        trace(model, (torch.randn(2, 4),), {})
 
 
 def test_rows_of_the_example_may_be_one_or_many():

@@ -44,7 +44,16 @@ def annotate(module: fx.GraphModule) -> None:
             return
         inputs.append(_fake(mode, entry, inputs))
     with enable_python_dispatcher(), mode:  # as the export does: without it an LSTM asks for symbolic sizes in C++
-        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
+        _Sizes(module, mode).propagate_dont_convert_inputs(*inputs)
+
+
+class _Sizes(FakeTensorProp):
+    """Fake tensors through a graph; torch gives simulated quantization no sizes where the batch is free."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if str(getattr(target, "_overloadpacket", "")).startswith("aten.fake_quantize_per_"):
+            return torch.empty_like(args[0])
+        return super().call_function(target, args, kwargs)
 
 
 Input = tuple[torch.dtype, tuple[Any, ...]]
