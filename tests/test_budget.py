@@ -234,9 +234,7 @@ def test_a_budget_without_quality_gets_the_default_guard(task, has_labels, metri
     assert guard in note.text
 
 
-@pytest.mark.parametrize(
-    "own", ["drop<=3pt", "agreement>=50%", "accuracy>=1%", "worst_class_drop<=9pt"]
-)
+@pytest.mark.parametrize("own", ["drop<=3pt", "agreement>=50%", "accuracy>=1%", "worst_class_drop<=9pt"])
 def test_an_own_limit_on_quality_replaces_the_guard(own):
     wanted = parse(f"size<=50%, {own}")
     assert with_guard(wanted, "classify", True) == (wanted, None)
