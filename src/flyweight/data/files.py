@@ -20,7 +20,7 @@ from torch import nn
 
 from flyweight.errors import DataError, FlyweightError, ModelError, UnsafeFileError, UsageError
 
-__all__ = ["load_data", "load_model"]
+__all__ = ["load_data", "load_function", "load_model"]
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".pt2", ".mar", ".joblib")
 _LATER_MODELS = (".onnx", ".keras", ".h5", ".tflite")
@@ -69,6 +69,16 @@ def load_model(text: str, weights: str | os.PathLike[str] | None = None) -> nn.M
     if weights is not None:
         _load_weights(model, Path(weights))
     return model
+
+
+def load_function(text: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names. Raises UsageError if there is none."""
+    if not _is_reference(text):
+        raise UsageError(f"{text!r} names no function", fix="write package.module:function")
+    found = _resolve(text, "function")
+    if not callable(found):
+        raise UsageError(f"{text} is a {type(found).__name__}, not a function", fix="write package.module:function")
+    return found  # type: ignore[no-any-return]
 
 
 def _refuse_model_file(text: str, suffix: str) -> None:
