@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -150,8 +150,8 @@ def commit(folder: Folder, files: Sequence[str], meta: Mapping[str, Any]) -> Man
     return made
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a finished folder, after every file in it was compared with its SHA-256.
+def read_manifest(path: Path, but: Collection[str] = ()) -> Manifest:
+    """The manifest of a finished folder, after every file in it, `but` those named, was compared with its SHA-256.
 
     Raises UsageError if there is no such folder, UnsafeFileError if the run is unfinished, or a file is missing,
     damaged, or outside of the folder (it is named).
@@ -166,6 +166,8 @@ def read_manifest(path: Path) -> Manifest:
     manifest = _decode(root / MANIFEST, Manifest)
     for name, expected in manifest.files.items():
         file = _inside(root, name)
+        if name in but:
+            continue
         if not file.is_file():
             raise UnsafeFileError(f"{name} is missing", where=str(root), fix=_REMAKE)
         if file.stat().st_size != expected.bytes or _entry(file) != expected:
