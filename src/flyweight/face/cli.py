@@ -1,0 +1,257 @@
+"""The command line: every command is the twin of a function, with the same option names. Decides nothing.
+
+Commands import what they need when they run, so that `--help` loads no torch. How a command ends is in `exits`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flyweight import __version__
+from flyweight.errors import UsageError
+from flyweight.face import exits
+from flyweight.face.exits import Session
+from flyweight.face.options import (
+    ANY_THREADS,
+    DATA,
+    EXIT_CODES,
+    FOLDER,
+    FRESH,
+    GOAL,
+    JSON,
+    JUDGE,
+    MODEL,
+    PLAN,
+    QUIET,
+    RUN,
+    SEED,
+    TARGET,
+    WEIGHTS,
+    folder_option,
+    only_example,
+    only_test,
+    options,
+)
+
+if TYPE_CHECKING:
+    from flyweight.types import Plan, Results, Rule
+
+__all__ = ["cli", "main", "manual"]
+
+
+def main() -> None:
+    """Runs the command that `sys.argv` names and ends the process with its exit code."""
+    session = Session()
+    sys.exit(exits.guarded(lambda: cli.main(standalone_mode=False, obj=session, prog_name="flyweight"), session))
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+)
+@click.version_option(__version__, prog_name="flyweight")
+def cli() -> None:
+    """Makes trained neural networks smaller and faster, and proves it.
+
+    MODEL is package.module:factory (with --weights FILE.safetensors where it makes an untrained one). DATA is an .npz
+    file (arrays by input name, labels y) or package.module:callable. The result goes to stdout, progress to stderr; the
+    first Ctrl-C finishes the step, the second stops at once. The same command in the same folder resumes.
+    """
+
+
+@cli.command(short_help="Trains a small network on real digits and compresses it.")
+@options(folder_option("demo-out"), SEED, FRESH, JSON, QUIET)
+@click.pass_obj
+def demo(session: Session, workdir: str, seed: int, fresh: bool, as_json: bool, quiet: bool) -> int:
+    """Trains a small network on real digits and compresses it (one minute, offline)."""
+    from flyweight.face.demo import demo as run_demo
+
+    session.folder = Path(workdir)
+    with exits.finishing(session):
+        result = run_demo(Path(workdir), seed=seed, fresh=fresh, progress=not quiet, stop=session.stop)
+    return _shown(result.results, session.folder, as_json)
+
+
+@cli.command(short_help="Says what can be cut and rounded in MODEL, and why not.")
+@options(MODEL, WEIGHTS, only_example, JSON)
+def inspect(model: str, weights: str | None, example: str, as_json: bool) -> int:
+    """Says what can be cut and rounded in MODEL, and why the rest cannot; changes nothing."""
+    from flyweight.compress import inspect as look
+    from flyweight.data import load_model
+    from flyweight.face.printing import show
+
+    network = load_model(model, weights)
+    found = look(network, example=_first_call(network, example))
+    _print_json(found) if as_json else show(found)
+    return 0
+
+
+@cli.command(short_help="Says what compress would do and save.")
+@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, JSON, QUIET)
+@click.pass_obj
+def plan(session: Session, /, as_json: bool, **given: Any) -> int:
+    """Says what compress would do and what it would save; makes nothing but FOLDER/plan.json."""
+    from flyweight.compress import plan as make_plan
+    from flyweight.face.printing import show_plan
+
+    network, arguments = _arguments(session, given)
+    with exits.finishing(session):
+        made: Plan = make_plan(network, **arguments)
+    _print_json(made) if as_json else show_plan(made, arguments["workdir"])
+    return 0 if made.feasible else 1
+
+
+@cli.command(short_help="Makes MODEL smaller and faster inside the budget.")
+@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, JSON, QUIET)
+@click.pass_obj
+def compress(session: Session, /, as_json: bool, **given: Any) -> int:
+    """Makes MODEL smaller and faster inside the budget, and proves it."""
+    from flyweight.compress import compress as make
+
+    network, arguments = _arguments(session, given)
+    with exits.finishing(session):
+        result = make(network, **arguments)
+    return _shown(result.results, result.folder, as_json)
+
+
+@cli.command(short_help="Replays a plan on MODEL.")
+@options(MODEL, PLAN, WEIGHTS, *DATA, *JUDGE, *TARGET, *RUN, JSON, QUIET)
+@click.pass_obj
+def apply(session: Session, /, plan: str, as_json: bool, **given: Any) -> int:
+    """Replays PLAN (a plan.json) on MODEL: the same choices, made, verified and reported."""
+    from flyweight.compress import apply as replay
+
+    network, arguments = _arguments(session, given)
+    with exits.finishing(session):
+        result = replay(network, plan, **arguments)
+    return _shown(result.results, result.folder, as_json)
+
+
+@cli.command(short_help="Weighs the model in FOLDER again, on this machine.")
+@options(FOLDER, only_test, ANY_THREADS, JSON, QUIET)
+def verify(folder: Path, test: str | None, threads: int | None, as_json: bool, quiet: bool) -> int:
+    """Weighs the model in FOLDER again, on this machine; the folder is not changed."""
+    from flyweight.compress import verify as weigh
+    from flyweight.data import load_data
+
+    data = None if test is None else load_data(test)
+    return _shown(weigh(folder, test=data, threads=threads, progress=not quiet), folder, as_json)
+
+
+@cli.command(short_help="Writes FOLDER/report.html anew.")
+@options(FOLDER)
+def report(folder: Path) -> int:
+    """Writes FOLDER/report.html anew from FOLDER/results.json and prints its path."""
+    from flyweight.face.rebuild import rebuild
+
+    click.echo(rebuild(folder))
+    return 0
+
+
+@cli.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def bench() -> int:
+    """Refused by name until it is there."""
+    raise UsageError("flyweight bench comes with a later version", fix="flyweight verify FOLDER times a model again")
+
+
+# --- from options to arguments, from results to stdout ----------------------------------------------------------------
+def _arguments(session: Session, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(the model, the keyword arguments of the verb). Loads what the texts name."""
+    from flyweight.data import load_data, load_model
+
+    given = dict(options)
+    session.folder = Path(given["workdir"])
+    given["rules"] = tuple(_rule(text) for text in given.pop("rules", ()))
+    given["shapes"] = given["shapes"] or None
+    given["progress"] = not given.pop("quiet")
+    given["stop"] = session.stop
+    if "methods" in given:
+        given["methods"] = tuple(m.strip() for text in given["methods"] for m in text.split(",")) or None
+    else:  # a plan holds its budget and its rules
+        del given["rules"]
+    if "budget" in given:  # before minutes go into loading: a typo is found at once
+        _check_budget(given)
+    model = load_model(given.pop("model"), given.pop("weights"))
+    for role in ("calib", "tune", "test"):
+        given[role] = None if given[role] is None else load_data(given[role])
+    given["example"] = None if given["example"] is None else _first_call(model, given["example"])
+    for name in ("metric", "divergence", "evaluate"):
+        given[name] = _function(given[name])
+    return model, given
+
+
+def _check_budget(given: Mapping[str, Any]) -> None:
+    from flyweight import budget
+
+    metric = given["metric"]
+    named: dict[str, Any] = {} if metric is None else {re.split("[:.]", metric)[-1]: given["better"]}
+    budget.parse(given["budget"], given["prefer"], {**budget.METRICS, **named})
+
+
+def _rule(text: str) -> Rule:
+    from flyweight.types import Rule
+
+    pattern, colon, word = text.rpartition(":")
+    if not colon or not pattern or not (word.isdigit() or word == "keep"):
+        raise UsageError(f"--rule {text!r} is no rule", fix="write PATTERN:8, PATTERN:32 or PATTERN:keep")
+    return Rule(pattern, None if word == "keep" else int(word), keep=word == "keep")
+
+
+def _function(text: str | None) -> Any:
+    """The function that `package.module:function` names; other texts are names and stay as they are."""
+    from flyweight.data.files import load_function
+
+    return load_function(text) if text is not None and ":" in text else text
+
+
+def _first_call(model: Any, text: str) -> Any:
+    from flyweight.data import first_batch, load_data, roles
+
+    return first_batch(roles(model, calib=load_data(text)).calib)
+
+
+def _print_json(record: Any) -> None:
+    from flyweight.types import to_json
+
+    exits.print_bytes(to_json(record))
+
+
+def _shown(results: Results, folder: Path, as_json: bool) -> int:
+    """The exit code of `results`, after they went to stdout."""
+    if as_json:
+        _print_json(results)
+    else:
+        from flyweight.face.printing import show_results
+
+        show_results(results, folder)
+    if any(claim.kind == "proof" and claim.state == "fails" for claim in results.claims):
+        return 6
+    return 0 if results.budget_met else 1
+
+
+def manual() -> str:
+    """`docs/cli.md`: what `--help` of every command says, 80 columns wide."""
+    parts = ["# The command line\n\nWhat `--help` prints; `tests/face/test_cli.py` keeps this page true."]
+    for names in [[], *([name] for name, command in sorted(cli.commands.items()) if not command.hidden)]:
+        parts.append(f"## {' '.join(['flyweight', *names])}\n\n```text\n{_help(names)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _help(names: Sequence[str]) -> str:
+    context = click.Context(cli, info_name="flyweight", terminal_width=80, max_content_width=80, **_NAMES)
+    command: click.Command = cli
+    for name in names:
+        command = cli.commands[name]
+        context = click.Context(command, context, info_name=name, terminal_width=80, max_content_width=80, **_NAMES)
+    return command.get_help(context)
+
+
+_NAMES: dict[str, Any] = {"help_option_names": ["-h", "--help"]}

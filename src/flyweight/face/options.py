@@ -1,0 +1,132 @@
+"""The options of the command line, each written once. Names are those of the functions' arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flyweight.face.exits import Session
+
+__all__ = [
+    "ANY_THREADS",
+    "DATA",
+    "EXIT_CODES",
+    "FOLDER",
+    "FRESH",
+    "GOAL",
+    "JSON",
+    "JUDGE",
+    "MODEL",
+    "PLAN",
+    "QUIET",
+    "RUN",
+    "SEED",
+    "TARGET",
+    "WEIGHTS",
+    "folder_option",
+    "only_example",
+    "only_test",
+    "options",
+]
+
+EXIT_CODES = """\b
+Exit codes:
+    0  done, every claim holds            6  verification failed
+    1  done, a promise fails or stays     7  a runtime or extra is missing
+       undecided (the best is saved)      8  disk, memory or time ran out
+    2  usage or configuration             9  the folder is in use
+    3  a file is unsafe or corrupt      101  our bug
+    4  model or target unsupported      130  interrupted by Ctrl-C
+    5  bad data                         143  stopped by SIGTERM
+"""
+TASKS = ("auto", "classify", "multilabel", "embed", "regress", "generate", "custom")
+
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def options(*found: Option) -> Option:
+    """One decorator that adds all of `found`, in this order, and -v."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed((*found, VERBOSE)):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _option(*names: str, help: str, **settings: Any) -> Option:
+    return click.option(*names, help=help, **settings)
+
+
+def _shown(*names: str, default: Any, help: str, **settings: Any) -> Option:
+    return click.option(*names, default=default, show_default=True, help=help, **settings)
+
+
+def _verbose(context: click.Context, _option: click.Parameter, count: int) -> None:
+    context.ensure_object(Session).verbosity = count
+
+
+def folder_option(default: str) -> Option:
+    """Where a run writes."""
+    return _shown("-o", "--workdir", default=default, metavar="FOLDER", help="Where everything is written.")
+
+
+MODEL: Option = click.argument("model", metavar="MODEL")
+PLAN: Option = click.argument("plan", metavar="PLAN")
+FOLDER: Option = click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path))
+
+WEIGHTS = _option("--weights", metavar="FILE", help="Weights of MODEL, a .safetensors file.")
+FRESH = _option("--fresh", is_flag=True, help="Start over in the folder instead of resuming.")
+SEED = _shown("--seed", type=int, default=0, help="Same seed, same table: same plan, same bytes.")
+JSON = _option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables.")
+QUIET = _option("--quiet", is_flag=True, help="No progress on stderr.")
+VERBOSE = _option(
+    "-v", "--verbose", count=True, expose_value=False, callback=_verbose, help="-vv shows the traceback of an error."
+)
+ANY_THREADS = _option("--threads", type=click.IntRange(min=1), help="Threads to time with.  [default: as in the run]")
+only_example = _option("--example", metavar="DATA", required=True, help="What a call looks like: its first batch.")
+only_test = _option("--test", metavar="DATA", help="Data to weigh the quality on.")
+
+DATA = (
+    _option("--calib", metavar="DATA", required=True, help="Inputs that steer the compression; labels are ignored."),
+    _option("--tune", metavar="DATA", help="Data that choose between candidates."),
+    _option("--test", metavar="DATA", help="Data that are read once, at the end."),
+    _option("--example", metavar="DATA", help="What a call looks like: its first batch.  [default: of --calib]"),
+)
+GOAL = (
+    _option("--budget", metavar="TEXT", required=True, help='The limits: "latency<=50%, size<=25%, drop<=1pt".'),
+    _option(
+        "--prefer",
+        type=click.Choice(["quality", "latency", "size"]),
+        help="What is best inside the budget.  [default: quality]",
+    ),
+    _option("--methods", multiple=True, metavar="NAMES", help="Methods to use, comma separated.  [default: all]"),
+    _option("--keep", multiple=True, metavar="PATTERN", help="Layers to leave alone, by name. Repeatable."),
+    _option(
+        "--rule", "rules", multiple=True, metavar="PATTERN:BITS",
+        help="Bits of the layers whose names match: 8, 32 or keep. Repeatable.",
+    ),
+)  # fmt: skip
+JUDGE = (
+    _shown("--task", type=click.Choice(TASKS), default="auto", help="What the model does; decides the divergence."),
+    _option("--metric", metavar="NAME", help="accuracy, … or package.module:function.  [default: the task's]"),
+    _option("--divergence", metavar="REF", help="package.module:function(reference_outputs, outputs)."),
+    _option("--evaluate", metavar="REF", help="package.module:function(predict) for metrics that are no means."),
+    _shown("--better", type=click.Choice(["higher", "lower"]), default="higher", help="Which way it is better."),
+)
+TARGET = (
+    _shown("--target", default="onnxruntime", help="The runtime that will run the model."),
+    _shown("--threads", type=click.IntRange(min=1), default=1, help="Threads to time with."),
+    _option("--shapes", multiple=True, metavar="SHAPE", help="Shapes to time: batch=8, …  [default: batch=1]"),
+    _option("--table", metavar="FILE", help="A latency table made earlier: then the plan needs no clock."),
+)
+RUN = (
+    _option("--time-limit", metavar="TIME", help="90s, 20m, 1.5h: then stops between two steps, resumable."),
+    SEED,
+    folder_option("out"),
+    FRESH,
+)
