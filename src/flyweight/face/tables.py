@@ -75,7 +75,7 @@ def _escape(char: str) -> str:
 
 def cleaned(results: Results) -> Results:
     """The same results with every string, key and value, through `clean`; prose keeps its line breaks."""
-    return msgspec.convert(_clean_tree(msgspec.to_builtins(results), ""), Results)
+    return msgspec.convert(_clean_tree(msgspec.to_builtins(results, order="deterministic"), ""), Results)
 
 
 def _clean_tree(value: Any, field: str) -> Any:
