@@ -1,0 +1,62 @@
+"""flyweight makes trained neural networks smaller and faster, and proves it.
+
+    import flyweight as fw
+    result = fw.compress(model, calib=loader, budget="latency<=50%, size<=30%")
+
+Importing this is cheap: torch is loaded when a verb is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Budget": "flyweight.budget:budget",
+    "FlyweightError": "flyweight.errors:FlyweightError",
+    "Note": "flyweight.types:Note",
+    "Plan": "flyweight.types:Plan",
+    "Result": "flyweight.compress:Result",
+    "Results": "flyweight.types:Results",
+    "apply": "flyweight.compress:apply",
+    "compress": "flyweight.compress:compress",
+    "data": "flyweight.data:data",
+    "inspect": "flyweight.compress:inspect",
+    "load": "flyweight.compress:load",
+    "plan": "flyweight.compress:plan",
+    "rule": "flyweight.compress:rule",
+    "verify": "flyweight.compress:verify",
+}
+
+__all__ = [
+    "Budget",
+    "FlyweightError",
+    "Note",
+    "Plan",
+    "Result",
+    "Results",
+    "apply",
+    "compress",
+    "data",
+    "inspect",
+    "load",
+    "plan",
+    "rule",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from flyweight.budget import budget as Budget
+    from flyweight.compress import Result, apply, compress, inspect, load, plan, rule, verify
+    from flyweight.data import data
+    from flyweight.errors import FlyweightError
+    from flyweight.types import Note, Plan, Results
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flyweight' has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

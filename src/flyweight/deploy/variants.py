@@ -87,6 +87,9 @@ def _any_width(
         fresh = f"{node.input[1]}/any"
         new[fresh] = numpy_helper.from_array(np.array([0, -1], dtype=np.int64), fresh)
         node.input[1] = fresh
+        kept = [a for a in node.attribute if a.name != "allowzero"]  # 0 is to mean "as it was"
+        del node.attribute[:]
+        node.attribute.extend(kept)
 
 
 def with_float_layer(model: onnx.ModelProto, layer: str) -> onnx.ModelProto:

@@ -3,56 +3,118 @@
 Layers compressed one by one assume exact inputs. Walking the network in order, the least-squares weights from the
 compressed inputs x~ to the original outputs y take the errors made so far into account:
 W* = (E[y x~^T] + r W') (E[x~ x~^T] + r I)^-1, shrunk towards the weights W' it starts from.
-Source: METHODS 2.8 (pass 2); Li et al. 2025, arXiv:2504.02692 (GPTAQ), eq. 8, for the idea; ours solves for all weights.
+Source: METHODS 2.8 (pass 2); the idea as in Li et al. 2025, arXiv:2504.02692 (GPTAQ), who fit rounded weights.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from flyweight.graph.operators import Layer, input_rows, layers, matrix, set_matrix
+from flyweight.numerics.moments import add_rows, empty_moments
+from flyweight.numerics.obs import row_errors
 
 __all__ = ["resolve"]
 
 Batch = tuple[Tensor, ...]
+RIDGE = 0.01  # of the mean diagonal: how strongly the old weights hold
+POSITIONS = 32
+MEMORY_BYTES = 600_000_000  # for the values of both networks that are alive at once
 
 
 def resolve(
     graph: fx.GraphModule,
     original: fx.GraphModule,
     kept: Mapping[str, Sequence[int]],
-    calib: Callable[[], Iterable[Batch]],
+    batches: Iterable[Batch],
     *,
-    names: Sequence[str] | None = None,
-    ridge: float = 0.01,
-    positions: int = 32,
-    accept: Callable[[fx.GraphModule], float] | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> fx.GraphModule:
     """A copy of `graph` whose layers are fitted again, in graph order, to the outputs of `original`.
 
-    `kept` maps a layer to the output rows it still has (missing: all). With `accept` (smaller is better, on data not
-    used here) a layer's new weights stay only if they do not make it worse.
+    Both hold the same nodes (`graph` was cut from `original`). `kept` maps a layer to the output rows it still has
+    (missing: all). Norms get the statistics of the new outputs. All batches pass through one node before the next, so
+    the cost is one run of each network; as many batches are used as fit into MEMORY_BYTES.
     """
     result = copy.deepcopy(graph)
-    best = accept(result) if accept else 0.0
     present = layers(result)
-    for done, name in enumerate(names if names is not None else present):
-        layer = present[name]
-        before = {n: copy.deepcopy(result.get_submodule(n).state_dict()) for n in (name, layer.norm) if n}
-        if len(layer.nodes) == 1:
-            _fit(result, original, layer, kept.get(name), calib(), ridge, positions)
-            value = accept(result) if accept else 0.0
-            if value > best:
-                for n, state in before.items():
-                    result.get_submodule(n).load_state_dict(state)
-            best = min(best, value)
-        advance(done)
+    new, old = _Flow(result), _Flow(original)
+    feeds = _affordable(original, batches)
+    with torch.no_grad():
+        for mine, theirs in zip(list(result.graph.nodes), list(original.graph.nodes), strict=True):
+            layer = present.get(str(mine.target)) if mine.op == "call_module" else None
+            if layer is not None and len(layer.nodes) == 1:
+                _fit(result, original, layer, kept.get(layer.name), new.inputs(mine), old.inputs(theirs))
+                advance(1)
+            new.step(mine, feeds)
+            old.step(theirs, feeds)
     return result
+
+
+def _affordable(graph: fx.GraphModule, batches: Iterable[Batch]) -> list[Batch]:
+    """The first batches whose values fit: about four of a network's largest values are alive at once, in two networks."""
+    largest = 1
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.ndim > 1:
+            largest = max(largest, 4 * int(torch.Size(int(s) for s in value.shape[1:]).numel()))
+    budget = MEMORY_BYTES // (8 * largest)
+    chosen: list[Batch] = []
+    seen = 0
+    for batch in batches:
+        chosen.append(batch)
+        seen += len(batch[0])
+        if seen + len(batch[0]) > budget:
+            break
+    return chosen
+
+
+class _Flow:
+    """The values of one network for all batches, alive as long as a later node reads them."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.runner = fx.Interpreter(graph, garbage_collect_values=False)
+        self.values: dict[fx.Node, list[object]] = {}
+        self.inputs_seen = 0
+        last: dict[fx.Node, fx.Node] = {}
+        for node in graph.graph.nodes:
+            last |= dict.fromkeys(node.all_input_nodes, node)
+        self.dying: dict[fx.Node, list[fx.Node]] = {}
+        for node, reader in last.items():
+            self.dying.setdefault(reader, []).append(node)
+
+    def inputs(self, node: fx.Node) -> list[Tensor]:
+        """The first argument of a call, for every batch."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return self.values[source]  # type: ignore[return-value]
+
+    def step(self, node: fx.Node, feeds: Sequence[Batch]) -> None:
+        """Computes a node for all batches and forgets what nobody reads any more."""
+        if node.op == "placeholder":
+            self.values[node] = [feed[self.inputs_seen] for feed in feeds]
+            self.inputs_seen += 1
+        elif node.op != "output":
+            found = []
+            for i in range(len(feeds)):
+                self.runner.env = {n: self.values[n][i] for n in node.all_input_nodes}
+                found.append(self.runner.run_node(node))
+            self.values[node] = found
+        for done in self.dying.get(node, []):
+            del self.values[done]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    weights: Tensor
+    mean: Tensor  # of the new outputs, without the bias
+    variance: Tensor
+    lost: Tensor  # what the new outputs lack of the old ones on average
 
 
 def _fit(
@@ -60,76 +122,46 @@ def _fit(
     original: fx.GraphModule,
     layer: Layer,
     rows_kept: Sequence[int] | None,
-    batches: Iterable[Batch],
-    ridge: float,
-    positions: int,
+    new: Sequence[Tensor],
+    old: Sequence[Tensor],
 ) -> None:
     module, teacher = result.get_submodule(layer.name), original.get_submodule(layer.name)
-    centred = layer.bias or bool(layer.norm)
-    target = matrix(teacher)[rows_kept if rows_kept is not None else slice(None)]
-    new, old = _Inputs(result, layer.name), _Inputs(original, layer.name)
-    count, mean_new, mean_old = 0, 0.0, 0.0
-    second, cross = 0.0, 0.0
+    index = slice(None) if rows_kept is None else list(rows_kept)
+    found = _solved(module, teacher, matrix(teacher)[index], layer.bias or bool(layer.norm), new, old)
+    set_matrix(module, found.weights)
     with torch.no_grad():
-        for batch in batches:
-            x = input_rows(module, new(batch), count, positions).double()
-            y = input_rows(teacher, old(batch), count, positions).double() @ target.T
-            count += len(batch[0])
-            second, cross = second + x.T @ x, cross + y.T @ x
-            mean_new, mean_old = mean_new + x.sum(0), mean_old + y.sum(0)
-            total = len(x) if count == len(batch[0]) else total + len(x)
-    second, cross, mean_new, mean_old = second / total, cross / total, mean_new / total, mean_old / total
-    if centred:
-        second = second - torch.outer(mean_new, mean_new)
-        cross = cross - torch.outer(mean_old, mean_new)
+        if layer.norm:  # what re-estimation would find, without another pass
+            norm = result.get_submodule(layer.norm)
+            norm.running_mean.copy_(found.mean + (0 if module.bias is None else module.bias))  # type: ignore[operator,union-attr]
+            norm.running_var.copy_(found.variance)  # type: ignore[operator,union-attr]
+        elif layer.bias:
+            module.bias.copy_(teacher.bias[index] + found.lost.to(module.bias.dtype))  # type: ignore[index,operator,union-attr,arg-type]
+
+
+def _solved(
+    module: torch.nn.Module,
+    teacher: torch.nn.Module,
+    target: Tensor,
+    centred: bool,
+    new: Sequence[Tensor],
+    old: Sequence[Tensor],
+) -> _Fit:
+    """Moments of the compressed inputs beside the original outputs, and the weights that follow."""
     start = matrix(module)
-    r = ridge * float(second.diagonal().mean())
-    solved = torch.linalg.solve(second + r * torch.eye(len(second), dtype=torch.float64), (cross + r * start).T).T
-    set_matrix(module, solved)
-    if centred:
-        _match_constants(result, layer, mean_old - solved @ mean_new, teacher, rows_kept)
-    if layer.norm:
-        _set_norm(result.get_submodule(layer.norm), solved @ mean_new, ((solved @ second) * solved).sum(1))
+    width, seen = start.shape[1], 0
+    both = empty_moments(width + len(target))
+    for x, y in zip(new, old, strict=True):
+        rows = input_rows(module, x, seen, POSITIONS)
+        wanted = input_rows(teacher, y, seen, POSITIONS) @ target.T.to(y.dtype)
+        both = add_rows(both, torch.cat([rows, wanted], 1))
+        seen += len(x)
+    moment = both.gram if centred else both.raw
+    second, cross = moment[:width, :width], moment[width:, :width]
+    ridge = RIDGE * float(second.diagonal().mean()) + 1e-12
+    held = second + ridge * torch.eye(width, dtype=second.dtype)
+    weights = torch.linalg.solve(held, (cross + ridge * start).T).T
+    mean = weights @ both.mean[:width]
+    variance = row_errors(weights, both.gram[:width, :width])
+    return _Fit(weights, mean, variance, both.mean[width:] - mean)
 
 
-def _match_constants(
-    result: fx.GraphModule, layer: Layer, lost: Tensor, teacher: torch.nn.Module, rows_kept: Sequence[int] | None
-) -> None:
-    """Gives the constant between both outputs to the bias."""
-    module = result.get_submodule(layer.name)
-    if layer.bias and not layer.norm:
-        index = slice(None) if rows_kept is None else list(rows_kept)
-        with torch.no_grad():
-            module.bias.copy_((teacher.bias[index].double() + lost).to(module.bias.dtype))  # type: ignore[index,operator,union-attr,arg-type]
-
-
-def _set_norm(norm: torch.nn.Module, mean: Tensor, variance: Tensor) -> None:
-    """The statistics of the outputs as they are now: what re-estimation would find, without another pass."""
-    with torch.no_grad():
-        norm.running_mean.copy_(mean)  # type: ignore[operator,union-attr]
-        norm.running_var.copy_(variance)  # type: ignore[operator,union-attr]
-
-
-class _Inputs(fx.Interpreter):
-    """The first argument of a layer's call, everything behind it left out."""
-
-    def __init__(self, graph: fx.GraphModule, layer: str) -> None:
-        super().__init__(graph)
-        self.layer = layer
-
-    def __call__(self, batch: Batch) -> Tensor:
-        try:
-            self.run(*batch)
-        except _Found as found:
-            return found.value
-        raise AssertionError(f"{self.layer} is never called")
-
-    def call_module(self, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        if target == self.layer:
-            raise _Found(args[0])  # type: ignore[arg-type]
-        return super().call_module(target, args, kwargs)  # type: ignore[arg-type]
-
-
-class _Found(Exception):  # noqa: N818  it is no error
-    def __init__(self, value: Tensor) -> None:
-        self.value = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
@@ -18,7 +18,7 @@ from flyweight.methods import channels, int8
 from flyweight.recover.normstats import reestimate
 from flyweight.types import Note, Step
 
-__all__ = ["Network", "Prepared", "deliver", "prepared", "with_numbers"]
+__all__ = ["Network", "Prepared", "deliver", "prepared", "restructured", "with_numbers"]
 
 Batch = tuple[Tensor, ...]
 NUMBER_SAMPLES = 1024  # samples that ranges and rounding look at: their error is far below that of 8 bits
@@ -57,7 +57,7 @@ def deliver(
     if not numbers:
         return graph, ()
     ready = prepared(graph, network.example, {s.target for s in numbers}, calib)
-    return with_numbers(ready, numbers, largest), _folded_note(network, graph, ready.graph)
+    return with_numbers(ready, numbers, largest)[0], _folded_note(network, graph, ready.graph)
 
 
 def restructured(
@@ -77,23 +77,26 @@ def prepared(
     example: Batch,
     int8_layers: Collection[str],
     calib: Callable[[], Iterable[Batch]],
+    known: Stats | None = None,
 ) -> Prepared:
-    """A folded copy of `graph`, measured for rounding `int8_layers`."""
+    """A folded copy of `graph`, measured for rounding `int8_layers`. `known`: moments of their inputs, if they hold."""
     folded = copy.deepcopy(graph)
     fold_norms(folded, {layer.name: layer.norm for layer in layers(folded).values() if layer.norm})
     refresh(folded, example)
     pooled_means(folded)
     present = layers(folded)
-    wanted = {name: present[name] for name in int8_layers}
+    wanted = {} if known else {name: present[name] for name in int8_layers}
     values = {slot.node for slot in slots(folded, int8_layers)} | {slot.node for slot in slots(folded, list(present))}
-    return Prepared(folded, present, measure(folded, _first(calib(), NUMBER_SAMPLES), wanted, values))
+    stats = measure(folded, _first(calib(), NUMBER_SAMPLES), wanted, values)
+    return Prepared(folded, present, replace(stats, inputs=known.inputs) if known else stats)
 
 
-def with_numbers(ready: Prepared, steps: Sequence[Step], largest: int = int8.LARGEST) -> fx.GraphModule:
-    """A copy of the prepared graph with the layers of `steps` in int8."""
+def with_numbers(
+    ready: Prepared, steps: Sequence[Step], largest: int = int8.LARGEST
+) -> tuple[fx.GraphModule, dict[str, float]]:
+    """A copy of the prepared graph with the layers of `steps` in int8, and each layer's weight error."""
     graph = copy.deepcopy(ready.graph)
-    int8.apply(graph, ready.layers, steps, _slots(graph, steps), ready.stats, largest)
-    return graph
+    return graph, int8.apply(graph, ready.layers, steps, _slots(graph, steps), ready.stats, largest)
 
 
 def _slots(graph: fx.GraphModule, steps: Sequence[Step]) -> tuple[Slot, ...]:

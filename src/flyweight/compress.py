@@ -1,0 +1,284 @@
+"""The story: from a model, data and a budget to a verified artifact. Start reading here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import fx, nn
+
+from flyweight.deploy.folder import Folder, commit, open_folder, read_manifest
+from flyweight.deploy.latency import LatencyTable
+from flyweight.errors import UnsafeFileError, UsageError
+from flyweight.face.progress import Progress
+from flyweight.graph.program import load_files
+from flyweight.stages.again import Inspection, inspected, replayed, reweighed
+from flyweight.stages.buy import Purchase, buy
+from flyweight.stages.make import make, plan_of
+from flyweight.stages.quote import Quotes, Stage, quote
+from flyweight.stages.setup import Job, Settings, duration_s, job_of
+from flyweight.stages.write import write_all
+from flyweight.types import Budget, Note, Plan, Results, Rule, from_json, to_json
+
+__all__ = ["Result", "apply", "compress", "inspect", "load", "plan", "rule", "verify"]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What `compress` gives back. `model` is an ordinary fx.GraphModule of real modules; `folder` holds everything."""
+
+    results: Results
+    model: fx.GraphModule
+    plan: Plan
+    folder: Path
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What the user should know."""
+        return self.results.notes
+
+    @property
+    def budget_met(self) -> bool:
+        """Whether every promise holds."""
+        return self.results.budget_met
+
+    @property
+    def exit_code(self) -> int:
+        """0 if proof and promise hold, 1 if a promise fails or is undecided."""
+        return 0 if self.budget_met else 1
+
+    def __str__(self) -> str:
+        return f"{self.results.summary}\n{self.folder / 'report.html'}"
+
+
+def rule(pattern: str, *, bits: int | None = None, keep: bool = False) -> Rule:
+    """A word about the layers whose names match `pattern` (fnmatch): their bits (8 or 32), or to leave them alone."""
+    return Rule(pattern, bits, keep)
+
+
+def compress(
+    model: nn.Module,
+    *,
+    calib: Any,
+    budget: Budget | str | Mapping[str, object],
+    tune: Any = None,
+    test: Any = None,
+    example: Any = None,
+    task: str = "auto",
+    divergence: Callable[..., Any] | None = None,
+    metric: str | Callable[..., Any] | None = None,
+    evaluate: Callable[..., float] | None = None,
+    better: str = "higher",
+    prefer: str | None = None,
+    target: str = "onnxruntime",
+    threads: int = 1,
+    shapes: Sequence[str] | None = None,
+    table: LatencyTable | str | Path | None = None,
+    methods: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    rules: Sequence[Rule] = (),
+    recover: Any = None,
+    time_limit: str | float | None = None,
+    seed: int = 0,
+    workdir: str | Path = "out/",
+    progress: bool = True,
+    fresh: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """A smaller, faster copy of `model` inside `budget`, exported, verified and reported in `workdir`.
+
+    `model` is not changed. `calib` holds inputs (labels in it are ignored); `tune` chooses and `test` is read once at the
+    end (only `test`: split in two; neither: a part of `calib` is set aside). `metric` is a name or
+    fn(outputs, labels) -> one number per sample; `evaluate` is fn(predict) -> float for metrics that are no means, shown
+    in the report. `shapes`: "batch=8", …; default "batch=1" and those the budget names. `table`: a latency table made
+    earlier (a record or its file); with it the plan does not depend on the clock. `keep` and `rules` are patterns of layer
+    names. `time_limit`: seconds or "20m". The same call in the same folder resumes; `fresh` starts over.
+    `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that cannot be met is no error: the
+    nearest artifact is delivered with `budget_met` False.
+    """
+    run = _Run.of(
+        model, calib=calib, tune=tune, test=test, example=example, budget=budget, prefer=prefer, task=task,
+        divergence=divergence, metric=metric, evaluate=evaluate, better=better, target=target, threads=threads,
+        shapes=shapes, table=table, methods=methods, keep=keep, rules=rules, recover=recover, time_limit=time_limit,
+        seed=seed, workdir=workdir, progress=progress, fresh=fresh, stop=stop,
+    )  # fmt: skip
+    with run.open() as (job, folder, stage):
+        if folder.finished:
+            return _stored(folder)
+        quotes = quote(job, folder, stage)
+        purchase = buy(job, quotes, folder, stage)
+        return _delivered(job, quotes, purchase, folder, stage)
+
+
+def plan(
+    model: nn.Module, *, calib: Any, budget: Budget | str | Mapping[str, object], **arguments: Any
+) -> Plan:
+    """What `compress` would do with the same arguments: the plan, also written to workdir/plan.json; nothing is made.
+
+    Prices are measured (statistics, divergence, latency) and kept, so `compress` in the same folder goes on from here.
+    """
+    run = _Run.of(model, calib=calib, budget=budget, **arguments)
+    with run.open() as (job, folder, stage):
+        if folder.finished:
+            return _stored(folder).plan
+        quotes = quote(job, folder, stage)
+        made = plan_of(job, quotes, buy(job, quotes, folder, stage))
+        folder.write("plan.json", to_json(made))
+        return made
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan | str | Path,
+    *,
+    calib: Any,
+    **arguments: Any,
+) -> Result:
+    """Replays `plan` (a record or its file) on `model`: the same choices, made, verified and reported in `workdir`.
+
+    Arguments are those of `compress` but budget, prefer, methods and rules, which the plan holds. Raises UsageError if
+    the plan was made for another model.
+    """
+    found = plan if isinstance(plan, Plan) else _read_plan(Path(plan))
+    arguments = {"workdir": "out/", **arguments}
+    run = _Run.of(model, calib=calib, budget=found.budget, **arguments)
+    with run.open(extra_key={"plan": hashlib.sha256(to_json(found).encode()).hexdigest()}) as (job, folder, stage):
+        if folder.finished:
+            return _stored(folder)
+        if found.made_with.model_hash != job.model_hash:
+            raise UsageError(
+                "the plan was made for another model", why="the graph or the weights differ", fix="plan this model anew"
+            )
+        quotes, purchase = replayed(job, found, folder, stage)
+        return _delivered(job, quotes, purchase, folder, stage)
+
+
+def load(folder: str | Path) -> fx.GraphModule:
+    """The compressed model of a finished folder: an ordinary GraphModule in eval mode that trains and exports again.
+
+    Raises UnsafeFileError for an unfinished or damaged folder. Needs no class of the user's and runs no code.
+    """
+    path = Path(folder)
+    read_manifest(path)
+    return load_files(path)
+
+
+def verify(
+    folder: str | Path, *, test: Any = None, threads: int | None = None, progress: bool = True
+) -> Results:
+    """The results of a finished folder, weighed again here: latency on this machine, quality if `test` is given.
+
+    The folder is not changed. Raises UnsafeFileError for a damaged folder, VerificationError when the runtime here does
+    not answer what the graph computes.
+    """
+    with _progress(progress) as stage:
+        return reweighed(Path(folder), test, threads, stage)
+
+
+def inspect(model: nn.Module, *, example: Any) -> Inspection:
+    """What can be cut and rounded in `model`, and why the rest cannot; nothing is measured but proofs of the cuts."""
+    return inspected(model, example)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The arguments of a verb, checked as far as names go."""
+
+    model: nn.Module
+    data: Mapping[str, Any]
+    settings: Settings
+    workdir: Path
+    progress: bool
+    fresh: bool
+    stop: Callable[[], bool]
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        *,
+        calib: Any,
+        budget: Budget | str | Mapping[str, object],
+        tune: Any = None,
+        test: Any = None,
+        example: Any = None,
+        table: LatencyTable | str | Path | None = None,
+        time_limit: str | float | None = None,
+        recover: Any = None,
+        keep: Sequence[str] = (),
+        rules: Sequence[Rule] = (),
+        workdir: str | Path = "out/",
+        progress: bool = True,
+        fresh: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+        **others: Any,
+    ) -> _Run:
+        if recover is not None:
+            raise UsageError("recover comes with a later version", fix="leave it out")
+        known = {field.name for field in dataclasses.fields(Settings)}
+        unknown = sorted(set(others) - known)
+        if unknown:
+            raise UsageError(f"unknown argument {unknown[0]!r}", fix="see the signature of flyweight.compress")
+        settings = Settings(
+            budget, table=_read_table(table), time_limit_s=duration_s(time_limit), keep=tuple(keep), rules=tuple(rules),
+            **others,
+        )  # fmt: skip
+        data = {"calib": calib, "tune": tune, "test": test, "example": example}
+        return _Run(model, data, settings, Path(workdir), progress, fresh, stop)
+
+    @contextmanager
+    def open(self, extra_key: Mapping[str, Any] | None = None) -> Iterator[tuple[Job, Folder, Stage]]:
+        """The job, the folder held for it and the progress, for the length of a `with`."""
+        with _progress(self.progress) as stage:
+            job = job_of(self.model, **self.data, settings=self.settings, stop=self.stop)
+            key = {**job.key(), **(extra_key or {})}
+            with open_folder(self.workdir, fresh=self.fresh, run_key=key) as folder:
+                yield job, folder, stage
+
+
+def _delivered(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Stage) -> Result:
+    made = make(job, quotes, purchase, folder, stage)
+    commit(folder, write_all(made, folder), {"budget_met": made.results.budget_met, "summary": made.results.summary})
+    return Result(made.results, made.graph, made.results.plan, folder.path)
+
+
+def _stored(folder: Folder) -> Result:
+    """The result of a run that had finished."""
+    read_manifest(folder.path)
+    results = from_json((folder.path / "results.json").read_bytes(), Results)
+    return Result(results, load_files(folder.path), results.plan, folder.path)
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Stage]:
+    with Progress(enabled=shown) as progress:
+
+        def stage(name: str, total: int) -> Callable[[int], None]:
+            return progress.stage(name, total=total).advance
+
+        yield stage
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return from_json(path.read_bytes(), Plan)
+    except OSError as error:
+        raise UsageError(f"the plan cannot be read: {error.strerror}", where=str(path)) from error
+    except msgspec.MsgspecError as error:
+        raise UnsafeFileError("this is no plan of flyweight", where=str(path), why=str(error)) from error
+
+
+def _read_table(table: LatencyTable | str | Path | None) -> LatencyTable | None:
+    if table is None or isinstance(table, LatencyTable):
+        return table
+    try:
+        return from_json(Path(table).read_bytes(), LatencyTable)
+    except OSError as error:
+        raise UsageError(f"the latency table cannot be read: {error.strerror}", where=str(table)) from error
+    except msgspec.MsgspecError as error:
+        raise UnsafeFileError("this is no latency table of flyweight", where=str(table), why=str(error)) from error

@@ -1,0 +1,174 @@
+"""Verbs that start from something made before: replay a plan, weigh a folder again, look at a model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from flyweight.audit.quality import Yardstick
+from flyweight.data import bind_example, roles
+from flyweight.deploy.clock import Timings
+from flyweight.deploy.folder import Folder, read_manifest
+from flyweight.errors import DataError, UsageError, VerificationError
+from flyweight.graph.axes import groups
+from flyweight.graph.measure import measure
+from flyweight.graph.operators import layers
+from flyweight.graph.program import load_files
+from flyweight.graph.surgery import prove
+from flyweight.graph.trace import trace
+from flyweight.search.problem import Solution
+from flyweight.stages.buy import REFERENCE_FILE, Purchase, delivered, reference_of
+from flyweight.stages.deliver import Network
+from flyweight.stages.make import ARTIFACT_FILE
+from flyweight.stages.price import Menu, Sizes
+from flyweight.stages.quote import Quotes, Stage
+from flyweight.stages.setup import Job
+from flyweight.stages.tell import parameters
+from flyweight.stages.weigh import COMPRESSED, ORIGINAL, behaviour_of, clocked, evidence, parity, promises, quality_row
+from flyweight.types import Decision, Note, Plan, Results, Site, from_json
+
+__all__ = ["GroupLook", "Inspection", "LayerLook", "inspected", "replayed", "reweighed"]
+
+
+class LayerLook(msgspec.Struct, frozen=True):
+    """A layer as `inspect` sees it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    macs: int
+
+
+class GroupLook(msgspec.Struct, frozen=True):
+    """A group of coupled channels; `frozen` says why nothing can be cut, "" if the cut is proven."""
+
+    name: str
+    channels: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    frozen: str
+
+
+class Inspection(msgspec.Struct, frozen=True):
+    """What `inspect` found."""
+
+    parameters: int
+    macs: int
+    layers: tuple[LayerLook, ...]
+    groups: tuple[GroupLook, ...]
+    notes: tuple[Note, ...]
+
+
+def inspected(model: nn.Module, example: Any) -> Inspection:
+    """The layers and groups of a model, every cut proven or refused with the reason."""
+    call = bind_example(model, example)
+    traced = trace(model, call.args, call.kwargs)
+    rows = tuple(x[torch.arange(2) % len(x)] for x in call.inputs)
+    found = layers(traced.module)
+    looks = []
+    for group in groups(traced.module):
+        reason = group.frozen or prove(traced.module, group, rows)
+        readers = tuple(use.layer for use in group.consumers)
+        looks.append(GroupLook(group.name, group.size, group.producers, readers, reason))
+    return Inspection(
+        parameters=parameters(traced.module),
+        macs=sum(one.macs for one in found.values()),
+        layers=tuple(
+            LayerLook(n, one.kind, _shape(traced.module, n), math.prod(_shape(traced.module, n)), one.macs)
+            for n, one in found.items()
+        ),
+        groups=tuple(looks),
+        notes=traced.notes,
+    )
+
+
+def _shape(graph: nn.Module, name: str) -> tuple[int, ...]:
+    weight = graph.get_submodule(name).weight
+    assert isinstance(weight, torch.Tensor)
+    return tuple(weight.shape)
+
+
+def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes, Purchase]:
+    """The quotes (statistics only) and the purchase of a plan made before."""
+    present = layers(job.graph)
+    known = {g.name: g for g in groups(job.graph)}
+    steps = tuple(step for option in plan.choices.values() for step in option.steps)
+    missing = [s.target for s in steps if s.target not in known and s.target not in present]
+    if missing:
+        raise UsageError(f"the plan changes {missing[0]!r}, which the model does not have", fix="plan this model anew")
+    advance = stage("measure", job.roles.calib.samples)
+    stats = measure(job.graph, job.calib(), present, advance=advance)
+    network = Network(job.graph, present, known, stats, job.example)
+    quotes = Quotes(network, Menu(present, (), (), {}, (), Sizes(0, 0.0)), (), {}, ())
+    graph, notes = delivered(job, quotes, steps)
+    reference = reference_of(job, folder)
+    costs = {"size": float(plan.predicted.file_bytes or 0), "macs": float(plan.predicted.macs)}
+    solution = Solution((), plan.error, costs, plan.error, 0.0, plan.feasible, plan.binding)
+    made = tuple(
+        Decision(Site(name, "channels" if name.startswith("channels:") else "numbers", ()), option, "as planned", (option,))
+        for name, option in plan.choices.items()
+    )
+    return quotes, Purchase(plan.choices, steps, solution, graph, notes, None, reference, (), made)
+
+
+def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Results:
+    """The results of a folder with everything that can differ here measured again."""
+    read_manifest(folder)
+    results = from_json((folder / "results.json").read_bytes(), Results)
+    graph = load_files(folder)
+    if test is None:
+        raise DataError(
+            "verify needs test data: inputs to answer, labels if the budget has limits that need them",
+            fix="give test= (--test), the same kind of data as for compress",
+        )
+    data = _labelled(graph, test)
+    advance = stage("verify", 3)
+    count = threads or results.threads
+    planned = len(graph.meta.get("numbers", {}))
+    proofs = parity(graph, folder / ARTIFACT_FILE, data, planned, len(results.layers), results.target, count)
+    if any(claim.state == "fails" for claim in proofs):
+        raise VerificationError(
+            "the artifact does not answer here what the graph computes", where=str(folder / ARTIFACT_FILE)
+        )
+    advance(1)
+    reference = folder / REFERENCE_FILE
+    found = evidence(graph, reference, folder / ARTIFACT_FILE, data, results.target, count)
+    advance(1)
+    files = {ORIGINAL: reference, COMPRESSED: folder / ARTIFACT_FILE}
+    timings = clocked(graph, files, data, results.shapes, results.target, count)
+    advance(1)
+    return _updated(results, proofs, found, timings)
+
+
+def _updated(results: Results, proofs: Any, found: Any, timings: Timings) -> Results:
+    task = results.task.split(" ", 1)[0]
+    yardstick = Yardstick(task, results.metric or None)
+    before, after = results.rows[0], results.rows[-1]
+    costs = {
+        "size": (float(before.file_bytes), float(after.file_bytes)),
+        "macs": (float(before.macs), float(after.macs)),
+    }
+    promised = promises(results.budget, costs, timings, found, yardstick)
+    rows = tuple(
+        msgspec.structs.replace(
+            row,
+            latency_s={s: t.latency_s for s, t in timings.times[name].items()},
+            latency_share={s: t.share for s, t in timings.times[name].items()},
+            quality=quality_row(found, yardstick, name == COMPRESSED),
+        )
+        for row, name in ((before, ORIGINAL), (after, COMPRESSED))
+    )
+    return msgspec.structs.replace(
+        results,
+        rows=rows,
+        claims=(*proofs, *promised),
+        budget_met=all(claim.state == "holds" for claim in promised),
+        behaviour=behaviour_of(found, yardstick),
+    )
+

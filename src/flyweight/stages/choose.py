@@ -1,0 +1,120 @@
+"""From a menu and a budget to a choice: costs by exact search, quality by trying on tune."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flyweight.budget import is_quality, judge_limit
+from flyweight.deploy.latency import LatencyTable
+from flyweight.search.knapsack import solve
+from flyweight.search.pareto import frontier
+from flyweight.search.problem import Problem, Solution
+from flyweight.stages.price import Menu, steps
+from flyweight.types import Budget, Interval, Limit, Step
+
+__all__ = ["Choice", "Reference", "choose", "cost_limits", "goal", "steps_of"]
+
+TRIES = 12  # points of the frontier among which the cheapest good one is looked for
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The float original's costs: what shares are shares of."""
+
+    file_bytes: int
+    macs: int
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A chosen combination and how it did on tune (`quality`: limit, measured, state)."""
+
+    solution: Solution
+    quality: tuple[tuple[Limit, Interval, str], ...]
+    outcome: Any  # what `attempt` made of the steps
+    tried: int
+
+    @property
+    def good(self) -> bool:
+        """Whether every quality limit holds on tune."""
+        return all(state == "holds" for _, _, state in self.quality)
+
+
+Attempt = Callable[[Sequence[Step]], tuple[Any, Sequence[tuple[Limit, Interval]]]]
+
+
+def cost_limits(
+    budget: Budget, reference: Reference, table: LatencyTable | None, tighter: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """The search's limits: latency in shares of the reference at each shape, size in bytes, macs in numbers.
+
+    `tighter` multiplies limits by what an earlier round was off (a name as in the result -> factor below 1).
+    """
+    limits: dict[str, float] = {}
+
+    def add(name: str, value: float) -> None:
+        value *= (tighter or {}).get(name, 1.0)
+        limits[name] = min(value, limits.get(name, value))
+
+    for limit in budget.limits:
+        if is_quality(limit):
+            continue
+        if limit.quantity == "latency" and table is not None:
+            for shape in [limit.shape] if limit.shape else table.reference_s:
+                add(f"latency@{shape}", limit.value if limit.unit == "share" else limit.value / table.reference_s[shape])
+        elif limit.quantity == "size":
+            add("size", limit.value * (reference.file_bytes if limit.unit == "share" else 1))
+        elif limit.quantity == "macs":
+            add("macs", limit.value * (reference.macs if limit.unit == "share" else 1))
+    return limits
+
+
+def goal(budget: Budget, table: LatencyTable | None) -> str:
+    """The cost that `prefer` makes small inside the budget, or "error"."""
+    if budget.prefer == "latency" and table is not None:
+        return f"latency@{next(iter(table.reference_s))}"
+    return {"size": "size", "quality": "error"}.get(budget.prefer, "macs")
+
+
+def steps_of(menu: Menu, solution: Solution) -> tuple[Step, ...]:
+    """What a solution does, in the order of the menu."""
+    return tuple(step for v, option in enumerate(solution.choices) for step in steps(menu, v, option))
+
+
+def choose(
+    menu: Menu, built: Problem, budget: Budget, limits: Mapping[str, float], aim: str, attempt: Attempt
+) -> Choice:
+    """The best choice inside the budget: least error, or least cost whose quality limits hold on tune.
+
+    A budget of costs that cannot be met gives the nearest point (`solution.feasible` False, `solution.binding`).
+    """
+    best = solve(built, limits)
+    if aim == "error" or not best.feasible:
+        return _attempted(menu, best, attempt, 1)
+    points = list(frontier(built, aim, points=TRIES, limits=limits)) or [best]
+    points.sort(key=lambda p: p.costs[aim])
+    return _cheapest_good(menu, points, attempt)
+
+
+def _cheapest_good(menu: Menu, points: Sequence[Solution], attempt: Attempt) -> Choice:
+    """Bisection over the frontier, cheap to dear: errors fall along it, so what holds at one point holds behind it."""
+    low, high, tried = 0, len(points) - 1, 1
+    found = _attempted(menu, points[high], attempt, tried)
+    if not found.good:
+        return found
+    while low < high:
+        middle, tried = (low + high) // 2, tried + 1
+        trial = _attempted(menu, points[middle], attempt, tried)
+        if trial.good:
+            found, high = trial, middle
+        else:
+            low = middle + 1
+    return found
+
+
+def _attempted(menu: Menu, solution: Solution, attempt: Attempt, tried: int) -> Choice:
+    outcome, measured = attempt(steps_of(menu, solution))
+    quality = tuple((limit, value, judge_limit(limit, value)) for limit, value in measured)
+    return Choice(solution, quality, outcome, tried)

@@ -1,0 +1,284 @@
+"""The artifact: exported, checked against the runtime, weighed on the test data, and told as one record."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import fx
+
+from flyweight.deploy import machine
+from flyweight.deploy.clock import Timings
+from flyweight.deploy.folder import Folder
+from flyweight.deploy.formats.onnx import export, stored_name
+from flyweight.deploy.latency import table_hash
+from flyweight.deploy.runtimes import get
+from flyweight.errors import VerificationError
+from flyweight.graph.measure import fingerprint
+from flyweight.graph.operators import layers
+from flyweight.stages.buy import REFERENCE_FILE, Purchase
+from flyweight.stages.quote import Quotes, Stage
+from flyweight.stages.setup import Job
+from flyweight.stages.tell import forecasts, layer_rows, parameters
+from flyweight.stages.weigh import (
+    COMPRESSED,
+    ORIGINAL,
+    Evidence,
+    behaviour_of,
+    clocked,
+    evidence,
+    parity,
+    promises,
+    quality_row,
+)
+from flyweight.types import Artifact, Claim, Cost, Interval, Note, Plan, Provenance, Results, Row
+
+__all__ = ["ARTIFACT_FILE", "Made", "make", "plan_of"]
+
+ARTIFACT_FILE = "model.onnx"
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """The compressed graph and everything that was measured of it and of its file."""
+
+    graph: fx.GraphModule
+    results: Results
+
+
+def plan_of(job: Job, quotes: Quotes, purchase: Purchase) -> Plan:
+    """The record of a purchase: readable, replayable."""
+    table, solution = purchase.table, purchase.solution
+    made_with = Provenance(
+        model_hash=job.model_hash,
+        stats_hash=fingerprint(quotes.network.stats)[:32],
+        table_hash=table_hash(table) if table is not None else "",
+        seed=job.settings.seed,
+        versions=machine.versions(),
+    )
+    latency = {s: solution.costs[f"latency@{s}"] * t for s, t in (table.reference_s if table else {}).items()}
+    predicted = Cost(
+        macs=round(solution.costs["macs"]),
+        weight_bytes=round(solution.costs["size"]),
+        file_bytes=round(solution.costs["size"]),
+        latency_s=latency or None,
+    )
+    return Plan(purchase.choices, predicted, solution.error, job.budget, made_with, solution.feasible, solution.binding)
+
+
+def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Stage) -> Made:
+    """Exports the purchase to model.onnx and weighs it. Raises VerificationError (the file is set aside) when the
+    runtime does not answer what the graph computes."""
+    job.checkpoint("exporting")
+    started_s = time.monotonic()
+    advance = stage("export and verify", 4)
+    file = folder.write(ARTIFACT_FILE, lambda part: export(purchase.graph, job.example, part))
+    planned = list(purchase.graph.meta.get("numbers", {}))
+    fallen = get(job.settings.target).conformance(file, [stored_name(name) for name in planned])
+    advance(1)
+    data = job.roles.test or job.judged
+    proofs = parity(
+        purchase.graph, file, data, len(planned), len(quotes.network.layers), job.settings.target, job.settings.threads
+    )
+    _set_aside_unless_proven(folder, file, proofs)
+    advance(1)
+    reference = folder.path / REFERENCE_FILE
+    found = None
+    if job.roles.test is not None:
+        found = evidence(purchase.graph, reference, file, job.roles.test, job.settings.target, job.settings.threads)
+    advance(1)
+    left = job.time_left_s()
+    timings = clocked(
+        job.graph, {ORIGINAL: reference, COMPRESSED: file}, data, job.shapes, job.settings.target,
+        job.settings.threads, deadline_s=None if left is None else max(left, 5.0),
+    )  # fmt: skip
+    advance(1)
+    artifact = Artifact(
+        ARTIFACT_FILE, job.settings.target, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest(),
+        len(planned), len(planned) - len(fallen),
+    )  # fmt: skip
+    results = _results(job, quotes, purchase, artifact, fallen, proofs, found, timings, folder)
+    seconds = {"export and verify": time.monotonic() - started_s, "all": time.monotonic() - job.started_s}
+    return Made(purchase.graph, msgspec.structs.replace(results, seconds=seconds))
+
+
+def _set_aside_unless_proven(folder: Folder, file: Path, proofs: Sequence[Claim]) -> None:
+    failed = [claim for claim in proofs if claim.state == "fails"]
+    if not failed:
+        return
+    aside = folder.write(f"rejected/{ARTIFACT_FILE}", file.read_bytes())
+    os.remove(file)
+    raise VerificationError(
+        f"the exported file does not answer what the graph computes: {failed[0].name}",
+        where=str(aside),
+        why=f"off by {failed[0].measured:.3g} of the answers' spread; {failed[0].limit.value:.3g} would be rounding"
+        if failed[0].measured is not None and failed[0].limit is not None
+        else "",
+        fix="this is a defect of flyweight or of the runtime: please report the model",
+    )
+
+
+def _costs(job: Job, purchase: Purchase, artifact: Artifact) -> dict[str, tuple[float, float]]:
+    after = _macs(job, purchase.graph)
+    return {
+        "size": (float(purchase.reference.file_bytes), float(artifact.file_bytes)),
+        "macs": (float(purchase.reference.macs), float(after)),
+    }
+
+
+def _macs(job: Job, graph: fx.GraphModule) -> int:
+    """Counted on the graph as it is, not on what the plan said."""
+    total = 0
+    for name, layer in layers(job.graph).items():
+        weight = graph.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        total += weight.numel() * layer.positions
+    return total
+
+
+def _results(
+    job: Job,
+    quotes: Quotes,
+    purchase: Purchase,
+    artifact: Artifact,
+    fallen: Sequence[str],
+    proofs: Sequence[Claim],
+    found: Evidence | None,
+    timings: Timings,
+    folder: Folder,
+) -> Results:
+    costs = _costs(job, purchase, artifact)
+    promised = promises(job.budget, costs, timings, found, job.yardstick)
+    moved = behaviour_of(found, job.yardstick) if found else None
+    forecast = forecasts(purchase.solution, timings, artifact.file_bytes, moved.divergence if moved else None)
+    met = all(claim.state == "holds" for claim in promised)
+    plan = plan_of(job, quotes, purchase)
+    notes = (
+        *job.notes, *quotes.notes, *purchase.notes, *timings.notes, *folder.notes,
+        *_run_notes(job, artifact, fallen, timings, plan),
+    )  # fmt: skip
+    return Results(
+        title=job.title,
+        task=f"{job.yardstick.task} ({job.task_reason})",
+        divergence=_divergence_name(job),
+        metric=job.yardstick.metric_name,
+        target=job.settings.target,
+        threads=job.settings.threads,
+        shapes=job.shapes,
+        budget=job.budget,
+        budget_met=met,
+        summary=_summary(costs, timings, promised, met, plan),
+        rows=_rows(job, purchase, artifact, found, timings, costs),
+        claims=(*proofs, *promised, *forecast, *_evaluated(job, purchase)),
+        frontier=purchase.frontier,
+        decisions=purchase.decisions,
+        layers=layer_rows(job.graph, purchase.graph, quotes.network.layers, list(purchase.graph.meta.get("numbers", {}))),
+        behaviour=moved,
+        notes=tuple(dict.fromkeys(notes)),
+        plan=plan,
+        artifact=artifact,
+        command=shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]),
+        seconds={},
+        data={r.role: r.samples for r in (job.roles.calib, job.roles.tune, job.roles.test) if r is not None},
+        versions=machine.versions(),
+        machine=machine.describe(),
+        seed=job.settings.seed,
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _divergence_name(job: Job) -> str:
+    if job.yardstick.divergence is not None:
+        return getattr(job.yardstick.divergence, "__name__", "custom")
+    names = {"classify": "KL divergence (nats)", "multilabel": "Bernoulli KL (nats)", "embed": "1 - cosine"}
+    return names.get(job.yardstick.task, "squared error / variance")
+
+
+def _evaluated(job: Job, purchase: Purchase) -> tuple[Claim, ...]:
+    """The user's own evaluation of the original and of the compressed graph, as a forecast (it has no interval)."""
+    if job.settings.evaluate is None:
+        return ()
+    before, after = (float(job.settings.evaluate(graph)) for graph in (job.graph, purchase.graph))
+    exact = Interval(after, after, after)
+    return (Claim("evaluate (original beside compressed)", "forecast", "holds", after, "", exact, before, None,
+                  "the user's function, on the graphs"),)  # fmt: skip
+
+
+def _run_notes(
+    job: Job, artifact: Artifact, fallen: Sequence[str], timings: Timings, plan: Plan
+) -> tuple[Note, ...]:
+    notes = []
+    if fallen:
+        text = f"{len(fallen)} of {artifact.planned_int8} layers planned as int8 run in float in {artifact.target}"
+        notes.append(Note("numbers.not-executed", text, where=", ".join(fallen[:6])))
+    for shape, timing in timings.times[COMPRESSED].items():
+        if timing.share.low > 1:
+            text = f"the artifact is slower than the original at {shape}"
+            fix = 'put a limit on latency into the budget, or methods=["channels"]'
+            notes.append(Note("latency.slower", text, where=shape, fix=fix))
+    if not plan.feasible:
+        text = "the limits on costs cannot be met together: this is the nearest point found"
+        notes.append(Note("budget.unreachable", text, where=plan.binding, fix="raise the limit that binds"))
+    if job.roles.test is None:
+        notes.append(Note("data.no-test", "no test data: quality was not weighed", fix="give test="))
+    return tuple(notes)
+
+
+def _rows(
+    job: Job,
+    purchase: Purchase,
+    artifact: Artifact,
+    found: Evidence | None,
+    timings: Timings,
+    costs: Mapping[str, tuple[float, float]],
+) -> tuple[Row, ...]:
+    def row(name: str, graph: fx.GraphModule, index: int, timed: str) -> Row:
+        times = timings.times[timed]
+        return Row(
+            name=name,
+            file_bytes=int(costs["size"][index]),
+            weight_bytes=_weight_bytes(graph),
+            macs=int(costs["macs"][index]),
+            parameters=parameters(graph),
+            latency_s={s: t.latency_s for s, t in times.items()},
+            latency_share={s: t.share for s, t in times.items()},
+            quality=quality_row(found, job.yardstick, index == 1),
+        )
+
+    return (row(ORIGINAL, job.graph, 0, ORIGINAL), row(COMPRESSED, purchase.graph, 1, COMPRESSED))
+
+
+def _weight_bytes(graph: fx.GraphModule) -> int:
+    """Bytes of the learned numbers in the number format they are stored in."""
+    int8_layers = graph.meta.get("numbers", {})
+    total = 0
+    for name, parameter in graph.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        total += parameter.numel() * (1 if owner in int8_layers and leaf == "weight" else 4)
+    return total
+
+
+def _summary(
+    costs: Mapping[str, tuple[float, float]], timings: Timings, promised: Sequence[Claim], met: bool, plan: Plan
+) -> str:
+    share = next(iter(timings.times[COMPRESSED].values())).share.value
+    size = costs["size"][1] / costs["size"][0]
+    parts = f"{size:.1%} of the bytes and {share:.1%} of the time of the float original"
+    if met:
+        return f"All {len(promised)} limits hold: {parts}."
+    broken = ", ".join(c.name for c in promised if c.state == "fails")
+    unknown = ", ".join(c.name for c in promised if c.state == "undecided")
+    text = f"Budget not met: {parts}."
+    text += f" Fails: {broken}." if broken else ""
+    text += f" Undecided: {unknown}." if unknown else ""
+    return text + (f" Nearest point delivered; {plan.binding} binds." if not plan.feasible else "")
+

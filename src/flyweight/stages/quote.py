@@ -1,0 +1,271 @@
+"""Methods quote prices: statistics, ladders of channel counts, int8 of every layer. Kept, so that a run can resume."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import msgspec
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from flyweight.deploy.machine import has_vnni
+from flyweight.deploy.runtimes import get
+from flyweight.graph.axes import Group, groups
+from flyweight.graph.measure import from_tensors, measure, to_tensors
+from flyweight.graph.operators import Layer, layers
+from flyweight.graph.surgery import prove
+from flyweight.methods import channels, int8
+from flyweight.methods.pricing import Judge, Ladder, ladder, outputs_of
+from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
+from flyweight.stages.price import Format, Menu, Sizes, edges
+from flyweight.stages.setup import Inputs, Job
+from flyweight.types import Note
+
+__all__ = ["Quotes", "Store", "largest_integer", "quote"]
+
+JUDGE_SAMPLES = 512
+
+
+class Store(Protocol):
+    """Where finished stages are kept (`deploy.folder.Folder` is one)."""
+
+    def save(self, name: str, payload: bytes) -> None:
+        """Keeps `payload` under `name`."""
+
+    def load(self, name: str) -> bytes | None:
+        """What was kept under `name`, None if nothing (or nothing sound) was."""
+
+
+class _Prices(msgspec.Struct, frozen=True):
+    """A ladder or a format as it is kept between runs."""
+
+    gone: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
+    layer_errors: tuple[float, ...] = ()
+    errors: tuple[float, ...] = ()
+    combined: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Quotes:
+    """The network with its statistics, the menu (file sizes still unknown), what is frozen and why."""
+
+    network: Network
+    menu: Menu
+    frozen: tuple[Group, ...]
+    refused: Mapping[str, str]  # layer -> why it has no int8 option
+    notes: tuple[Note, ...]
+
+
+Stage = Callable[[str, int], Callable[[int], None]]
+
+
+def quote(job: Job, store: Store, stage: Stage) -> Quotes:
+    """All prices that do not depend on the machine. `stage(name, total)` starts a line of progress."""
+    present = layers(job.graph)
+    open_groups, frozen, notes = _groups(job)
+    kept = store.load("statistics.safetensors")
+    if kept is None:
+        advance = stage("measure", job.roles.calib.samples)
+        stats = measure(job.graph, job.calib(), present, advance=advance)
+        store.save("statistics.safetensors", save(to_tensors(stats)))
+    else:
+        stats = from_tensors(load(kept))
+    network = Network(job.graph, present, {g.name: g for g in open_groups}, stats, job.example)
+    judge = _judge(job)
+    job.checkpoint("pricing channels")
+    ladders = _ladders(job, network, open_groups, judge, store, stage)
+    job.checkpoint("pricing numbers")
+    allowed, refused = _number_layers(job, present)
+    formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
+    menu = Menu(present, ladders, formats, combined, edges(job.graph, present), Sizes(0, 0.0))
+    few = _few_samples(job, network)
+    return Quotes(network, menu, frozen, refused, (*notes, *few))
+
+
+def largest_integer() -> int:
+    """The largest weight: 127, or 63 where the processor's int8 products saturate at 16 bits."""
+    return int8.LARGEST if has_vnni() else 63
+
+
+def _groups(job: Job) -> tuple[tuple[Group, ...], tuple[Group, ...], tuple[Note, ...]]:
+    """Groups that something is offered for, frozen ones, and notes on cuts that could not be proven."""
+    found, frozen, notes = [], [], []
+    for group in groups(job.graph):
+        reason = group.frozen or job.kept_reason((*group.producers, *(u.layer for u in group.consumers)))
+        if not reason and "channels" not in job.methods:
+            reason = "the method 'channels' was not asked for"
+        if not reason and (failed := prove(job.graph, group, job.example, job.settings.seed)):
+            reason = f"the cut could not be proven: {failed}"
+            notes.append(Note("axes.unproven", reason, where=group.name, fix="please report the model"))
+        if reason:
+            frozen.append(replace(group, frozen=reason))
+        else:
+            found.append(group)
+    return tuple(found), tuple(frozen), tuple(notes)
+
+
+def _judge(job: Job) -> Judge:
+    batches: list[Inputs] = []
+    seen = 0
+    for batch in job.judged:
+        batches.append(batch.inputs)
+        seen += batch.rows
+        if seen >= JUDGE_SAMPLES:
+            break
+    return Judge(batches, outputs_of(job.graph, batches), job.yardstick.divergences)
+
+
+def _ladders(
+    job: Job, network: Network, found: Sequence[Group], judge: Judge, store: Store, stage: Stage
+) -> tuple[Ladder, ...]:
+    advance = stage("price channels", len(found)) if found else None
+    multiple = get(job.settings.target).preferred_multiple() // 2 if job.times_matter else 1
+    made = []
+    for i, group in enumerate(found):
+        kept = store.load(f"channels-{i}.json")
+        if kept is not None:
+            p = msgspec.json.decode(kept, type=_Prices)
+            made.append(Ladder(group, p.gone, p.levels, p.layer_errors, p.errors))
+        else:
+            job.checkpoint(f"pricing the channels of {group.name}")
+            step = multiple if group.size > multiple else 1
+            offered = channels.levels(group.size, step)
+            one = ladder(network.graph, group, network.layers, network.stats, offered, judge)
+            prices = _Prices(one.gone, one.levels, one.layer_errors, one.errors)
+            store.save(f"channels-{i}.json", msgspec.json.encode(prices))
+            made.append(one)
+        if advance:
+            advance(1)
+    return tuple(made)
+
+
+def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Layers with an int8 option (0 float, 1 int8: which are allowed), and why others have none."""
+    allowed: dict[str, tuple[int, ...]] = {}
+    refused: dict[str, str] = {}
+    owners: dict[int, list[str]] = {}
+    for name in present:
+        owners.setdefault(_weight_of(job, name).data_ptr(), []).append(name)
+    for name, layer in present.items():
+        module, bits = job.graph.get_submodule(name), job.fixed_bits(name)
+        reason = job.kept_reason([name])
+        if bits == 32:
+            reason = reason or "a rule keeps it at 32 bits"
+        elif "int8" not in job.methods:
+            reason = reason or "the method 'int8' was not asked for"
+        elif not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
+            reason = reason or f"{layer.kind} has no int8 form here yet"
+        elif len(owners[_weight_of(job, name).data_ptr()]) > 1:
+            reason = reason or f"weights are shared by {', '.join(owners[_weight_of(job, name).data_ptr()])}"
+        elif isinstance(module, nn.Linear) and layer.positions != len(layer.nodes):
+            reason = reason or "a linear layer on sequences has no static int8 form here yet"
+        elif len(layer.nodes) > 1:
+            reason = reason or "it is called more than once"
+        if reason:
+            refused[name] = reason
+        else:
+            allowed[name] = (1,) if bits == 8 else (0, 1)
+    return allowed, refused
+
+
+def _weight_of(job: Job, name: str) -> Tensor:
+    weight = job.graph.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _formats(
+    job: Job,
+    network: Network,
+    ladders: Sequence[Ladder],
+    allowed: Mapping[str, tuple[int, ...]],
+    judge: Judge,
+    store: Store,
+    stage: Stage,
+) -> tuple[tuple[Format, ...], dict[str, float]]:
+    if not allowed:
+        return (), {}
+    kept = store.load("numbers.json")
+    if kept is None:
+        advance = stage("price numbers", len(allowed) + len(ladders))
+        ready = prepared(network.graph, network.example, allowed, job.calib, network.stats)
+        prices: dict[str, _Prices] = {}
+        for name in allowed:
+            job.checkpoint(f"pricing {name} in int8")
+            graph, errors = with_numbers(ready, [int8.step(name)], largest_integer())
+            prices[name] = _Prices(layer_errors=(errors[name],), errors=(judge(graph),))
+            advance(1)
+        for lad in ladders:
+            prices[f"group {lad.group.name}"] = _Prices(combined=_meeting(network, ready, lad, prices, judge))
+            advance(1)
+        store.save("numbers.json", msgspec.json.encode(prices))
+    else:
+        prices = msgspec.json.decode(kept, type=dict[str, _Prices])
+    formats = [Format(n, prices[n].layer_errors[0], prices[n].errors[0], options) for n, options in allowed.items()]
+    return tuple(formats), {lad.group.name: prices[f"group {lad.group.name}"].combined for lad in ladders}
+
+
+def _meeting(
+    network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str, _Prices], judge: Judge
+) -> float:
+    """What removal and rounding of a group's readers cost together beyond both prices, as a share of the removal's.
+
+    Measured once, at the middle level: the option is rounded on the weights that removal left.
+    """
+    readers = [use.layer for use in lad.group.consumers if use.layer in prices]
+    middle = len(lad.levels) // 2
+    if not readers or middle == 0 or lad.errors[middle] <= 0:
+        return 0.0
+    changed = copy.deepcopy(network.graph)
+    refits = channels.refit_readers(
+        network.graph, lad.group, network.layers, network.stats, lad.kept(lad.levels[middle])
+    )
+    for name, new in refits.items():
+        channels.apply(changed, network.layers[name], new)
+    alone = judge(changed)
+    rounded = _transplanted(ready, changed, network)
+    graph, _ = with_numbers(rounded, [int8.step(name) for name in readers], largest_integer())
+    parts = alone + sum(prices[name].errors[0] for name in readers)
+    return max(-0.5, min(2.0, (judge(graph) - parts) / lad.errors[middle]))
+
+
+def _transplanted(ready: Prepared, changed: nn.Module, network: Network) -> Prepared:
+    """The prepared graph with the (folded) weights of `changed`; its statistics still hold, as inputs hardly moved."""
+    graph = copy.deepcopy(ready.graph)
+    for name, layer in network.layers.items():
+        module, source = graph.get_submodule(name), changed.get_submodule(name)
+        weight, bias = source.weight, source.bias
+        if layer.norm:
+            norm = changed.get_submodule(layer.norm)
+            scale = norm.running_var.add(norm.eps).rsqrt()  # type: ignore[union-attr,operator]
+            scale = scale if norm.weight is None else scale * norm.weight
+            shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)  # type: ignore[operator]
+            weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+            bias = shift if bias is None else bias * scale + shift
+        with torch.no_grad():
+            module.weight.copy_(weight)  # type: ignore[operator,union-attr]
+            if module.bias is not None:
+                module.bias.copy_(bias)  # type: ignore[operator,union-attr]
+    return Prepared(graph, ready.layers, ready.stats)
+
+
+def _few_samples(job: Job, network: Network) -> tuple[Note, ...]:
+    """A note where the second moments rest on fewer rows than they have columns."""
+    poor = [n for n, m in network.stats.inputs.items() if m.count < 4 * network.layers[n].columns]
+    if not poor:
+        return ()
+    return (
+        Note(
+            "measure.few-rows",
+            f"{job.roles.calib.samples} calibration samples are few for {len(poor)} layer(s): second moments were shrunk"
+            " towards their diagonal, and compensation is weaker than it could be",
+            where=", ".join(poor[:4]),
+            fix="give more calibration samples; labels are not needed",
+        ),
+    )
+

@@ -1,0 +1,268 @@
+"""What a run is asked for, checked and made concrete before any work: the job."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from flyweight import budget as budgets
+from flyweight.audit.quality import Yardstick
+from flyweight.data import Batches, Roles, bind_example, first_batch, roles
+from flyweight.deploy import runtimes
+from flyweight.deploy.latency import LatencyTable, table_hash
+from flyweight.errors import DataError, Interrupted, ResourceError, UsageError
+from flyweight.graph.trace import trace
+from flyweight.numerics import divergence as div
+from flyweight.types import Budget, Note, Rule
+
+__all__ = ["METHODS", "Inputs", "Job", "Settings", "duration_s", "job_of", "joined", "shape_batch"]
+
+METHODS = ("channels", "int8")
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """The arguments of `compress` that are not data."""
+
+    budget: Budget | str | Mapping[str, object]
+    prefer: str | None = None
+    task: str = "auto"
+    divergence: Callable[..., Any] | None = None
+    metric: str | Callable[..., Any] | None = None
+    better: str = "higher"
+    target: str = "onnxruntime"
+    threads: int = 1
+    shapes: Sequence[str] | None = None
+    table: LatencyTable | None = None
+    methods: Sequence[str] | None = None
+    keep: Sequence[str] = ()
+    rules: Sequence[Rule] = ()
+    time_limit_s: float | None = None
+    seed: int = 0
+    evaluate: Callable[..., float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A checked run: the traced original, its data, what to reach and by which means."""
+
+    graph: fx.GraphModule
+    roles: Roles
+    example: Inputs
+    yardstick: Yardstick
+    task_reason: str
+    budget: Budget
+    settings: Settings
+    methods: tuple[str, ...]
+    shapes: tuple[str, ...]
+    model_hash: str
+    title: str
+    notes: tuple[Note, ...]
+    started_s: float
+    stop: Callable[[], bool] = field(default=lambda: False)
+
+    def calib(self) -> Iterable[Inputs]:
+        """The calibration inputs, walked anew."""
+        return (batch.inputs for batch in self.roles.calib)
+
+    @property
+    def judged(self) -> Batches:
+        """The data that choose: tune, or the calibration inputs where nothing could be set aside."""
+        return self.roles.tune or self.roles.calib
+
+    @property
+    def times_matter(self) -> bool:
+        """Whether the plan depends on time: then latencies are measured before choosing."""
+        return self.budget.prefer == "latency" or any(limit.quantity == "latency" for limit in self.budget.limits)
+
+    def kept_reason(self, layers: Sequence[str]) -> str:
+        """Why the user wants these layers left alone, "" if nothing says so."""
+        patterns = [*self.settings.keep, *(r.pattern for r in self.settings.rules if r.keep)]
+        for name in layers:
+            for pattern in patterns:
+                if fnmatch.fnmatchcase(name, pattern):
+                    return f"kept by the user ({pattern!r} matches {name!r})"
+        return ""
+
+    def fixed_bits(self, layer: str) -> int | None:
+        """The number of bits that a rule fixes for a layer; the last rule that matches counts."""
+        found = [r.bits for r in self.settings.rules if fnmatch.fnmatchcase(layer, r.pattern) and r.bits is not None]
+        return found[-1] if found else None
+
+    def key(self) -> dict[str, Any]:
+        """What the run was asked for, part by part: two runs with equal keys are the same run."""
+        s, data = self.settings, self.roles
+        return {
+            "model": self.model_hash,
+            "calib": data.calib.digest,
+            "tune": data.tune.digest if data.tune else "",
+            "test": data.test.digest if data.test else "",
+            "budget": [budgets.format_limit(limit) for limit in self.budget.limits],
+            "prefer": self.budget.prefer,
+            "task": self.yardstick.task,
+            "metric": self.yardstick.metric_name,
+            "target": s.target,
+            "threads": s.threads,
+            "shapes": list(self.shapes),
+            "table": table_hash(s.table) if s.table else "",
+            "methods": list(self.methods),
+            "keep": list(s.keep),
+            "rules": [f"{r.pattern}:{r.bits}:{r.keep}" for r in s.rules],
+            "seed": s.seed,
+        }
+
+    def time_left_s(self) -> float | None:
+        """Seconds until the time limit, None without one."""
+        limit = self.settings.time_limit_s
+        return None if limit is None else self.started_s + limit - time.monotonic()
+
+    def checkpoint(self, stage: str) -> None:
+        """Between two steps: raises Interrupted if the user asked to stop, ResourceError when time ran out."""
+        if self.stop():
+            raise Interrupted(f"stopped before {stage}", fix="start the same command again to go on")
+        left = self.time_left_s()
+        if left is not None and left < 0:
+            raise ResourceError(
+                f"the time limit of {self.settings.time_limit_s:.0f} s ran out before {stage}",
+                fix="start the same command again with a longer --time-limit: what was done is kept",
+            )
+
+
+def job_of(
+    model: nn.Module,
+    *,
+    calib: Any,
+    tune: Any,
+    test: Any,
+    example: Any,
+    settings: Settings,
+    stop: Callable[[], bool] = lambda: False,
+) -> Job:
+    """The checked job. Raises the errors of tracing, data and budget, and UsageError for unknown names."""
+    started_s = time.monotonic()
+    _check(settings)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module", fix="give the module itself, with its weights"
+        )
+    bound = bind_example(model, example) if example is not None else None
+    found = roles(model, calib=calib, tune=tune, test=test, example=bound, seed=settings.seed)
+    call = bound or first_batch(found.calib)
+    traced = trace(model, call.args, call.kwargs)
+    rows = _two_rows(call.inputs)
+    yardstick, reason = _yardstick(traced.module, found, settings)
+    metric = yardstick.metric_name or "accuracy"
+    better: Any = "lower" if yardstick.lower_is_better else "higher"
+    read = budgets.parse(settings.budget, settings.prefer, {**budgets.METRICS, metric: better})
+    labelled = bool(found.tune and found.test and found.tune.labelled and found.test.labelled)
+    guarded, note = budgets.with_guard(read, yardstick.task, labelled, metric)
+    shapes = _shapes(settings.shapes, guarded)
+    return Job(
+        graph=traced.module,
+        roles=found,
+        example=rows,
+        yardstick=yardstick,
+        task_reason=reason,
+        budget=guarded,
+        settings=settings,
+        methods=tuple(settings.methods if settings.methods is not None else METHODS),
+        shapes=shapes,
+        model_hash=_hash(traced.module),
+        title=type(model).__name__,
+        notes=(*found.notes, *traced.notes, *([note] if note else [])),
+        started_s=started_s,
+        stop=stop,
+    )
+
+
+def _check(settings: Settings) -> None:
+    runtimes.get(settings.target)
+    unknown = [m for m in settings.methods or () if m not in METHODS]
+    if unknown:
+        raise UsageError(f"unknown method {unknown[0]!r}", fix=f"choose from {', '.join(METHODS)}")
+    if settings.threads < 1:
+        raise UsageError(f"threads must be 1 or more, got {settings.threads}")
+    if settings.better not in ("higher", "lower"):
+        raise UsageError(f"better must be 'higher' or 'lower', got {settings.better!r}")
+    for rule in settings.rules:
+        if rule.bits not in (None, 8, 32):
+            raise UsageError(f"rule {rule.pattern!r}: {rule.bits} bits come with a later version", fix="use 8 or 32")
+
+
+def _two_rows(inputs: Inputs) -> Inputs:
+    """The example with two rows: one row would make the batch a constant."""
+    return tuple(x[torch.arange(2) % len(x)] for x in inputs)
+
+
+def _yardstick(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple[Yardstick, str]:
+    judged = found.tune or found.calib
+    batch = first_batch(judged)
+    with torch.no_grad():
+        outputs = graph(*batch.inputs)
+    task, reason = div.infer_task(outputs, batch.labels)
+    if settings.task != "auto":
+        task, reason = settings.task, "as asked"
+    if task == "custom" and settings.divergence is None:
+        raise UsageError("task custom needs a divergence", fix="give divergence=fn(reference_outputs, outputs)")
+    metric = settings.metric or (div.default_metric(task) if judged.labelled else None)
+    lower = settings.better == "lower" or (isinstance(metric, str) and div.METRICS.get(metric) == "lower")
+    variance = None
+    if task == "regress":
+        every = joined([graph(*b.inputs) for b in judged])
+        variance = div.reference_variance(every)
+    return Yardstick(task, metric, lower, settings.divergence, variance), reason
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """The outputs of several batches as those of one."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([p.detach() for p in parts])
+    if isinstance(first, Mapping):
+        return {key: joined([p[key] for p in parts]) for key in first if first[key] is not None}
+    if isinstance(first, (tuple, list)):
+        return tuple(joined([p[i] for p in parts]) for i in range(len(first)) if first[i] is not None)
+    raise DataError(f"an output is a {type(first).__name__}, not a tensor")
+
+
+def _shapes(asked: Sequence[str] | None, budget: Budget) -> tuple[str, ...]:
+    named = [limit.shape for limit in budget.limits if limit.shape]
+    shapes = tuple(dict.fromkeys([*(asked or ["batch=1"]), *named]))
+    for shape in shapes:
+        shape_batch(shape)
+    return shapes
+
+
+def shape_batch(shape: str) -> int:
+    """The batch size of a shape's name. Raises UsageError for shapes of other dimensions, which come later."""
+    name, _, number = shape.partition("=")
+    if name != "batch" or not number.isdigit() or int(number) < 1:
+        raise UsageError(f"shape {shape!r}: only batch=N can be measured in this version", fix="write batch=8")
+    return int(number)
+
+
+def _hash(graph: fx.GraphModule) -> str:
+    digest = hashlib.sha256(str(graph.graph).encode())
+    for name, tensor in sorted(graph.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def duration_s(text: str | float | None) -> float | None:
+    """Seconds from a number or a text such as "90", "90s", "20m", "1.5h". Raises UsageError for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", str(text))
+    if found is None or float(found.group(1)) <= 0:
+        raise UsageError(f"{text!r} is no duration", fix="write seconds, or 90s, 20m, 1.5h")
+    return float(found.group(1)) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found.group(2) or "s"]

@@ -1,0 +1,162 @@
+"""From what was chosen and weighed to the records of the report: rows, layers, decisions, forecasts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from flyweight.deploy.clock import Timings
+from flyweight.graph.axes import Group
+from flyweight.graph.cost import layer_macs, weight_bytes
+from flyweight.graph.operators import Layer
+from flyweight.search.problem import Solution
+from flyweight.stages.price import Menu
+from flyweight.stages.weigh import COMPRESSED
+from flyweight.types import (
+    Claim,
+    Decision,
+    FrontierPoint,
+    Histogram,
+    Interval,
+    LayerRow,
+    Option,
+    Site,
+)
+
+__all__ = ["decisions", "forecasts", "frontier_points", "layer_rows", "parameters"]
+
+
+def parameters(graph: fx.GraphModule) -> int:
+    """How many numbers the graph learned, tied ones once."""
+    return sum(p.numel() for p in graph.parameters())
+
+
+def layer_rows(
+    before: fx.GraphModule, after: fx.GraphModule, layers: Mapping[str, Layer], int8_layers: Sequence[str]
+) -> tuple[LayerRow, ...]:
+    """Every layer before and after, with histograms of the weights of changed ones."""
+    rows = []
+    for name, layer in layers.items():
+        old, new = _weight(before, name), _weight(after, name)
+        bits = 8 if name in int8_layers else 32
+        inputs, outputs = new.shape[1], new.shape[0]
+        changed = old.shape != new.shape or bits == 8 or not torch.equal(old, new)
+        rows.append(
+            LayerRow(
+                name=name,
+                kind=layer.kind,
+                shape_before=tuple(old.shape),
+                shape_after=tuple(new.shape),
+                bits_before=32,
+                bits_after=bits,
+                weight_bytes_before=weight_bytes(layer, layer.inputs, layer.outputs, 32),
+                weight_bytes_after=weight_bytes(layer, inputs, outputs, bits),
+                macs_before=layer.macs,
+                macs_after=layer_macs(layer, inputs, outputs),
+                histogram_before=_histogram(old) if changed else None,
+                histogram_after=_histogram(new) if changed else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _weight(graph: fx.GraphModule, name: str) -> Tensor:
+    weight = graph.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _histogram(weight: Tensor, bins: int = 40) -> Histogram:
+    reach = float(weight.abs().max()) or 1.0
+    counts = torch.histc(weight.float(), bins=bins, min=-reach, max=reach)
+    return Histogram(-reach, reach, tuple(int(c) for c in counts))
+
+
+def decisions(
+    menu: Menu, solution: Solution, options: Mapping[str, tuple[Option, ...]], frozen: Sequence[Group], refused: Mapping[str, str]
+) -> tuple[Decision, ...]:
+    """What was decided at every site and why; sites where nothing is offered say why not.
+
+    `refused` maps layers without an int8 option to the reason.
+    """
+    made = []
+    for v, option in enumerate(solution.choices):
+        if v < len(menu.ladders):
+            group = menu.ladders[v].group
+            touched = tuple(dict.fromkeys((*group.producers, *(u.layer for u in group.consumers))))
+            site = Site(f"channels:{group.name}", "channels", touched, group.size)
+        else:
+            layer = menu.formats[v - len(menu.ladders)].layer
+            site = Site(f"numbers:{layer}", "numbers", (layer,))
+        offered = options[site.name]
+        made.append(Decision(site, offered[option], _reason(offered, option), offered))
+    for group in frozen:
+        site = Site(f"channels:{group.name}", "channels", group.producers, group.size, group.frozen)
+        made.append(Decision(site, Option(site.name, "keep"), f"left as it is: {group.frozen}"))
+    for layer, reason in refused.items():
+        site = Site(f"numbers:{layer}", "numbers", (layer,), 0, reason)
+        made.append(Decision(site, Option(site.name, "keep"), f"left as it is: {reason}"))
+    return tuple(made)
+
+
+def _reason(offered: Sequence[Option], chosen: int) -> str:
+    option = offered[chosen]
+    if chosen == 0:
+        others = [o for o in offered[1:] if math.isfinite(o.error)]
+        if not others:
+            return "nothing else is allowed here"
+        return f"keeping it costs no error; the mildest change would add {others[0].error:.2g} of divergence"
+    saved = [f"{-option.cost.macs:,} MACs"] if option.cost.macs < 0 else []
+    saved += [f"{-option.cost.file_bytes:,} bytes"] if option.cost.file_bytes and option.cost.file_bytes < 0 else []
+    for shape, seconds in (option.cost.latency_s or {}).items():
+        saved.append(f"{-seconds * 1e6:.1f} µs at {shape}" if seconds < 0 else f"(adds {seconds * 1e6:.1f} µs at {shape})")
+    return f"predicted divergence {option.error:.2g}; alone it saves {', '.join(saved) or 'nothing'}"
+
+
+def frontier_points(
+    points: Sequence[Solution], chosen: Solution, reference_bytes: int, reference_macs: int, latency: str
+) -> tuple[FrontierPoint, ...]:
+    """The predicted frontier in shares of the original; `latency` is the cost shown, "" without a table."""
+    every = [*(p for p in points if p.choices != chosen.choices), chosen]
+    every.sort(key=lambda p: p.costs[latency or "size"])
+    return tuple(
+        FrontierPoint(
+            error=p.error if math.isfinite(p.error) else 0.0,
+            latency_share=p.costs[latency] if latency else None,
+            size_share=p.costs["size"] / reference_bytes,
+            macs_share=p.costs["macs"] / reference_macs,
+            chosen=p.choices == chosen.choices,
+        )
+        for p in every
+    )
+
+
+def forecasts(
+    solution: Solution, timings: Timings | None, file_bytes: int, divergence: Interval | None
+) -> tuple[Claim, ...]:
+    """What was predicted beside what was measured."""
+    exact = float(file_bytes)
+    claims = [_forecast("size", solution.costs["size"], Interval(exact, exact, exact), "bytes")]
+    for shape, timing in (timings.times[COMPRESSED].items() if timings is not None else ()):
+        if f"latency@{shape}" in solution.costs:
+            claims.append(_forecast(f"latency ({shape})", solution.costs[f"latency@{shape}"], timing.share, "share"))
+    if divergence is not None and math.isfinite(solution.error):
+        claims.append(_forecast("divergence", solution.error, divergence, ""))
+    return tuple(claims)
+
+
+def _forecast(name: str, predicted: float, measured: Interval, unit: str) -> Claim:
+    within = measured.low <= predicted <= measured.high or abs(predicted - measured.value) <= 0.05 * abs(measured.value)
+    return Claim(
+        name=name,
+        kind="forecast",
+        state="holds" if within else "fails",
+        measured=measured.value,
+        unit=unit,
+        interval=measured,
+        predicted=predicted,
+        how="predicted by the menu before any file was made; within the interval or 5 % counts as right",
+    )
