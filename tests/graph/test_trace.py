@@ -7,9 +7,10 @@ import operator
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._ops import OpOverload
 
+from flyweight.graph.functional import functionalise
 from flyweight.graph.shapes import annotate, shapes
 from flyweight.graph.trace import trace
 
@@ -141,3 +142,18 @@ def test_settings_of_layers_survive():
     }
     assert graph.get_submodule("4").momentum is None
     assert graph.get_submodule("17").p == 0.2
+
+
+def test_functionalise_moves_later_uses_to_the_new_value():
+    # torch.export writes `relu_(a); add(relu_, …)` itself; a graph made elsewhere may still read `a` afterwards
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    a = graph.call_function(torch.ops.aten.mul.Tensor, (x, -1.0))
+    before = graph.call_function(torch.ops.aten.add.Tensor, (a, 1.0))
+    graph.call_function(torch.ops.aten.relu_.default, (a,))
+    graph.output((before, graph.call_function(torch.ops.aten.add.Tensor, (a, 2.0))))
+    x_value = torch.tensor([-3.0, 5.0])
+    expected = fx.GraphModule(nn.Module(), graph)(x_value)
+    functionalise(graph)
+    assert_equal(fx.GraphModule(nn.Module(), graph)(x_value), expected)
+    assert torch.equal(expected[1], torch.tensor([5.0, 2.0]))
