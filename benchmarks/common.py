@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from flyweight.numerics.intervals import paired_proportions
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT_DATA = ROOT.parent / "shared" / "data"
@@ -172,12 +174,14 @@ def reestimated(model: nn.Module, images: Tensor, size: int = 256) -> nn.Module:
     return model.eval()
 
 
-def paired_interval(before: Tensor, after: Tensor, z: float = 1.959964) -> tuple[float, float, float]:
-    """Drop of accuracy (before - after) and its 95 % interval from paired rows, by the normal approximation."""
-    difference = before.double() - after.double()
-    half = z * float(difference.std()) / len(difference) ** 0.5
-    drop = float(difference.mean())
-    return drop, drop - half, drop + half
+def paired_interval(before: Tensor, after: Tensor) -> tuple[float, float, float]:
+    """Drop of accuracy (before - after) and its 95 % score interval (Tango 1998) from paired rows.
+
+    A score interval keeps its width where not one row changed; the normal approximation would promise certainty.
+    """
+    worse, better = int((before & ~after).sum()), int((~before & after).sum())
+    found = paired_proportions(worse, better, len(before))
+    return found.value, found.low, found.high
 
 
 def facts(threads: int) -> dict[str, str]:

@@ -6,7 +6,9 @@ images, and labels for the two criteria that need them. Ratios are searched so t
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import tempfile
 import time
@@ -28,20 +30,23 @@ LABELLED_ROWS = 256  # for Taylor and Hessian
 
 
 def pruned(
-    model: ResNet20, criterion: str, divide: float, calib: tuple[Tensor, Tensor], scope: Scope = "all"
+    model: nn.Module, criterion: str, divide: float, calib: tuple[Tensor, Tensor], scope: Scope = "all"
 ) -> tuple[nn.Module, float]:
     """A pruned copy whose MACs are as near to 1/`divide` of the model's as Torch-Pruning's ratio gets, and the ratio.
 
-    Local pruning (its default): the same share of every group's channels; `fc`'s outputs are protected. scope "inner"
-    protects the residual stream as well. Structure does not depend on the criterion, so the ratio is found with L2.
+    Local pruning (its default): the same share of every group's channels; the last layer's outputs are protected. scope
+    "inner" protects ResNet-20's residual stream as well. What is left does not depend on the criterion, so the ratio is
+    found with L2.
     """
     ratio = ratio_for(model, divide, calib, scope)
     return _prune(model, criterion, ratio, calib, scope), ratio
 
 
-def ratio_for(model: ResNet20, divide: float, calib: tuple[Tensor, Tensor], scope: Scope) -> float:
+def ratio_for(model: nn.Module, divide: float, calib: tuple[Tensor, Tensor], scope: Scope) -> float:
     """The pruning ratio, to one percent, whose MACs are nearest to 1/`divide` of the model's (bisection)."""
     example = calib[0][:1]
+    if divide <= 1:
+        raise ValueError(f"divide must be more than 1, got {divide}")
     goal = macs(model, example) / divide
     low, high = 0, 95
     measured: dict[int, float] = {}
@@ -60,13 +65,13 @@ def ratio_for(model: ResNet20, divide: float, calib: tuple[Tensor, Tensor], scop
     return nearest / 100
 
 
-def _prune(model: ResNet20, criterion: str, ratio: float, calib: tuple[Tensor, Tensor], scope: Scope) -> nn.Module:
+def _prune(model: nn.Module, criterion: str, ratio: float, calib: tuple[Tensor, Tensor], scope: Scope) -> nn.Module:
     import torch_pruning
 
     model = copy.deepcopy(model).eval()
     importance = _importance(model, criterion, calib)
-    protected: list[nn.Module] = [model.fc]
-    if scope == "inner":
+    protected: list[nn.Module] = [[m for m in model.modules() if isinstance(m, nn.Linear)][-1]]
+    if scope == "inner" and isinstance(model, ResNet20):
         protected += [model.conv, *(block.conv2 for block in model.layers), *(block.down for block in model.layers)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Torch-Pruning warns about its own graph's leaves
@@ -190,7 +195,7 @@ def ort_static_int8(float_path: Path, calib: Sequence[np.ndarray[Any, Any]], pat
     if preset not in ranges:
         raise ValueError(f"preset must be one of {', '.join(ranges)}, got {preset!r}")
     activation = quantization.QuantType.QInt8 if preset == "s8s8" else quantization.QuantType.QUInt8
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # it prints its histograms
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(str(float_path), str(prepared))
         quantization.quantize_static(
@@ -229,7 +234,7 @@ def _input_name(path: Path) -> str:
     return str(onnx.load(str(path), load_external_data=False).graph.input[0].name)
 
 
-def onnx_accuracy(path: Path, images: Tensor, labels: Tensor, threads: int) -> Tensor:
+def onnx_right(path: Path, images: Tensor, labels: Tensor, threads: int) -> Tensor:
     """For every row whether the ONNX file's answer, run by ONNX Runtime, is the label: bool (n,)."""
     import onnxruntime
 
