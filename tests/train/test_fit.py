@@ -95,6 +95,19 @@ def test_the_cycle_rises_once_falls_once_and_never_stops_early():
     assert one_cycle(0, 1, 0.25) == 1.0
 
 
+def test_the_rate_follows_the_cycle():
+    """Under a constant gradient every AdamW step moves by exactly its rate, so the way is lr times the shares' sum."""
+    model = linear()
+    before = model.bias.detach().clone()
+    batches = [(torch.zeros(2, 3), torch.zeros(2, 1))] * 10
+    fit(model, batches, epochs=2, lr=0.01, seed=0, loss=lambda out, _: out.sum(), weight_decay=0.0)
+    way = 0.01 * sum(one_cycle(step, 20, 0.25) for step in range(20))
+    # AdamW's epsilon of 1e-8 against a gradient of 2, and 20 float32 additions
+    torch.testing.assert_close(
+        before - model.bias.detach(), torch.tensor([way], dtype=torch.float32), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_frozen_parameters_stay():
     x, y = line()
     model = nn.Sequential(linear(), nn.Linear(1, 1))
