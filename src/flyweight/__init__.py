@@ -9,6 +9,8 @@ Importing this is cheap: torch is loaded when a verb is first used.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -60,3 +62,27 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'flyweight' has no attribute {name!r}")
     module, _, attribute = _HOME[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+class _Package(ModuleType):
+    """This module: `compress` and `data` are functions of it, though submodules of these names exist as well."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # the import of a submodule sets it here under its own name, which would hide the function from then on
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+class _Package(ModuleType):
+    """This module, whose verbs stay verbs: importing `flyweight.compress` would bind the module over the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _HOME and isinstance(value, ModuleType):
+            value = getattr(value, _HOME[name].partition(":")[2])
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

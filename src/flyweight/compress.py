@@ -116,9 +116,7 @@ def compress(
         return _delivered(job, quotes, purchase, folder, stage)
 
 
-def plan(
-    model: nn.Module, *, calib: Any, budget: Budget | str | Mapping[str, object], **arguments: Any
-) -> Plan:
+def plan(model: nn.Module, *, calib: Any, budget: Budget | str | Mapping[str, object], **arguments: Any) -> Plan:
     """What `compress` would do with the same arguments: the plan, also written to workdir/plan.json; nothing is made.
 
     Prices are measured (statistics, divergence, latency) and kept, so `compress` in the same folder goes on from here.
@@ -169,9 +167,7 @@ def load(folder: str | Path) -> fx.GraphModule:
     return load_files(path)
 
 
-def verify(
-    folder: str | Path, *, test: Any = None, threads: int | None = None, progress: bool = True
-) -> Results:
+def verify(folder: str | Path, *, test: Any = None, threads: int | None = None, progress: bool = True) -> Results:
     """The results of a finished folder, weighed again here: latency on this machine, quality if `test` is given.
 
     The folder is not changed. Raises UnsafeFileError for a damaged folder, VerificationError when the runtime here does

@@ -3,7 +3,7 @@
 from flyweight.data.binding import Spec, bind_example, data
 from flyweight.data.files import load_data, load_model
 from flyweight.data.records import Batch, Batches, Roles, fingerprint, first_batch
-from flyweight.data.roles import roles
+from flyweight.data.roles import role, roles
 
 __all__ = [
     "Batch",
@@ -16,5 +16,6 @@ __all__ = [
     "first_batch",
     "load_data",
     "load_model",
+    "role",
     "roles",
 ]

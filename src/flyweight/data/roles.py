@@ -27,7 +27,7 @@ from flyweight.data.sources import repeatable, walker
 from flyweight.errors import DataError
 from flyweight.types import Note
 
-__all__ = ["roles"]
+__all__ = ["role", "roles"]
 
 LEAST_TO_HOLD_OUT = 20  # samples of calib from which a part can be set aside when no other data were given
 
@@ -70,6 +70,13 @@ def roles(
     _check_countable(parts)
     unique = {(note.code, note.text): note for note in notes}
     return Roles(parts["calib"], parts.get("tune"), parts.get("test"), tuple(unique.values()))
+
+
+def role(model: Any, name: str, source: Any, *, batch_size: int = 32, seed: int = 0) -> Batches:
+    """The checked batches of one role alone, labels kept (but for calib). Raises DataError."""
+    found = _role(name, source, signature_of(model), None, batch_size, seed)
+    check_scales([found.survey])
+    return _batches(name, found, None)
 
 
 @dataclass(frozen=True, eq=False)

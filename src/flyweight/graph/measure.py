@@ -55,6 +55,8 @@ def measure(
             recorder.run(*batch)
             recorder.samples += len(batch[0])
             advance(len(batch[0]))
+        for name in layers:
+            recorder.settle(name)
     return Stats(recorder.samples, recorder.moments, recorder.histograms)
 
 
@@ -67,18 +69,29 @@ class _Recorder(fx.Interpreter):
         super().__init__(graph)
         self.samples, self.positions = 0, positions
         self.moments = {name: empty_moments(layer.columns) for name, layer in layers.items()}
+        self.waiting: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.histograms = {name: empty_histogram() for name in ranges}
 
     def run_node(self, n: fx.Node) -> object:
         if n.op == "call_module" and n.target in self.moments:
             x = self.fetch_args_kwargs_from_env(n)[0][0]
-            rows = input_rows(self.fetch_attr(str(n.target)), x, self.samples, self.positions)
-            self.moments[str(n.target)] = add_rows(self.moments[str(n.target)], rows)
+            self.add(str(n.target), input_rows(self.fetch_attr(str(n.target)), x, self.samples, self.positions))
         value = super().run_node(n)
         if n.name in self.histograms:
             assert isinstance(value, Tensor)
             self.histograms[n.name] = add_values(self.histograms[n.name], value)
         return value
+
+    def add(self, layer: str, rows: Tensor) -> None:
+        """Rows wait until there are as many as columns: merging a wide moment costs more than the product itself."""
+        self.waiting[layer].append(rows)
+        if sum(len(part) for part in self.waiting[layer]) >= rows.shape[1]:
+            self.settle(layer)
+
+    def settle(self, layer: str) -> None:
+        if self.waiting[layer]:
+            self.moments[layer] = add_rows(self.moments[layer], torch.cat(self.waiting[layer]))
+            self.waiting[layer] = []
 
 
 def to_tensors(stats: Stats) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ Source            Kurtic, Frantar, Alistarh 2023, arXiv:2302.04089 (ZipLM); our 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,19 @@ from flyweight.numerics.moments import Moments, shrunk
 from flyweight.numerics.obs import Consumer, polish, removal_order, row_errors
 from flyweight.types import Step
 
-__all__ = ["Refit", "apply", "columns", "gram_of", "kept_channels", "levels", "order", "refit", "refit_readers", "restructure", "step"]
+__all__ = [
+    "Refit",
+    "apply",
+    "columns",
+    "gram_of",
+    "kept_channels",
+    "levels",
+    "order",
+    "refit",
+    "refit_readers",
+    "restructure",
+    "step",
+]
 
 NAME = "channels"
 FLOOR = 0.001  # least shrinkage of a second moment: keeps every solve well conditioned
@@ -55,6 +68,12 @@ def gram_of(layer: Layer, moments: Moments) -> Float[Tensor, "in in"]:
     return moments.gram if absorbs(layer) else moments.raw
 
 
+@functools.lru_cache(maxsize=4)  # every level of a group solves with the same matrix, and a wide one is dear to make
+def held(layer: Layer, moments: Moments) -> Float[Tensor, "in in"]:
+    """The layer's second moment, shrunk as much as its number of rows demands."""
+    return shrunk(gram_of(layer, moments), moments.count, FLOOR)
+
+
 def columns(channels: Sequence[int], block: int) -> list[int]:
     """The matrix columns of `channels`."""
     return [c * block + i for c in channels for i in range(block)]
@@ -75,7 +94,7 @@ def order(graph: fx.GraphModule, group: Group, layers: Mapping[str, Layer], stat
         weights = matrix(graph.get_submodule(use.layer))
         gram = gram_of(layer, moments)
         power = float(row_errors(weights, gram).sum())
-        readers.append(Consumer(weights, shrunk(gram, moments.count, FLOOR), use.block, 1 / max(power, 1e-30)))
+        readers.append(Consumer(weights, held(layer, moments), use.block, 1 / max(power, 1e-30)))
     return removal_order(readers).order
 
 
@@ -90,9 +109,7 @@ def kept_channels(group: Group, gone: Sequence[int], level: int) -> list[int]:
     return sorted(set(range(group.size)) - set(gone[: group.size - level]))
 
 
-def refit(
-    graph: fx.GraphModule, layer: Layer, moments: Moments, kept: Sequence[int], compensate: bool = True
-) -> Refit:
+def refit(graph: fx.GraphModule, layer: Layer, moments: Moments, kept: Sequence[int], compensate: bool = True) -> Refit:
     """The layer's best weights when only the columns `kept` remain; without `compensate` the others are just dropped."""
     weights = matrix(graph.get_submodule(layer.name))
     gram = gram_of(layer, moments)
@@ -100,7 +117,7 @@ def refit(
     if len(kept) == weights.shape[1]:
         new = weights.clone()
     elif compensate:
-        new[:, kept] = polish(weights, shrunk(gram, moments.count, FLOOR), kept)
+        new[:, kept] = polish(weights, held(layer, moments), kept)
     else:
         new[:, kept] = weights[:, kept]
     change = weights - new

@@ -14,6 +14,7 @@ Source            Frantar et al. 2022, arXiv:2210.17323, algorithm 1 (GPTQ); Jac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, set_matrix
 from flyweight.methods.channels import gram_of
 from flyweight.numerics.affine import Grid, activation_grid, weight_scales
-from flyweight.numerics.moments import shrunk
+from flyweight.numerics.moments import Moments, shrunk
 from flyweight.numerics.obs import inverse_factor, row_errors, sweep
 from flyweight.types import Step
 
@@ -41,12 +42,15 @@ class Slot(Protocol):
     @property
     def node(self) -> str:
         """The node whose output is stored."""
+
     @property
     def like(self) -> str:
         """The node whose grid it shares, or ""."""
+
     @property
     def low(self) -> float | None:
         """Its lowest value, where known."""
+
     @property
     def high(self) -> float | None:
         """Its highest value, where known."""
@@ -86,7 +90,7 @@ def round_weights(
         new = (weights / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
     else:
         scale = weight_scales(weights, gram.diagonal(), largest)
-        new = _swept(weights, shrunk(gram, moments.count, FLOOR), scale, largest)
+        new = _swept(weights, *_factored(layer, moments), scale, largest)
     change = weights - new
     set_matrix(module, new)
     if module.bias is not None and compensate:
@@ -95,11 +99,19 @@ def round_weights(
     return scale.float(), float(row_errors(change, gram).sum())
 
 
-def _swept(weights: Tensor, gram: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """The compensated rounding, columns of large inputs first: what comes last has nothing left to make up for it."""
+@functools.lru_cache(maxsize=2)  # a layer is rounded several times while prices are asked for
+def _factored(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:
+    """The order of columns, large inputs first (what comes last has nothing left to make up for it), and the factor."""
+    gram = shrunk(gram_of(layer, moments), moments.count, FLOOR)
     ahead = gram.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(gram[ahead][:, ahead])
-    new, _ = sweep(weights[:, ahead], factor, lambda column, _: (column / scale).round().clamp(-largest, largest) * scale)
+    return ahead, inverse_factor(gram[ahead][:, ahead])
+
+
+def _swept(weights: Tensor, ahead: Tensor, factor: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """The compensated rounding."""
+    new, _ = sweep(
+        weights[:, ahead], factor, lambda column, _: (column / scale).round().clamp(-largest, largest) * scale
+    )
     return new[:, ahead.argsort()]
 
 

@@ -44,11 +44,14 @@ def add_rows(moments: Moments, rows: Float[Tensor, "rows in"]) -> Moments:
     mean = rows.mean(0, dtype=torch.float64)
     centred = rows - mean.to(rows.dtype)
     rest = mean - mean.to(rows.dtype).to(torch.float64)  # what the cast above lost
-    gram = (centred.T @ centred).to(torch.float64) / new - torch.outer(rest, rest)
+    gram = (centred.T @ centred).to(torch.float64).div_(new).sub_(torch.outer(rest, rest))
+    if moments.count == 0:
+        return Moments(new, mean, gram)
     total = moments.count + new
     share = new / total
     shift = mean - moments.mean
-    merged = moments.gram * (1 - share) + gram * share + torch.outer(shift, shift) * (share * (1 - share))
+    merged = gram.mul_(share).add_(moments.gram, alpha=1 - share)
+    merged.addr_(shift, shift, alpha=share * (1 - share))
     return Moments(total, moments.mean + shift * share, merged)
 
 

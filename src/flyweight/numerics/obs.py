@@ -20,9 +20,7 @@ __all__ = ["Consumer", "Removal", "damped", "inverse_factor", "polish", "removal
 Snap = Callable[[Tensor, int], Tensor]
 
 
-def row_errors(
-    change: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]
-) -> Float[Tensor, " out"]:
+def row_errors(change: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> Float[Tensor, " out"]:
     """The error d^T G d of each row d of `change`: the mean over inputs of (d x)^2."""
     return ((change @ gram) * change).sum(1)
 

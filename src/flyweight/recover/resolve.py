@@ -48,12 +48,18 @@ def resolve(
     with torch.no_grad():
         for mine, theirs in zip(list(result.graph.nodes), list(original.graph.nodes), strict=True):
             layer = present.get(str(mine.target)) if mine.op == "call_module" else None
-            if layer is not None and len(layer.nodes) == 1:
+            if layer is not None and _enough(layer, feeds):
                 _fit(result, original, layer, kept.get(layer.name), new.inputs(mine), old.inputs(theirs))
                 advance(1)
             new.step(mine, feeds)
             old.step(theirs, feeds)
     return result
+
+
+def _enough(layer: Layer, feeds: Sequence[Batch]) -> bool:
+    """Whether the samples give at least four rows a column (METHODS 2.0); a layer called twice has no single output."""
+    rows = sum(len(feed[0]) for feed in feeds) * min(POSITIONS, layer.positions)
+    return len(layer.nodes) == 1 and rows >= 4 * layer.columns
 
 
 def _affordable(graph: fx.GraphModule, batches: Iterable[Batch]) -> list[Batch]:
@@ -163,5 +169,3 @@ def _solved(
     mean = weights @ both.mean[:width]
     variance = row_errors(weights, both.gram[:width, :width])
     return _Fit(weights, mean, variance, both.mean[width:] - mean)
-
-

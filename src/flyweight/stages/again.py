@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flyweight.audit.quality import Yardstick
-from flyweight.data import bind_example, roles
+from flyweight.data import bind_example
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.errors import DataError, UsageError, VerificationError
@@ -111,7 +111,9 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     costs = {"size": float(plan.predicted.file_bytes or 0), "macs": float(plan.predicted.macs)}
     solution = Solution((), plan.error, costs, plan.error, 0.0, plan.feasible, plan.binding)
     made = tuple(
-        Decision(Site(name, "channels" if name.startswith("channels:") else "numbers", ()), option, "as planned", (option,))
+        Decision(
+            Site(name, "channels" if name.startswith("channels:") else "numbers", ()), option, "as planned", (option,)
+        )
         for name, option in plan.choices.items()
     )
     return quotes, Purchase(plan.choices, steps, solution, graph, notes, None, reference, (), made)
@@ -127,7 +129,7 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
             "verify needs test data: inputs to answer, labels if the budget has limits that need them",
             fix="give test= (--test), the same kind of data as for compress",
         )
-    data = _labelled(graph, test)
+    data = role(graph, "test", test, seed=results.seed)
     advance = stage("verify", 3)
     count = threads or results.threads
     planned = len(graph.meta.get("numbers", {}))
@@ -171,4 +173,3 @@ def _updated(results: Results, proofs: Any, found: Any, timings: Timings) -> Res
         budget_met=all(claim.state == "holds" for claim in promised),
         behaviour=behaviour_of(found, yardstick),
     )
-

@@ -22,10 +22,10 @@ from flyweight.graph.cost import weight_bytes
 from flyweight.graph.operators import layers
 from flyweight.methods import int8
 from flyweight.search.pareto import frontier
-from flyweight.search.problem import Problem, Solution
+from flyweight.search.problem import Solution
 from flyweight.stages.choose import Choice, Reference, choose, cost_limits, goal, steps_of
 from flyweight.stages.deliver import deliver, prepared, with_numbers
-from flyweight.stages.price import Menu, Sizes, options, problem
+from flyweight.stages.price import Market, Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes, Stage, largest_integer
 from flyweight.stages.setup import Job, joined
 from flyweight.stages.tell import decisions, frontier_points
@@ -58,16 +58,16 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     """The choice under the budget, corrected by measurement where a latency limit was missed."""
     reference = reference_of(job, folder)
     menu, table = _priced(job, quotes, folder, stage, reference)
-    built = problem(menu, table)
+    offers = markets(menu, table)
     limits = cost_limits(job.budget, reference, table)
     aim = goal(job.budget, table)
     attempt = _attempt(job, quotes)
     job.checkpoint("choosing")
     advance = stage("choose", 1)
-    choice = choose(menu, built, job.budget, limits, aim, attempt)
-    choice = _corrected(job, menu, built, reference, table, choice, aim, attempt, folder)
+    choice = choose(offers, limits, aim, attempt)
+    choice = _corrected(job, offers, reference, table, choice, aim, attempt, folder)
     advance(1)
-    return _purchase(job, quotes, menu, built, reference, table, choice)
+    return _purchase(quotes, reference, table, choice)
 
 
 def reference_of(job: Job, folder: Folder) -> Reference:
@@ -92,7 +92,9 @@ def _priced(
         return replace(menu, sizes=Sizes(**msgspec.json.decode(kept))), table
     with tempfile.TemporaryDirectory(prefix="flyweight-bases-") as place:
         bases, sizes = _bases(job, quotes, Path(place), reference)
-        folder.save("sizes.json", msgspec.json.encode({"overhead": sizes.overhead, "per_int8_layer": sizes.per_int8_layer}))
+        folder.save(
+            "sizes.json", msgspec.json.encode({"overhead": sizes.overhead, "per_int8_layer": sizes.per_int8_layer})
+        )
         menu = replace(menu, sizes=sizes)
         if not timed:
             job.checkpoint("measuring latencies")
@@ -168,8 +170,7 @@ def _attempt(job: Job, quotes: Quotes) -> Callable[[Sequence[Step]], tuple[Outco
 
 def _corrected(
     job: Job,
-    menu: Menu,
-    built: Problem,
+    offers: Sequence[Market],
     reference: Reference,
     table: LatencyTable | None,
     choice: Choice,
@@ -196,7 +197,7 @@ def _corrected(
         for name, share in missed.items():
             # what is predicted must fall by as much as the measurement was above the limit
             tighter[name] = min(MARGIN, MARGIN * choice.solution.costs[name] / share)
-        again = choose(menu, built, job.budget, cost_limits(job.budget, reference, table, tighter), aim, attempt)
+        again = choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt)
         if not again.solution.feasible:
             return choice
         choice = again
@@ -222,20 +223,13 @@ def _shares(job: Job, choice: Choice, folder: Folder, turn: int) -> dict[str, fl
     return shares
 
 
-def _purchase(
-    job: Job,
-    quotes: Quotes,
-    menu: Menu,
-    built: Problem,
-    reference: Reference,
-    table: LatencyTable | None,
-    choice: Choice,
-) -> Purchase:
+def _purchase(quotes: Quotes, reference: Reference, table: LatencyTable | None, choice: Choice) -> Purchase:
     graph, notes = choice.outcome
+    menu, built = choice.market.menu, choice.market.problem
     offered = options(menu, built, table)
-    made = decisions(menu, choice.solution, offered, quotes.frozen, quotes.refused)
+    made = decisions(menu, choice.solution, offered, quotes.frozen, _refused(quotes, menu))
     latency = f"latency@{next(iter(table.reference_s))}" if table is not None else ""
-    points = frontier(built, latency or "size", points=16)
+    points = frontier(built, latency or "size", points=12)
     return Purchase(
         choices={d.site.name: d.chosen for d in made if not d.site.frozen},
         steps=steps_of(menu, choice.solution),
@@ -247,3 +241,9 @@ def _purchase(
         frontier=frontier_points(points, choice.solution, reference.file_bytes, reference.macs, latency),
         decisions=made,
     )
+
+
+def _refused(quotes: Quotes, menu: Menu) -> dict[str, str]:
+    """Layers without an int8 option and why; all of them where the all-float model won."""
+    lost = {} if menu.formats else {f.layer: "the all-float model is better here" for f in quotes.menu.formats}
+    return {**quotes.refused, **lost}

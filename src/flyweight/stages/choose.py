@@ -10,8 +10,8 @@ from flyweight.budget import is_quality, judge_limit
 from flyweight.deploy.latency import LatencyTable
 from flyweight.search.knapsack import solve
 from flyweight.search.pareto import frontier
-from flyweight.search.problem import Problem, Solution
-from flyweight.stages.price import Menu, steps
+from flyweight.search.problem import Solution
+from flyweight.stages.price import Market, Menu, steps
 from flyweight.types import Budget, Interval, Limit, Step
 
 __all__ = ["Choice", "Reference", "choose", "cost_limits", "goal", "steps_of"]
@@ -31,6 +31,7 @@ class Reference:
 class Choice:
     """A chosen combination and how it did on tune (`quality`: limit, measured, state)."""
 
+    market: Market
     solution: Solution
     quality: tuple[tuple[Limit, Interval, str], ...]
     outcome: Any  # what `attempt` made of the steps
@@ -63,7 +64,9 @@ def cost_limits(
             continue
         if limit.quantity == "latency" and table is not None:
             for shape in [limit.shape] if limit.shape else table.reference_s:
-                add(f"latency@{shape}", limit.value if limit.unit == "share" else limit.value / table.reference_s[shape])
+                add(
+                    f"latency@{shape}", limit.value if limit.unit == "share" else limit.value / table.reference_s[shape]
+                )
         elif limit.quantity == "size":
             add("size", limit.value * (reference.file_bytes if limit.unit == "share" else 1))
         elif limit.quantity == "macs":
@@ -83,30 +86,42 @@ def steps_of(menu: Menu, solution: Solution) -> tuple[Step, ...]:
     return tuple(step for v, option in enumerate(solution.choices) for step in steps(menu, v, option))
 
 
-def choose(
-    menu: Menu, built: Problem, budget: Budget, limits: Mapping[str, float], aim: str, attempt: Attempt
-) -> Choice:
+def choose(offers: Sequence[Market], limits: Mapping[str, float], aim: str, attempt: Attempt) -> Choice:
     """The best choice inside the budget: least error, or least cost whose quality limits hold on tune.
 
     A budget of costs that cannot be met gives the nearest point (`solution.feasible` False, `solution.binding`).
     """
-    best = solve(built, limits)
-    if aim == "error" or not best.feasible:
-        return _attempted(menu, best, attempt, 1)
-    points = list(frontier(built, aim, points=TRIES, limits=limits)) or [best]
-    points.sort(key=lambda p: p.costs[aim])
-    return _cheapest_good(menu, points, attempt)
+    found = [(market, solve(market.problem, limits)) for market in offers]
+    feasible = [pair for pair in found if pair[1].feasible]
+    if not feasible:
+        return _attempted(min(found, key=lambda pair: pair[1].excess), attempt, 1)
+    if aim == "error":
+        return _attempted(min(feasible, key=lambda pair: pair[1].error), attempt, 1)
+    points = [(m, p) for m, _ in feasible for p in frontier(m.problem, aim, points=TRIES, limits=limits)]
+    return _cheapest_good(_undominated(points, aim) or feasible, attempt)
 
 
-def _cheapest_good(menu: Menu, points: Sequence[Solution], attempt: Attempt) -> Choice:
+Offer = tuple[Market, Solution]
+
+
+def _undominated(points: Sequence[Offer], aim: str) -> list[Offer]:
+    """By rising cost and falling error, the rest left out."""
+    kept: list[Offer] = []
+    for offer in sorted(points, key=lambda pair: (pair[1].costs[aim], pair[1].error)):
+        if not kept or offer[1].error < kept[-1][1].error:
+            kept.append(offer)
+    return kept
+
+
+def _cheapest_good(points: Sequence[Offer], attempt: Attempt) -> Choice:
     """Bisection over the frontier, cheap to dear: errors fall along it, so what holds at one point holds behind it."""
     low, high, tried = 0, len(points) - 1, 1
-    found = _attempted(menu, points[high], attempt, tried)
+    found = _attempted(points[high], attempt, tried)
     if not found.good:
         return found
     while low < high:
         middle, tried = (low + high) // 2, tried + 1
-        trial = _attempted(menu, points[middle], attempt, tried)
+        trial = _attempted(points[middle], attempt, tried)
         if trial.good:
             found, high = trial, middle
         else:
@@ -114,7 +129,8 @@ def _cheapest_good(menu: Menu, points: Sequence[Solution], attempt: Attempt) -> 
     return found
 
 
-def _attempted(menu: Menu, solution: Solution, attempt: Attempt, tried: int) -> Choice:
-    outcome, measured = attempt(steps_of(menu, solution))
+def _attempted(offer: Offer, attempt: Attempt, tried: int) -> Choice:
+    market, solution = offer
+    outcome, measured = attempt(steps_of(market.menu, solution))
     quality = tuple((limit, value, judge_limit(limit, value)) for limit, value in measured)
-    return Choice(solution, quality, outcome, tried)
+    return Choice(market, solution, quality, outcome, tried)

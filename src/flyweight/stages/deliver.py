@@ -16,6 +16,7 @@ from flyweight.graph.rewrite import pooled_means, refresh
 from flyweight.graph.surgery import fold_norms
 from flyweight.methods import channels, int8
 from flyweight.recover.normstats import reestimate
+from flyweight.recover.resolve import resolve
 from flyweight.types import Note, Step
 
 __all__ = ["Network", "Prepared", "deliver", "prepared", "restructured", "with_numbers"]
@@ -60,15 +61,17 @@ def deliver(
     return with_numbers(ready, numbers, largest)[0], _folded_note(network, graph, ready.graph)
 
 
-def restructured(
-    network: Network, steps: Collection[Step], calib: Callable[[], Iterable[Batch]]
-) -> fx.GraphModule:
+def restructured(network: Network, steps: Collection[Step], calib: Callable[[], Iterable[Batch]]) -> fx.GraphModule:
     """The graph with channels removed and the norms' statistics estimated anew (a plain copy without steps)."""
     if not steps:
         return copy.deepcopy(network.graph)
     graph = channels.restructure(network.graph, network.groups, network.layers, network.stats, steps)
     refresh(graph, network.example)
     reestimate(graph, calib())
+    if all(one.setting.get("compensate", True) for one in steps):
+        rows = {name: s.setting["kept"] for s in steps for name in network.groups[s.target].producers}
+        graph = resolve(graph, network.graph, rows, calib())
+        reestimate(graph, calib())
     return graph
 
 

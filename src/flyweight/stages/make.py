@@ -181,7 +181,9 @@ def _results(
         claims=(*proofs, *promised, *forecast, *_evaluated(job, purchase)),
         frontier=purchase.frontier,
         decisions=purchase.decisions,
-        layers=layer_rows(job.graph, purchase.graph, quotes.network.layers, list(purchase.graph.meta.get("numbers", {}))),
+        layers=layer_rows(
+            job.graph, purchase.graph, quotes.network.layers, list(purchase.graph.meta.get("numbers", {}))
+        ),
         behaviour=moved,
         notes=tuple(dict.fromkeys(notes)),
         plan=plan,
@@ -213,9 +215,7 @@ def _evaluated(job: Job, purchase: Purchase) -> tuple[Claim, ...]:
                   "the user's function, on the graphs"),)  # fmt: skip
 
 
-def _run_notes(
-    job: Job, artifact: Artifact, fallen: Sequence[str], timings: Timings, plan: Plan
-) -> tuple[Note, ...]:
+def _run_notes(job: Job, artifact: Artifact, fallen: Sequence[str], timings: Timings, plan: Plan) -> tuple[Note, ...]:
     notes = []
     if fallen:
         text = f"{len(fallen)} of {artifact.planned_int8} layers planned as int8 run in float in {artifact.target}"
@@ -281,4 +281,3 @@ def _summary(
     text += f" Fails: {broken}." if broken else ""
     text += f" Undecided: {unknown}." if unknown else ""
     return text + (f" Nearest point delivered; {plan.binding} binds." if not plan.feasible else "")
-

@@ -8,7 +8,7 @@ and over two where a removal and a rounding meet in one layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import fx
@@ -22,7 +22,7 @@ from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Factor, Floats, Problem, evaluate
 from flyweight.types import Cost, Option, Step
 
-__all__ = ["Format", "Menu", "Sizes", "edges", "options", "problem", "steps"]
+__all__ = ["Format", "Market", "Menu", "Sizes", "edges", "markets", "options", "problem", "steps"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,23 @@ class Menu:
     def format_index(self) -> dict[str, int]:
         """Layer name -> variable of its number format."""
         return {f.layer: len(self.ladders) + i for i, f in enumerate(self.formats)}
+
+
+@dataclass(frozen=True, eq=False)
+class Market:
+    """A menu and its prices as the search's problem."""
+
+    menu: Menu
+    problem: Problem
+
+
+def markets(menu: Menu, table: LatencyTable | None) -> tuple[Market, ...]:
+    """The menu itself and, where no rule demands int8, the same without int8: all-float widths have their own prices."""
+    whole = Market(menu, problem(menu, table))
+    if table is None or not menu.formats or any(0 not in f.allowed for f in menu.formats):
+        return (whole,)
+    bare = replace(menu, formats=(), combined={})
+    return (whole, Market(bare, problem(bare, table)))
 
 
 def edges(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> tuple[tuple[str, str], ...]:
@@ -149,14 +166,14 @@ def _latency(
     """Change of time by one layer's widths and format, in shares of the reference.
 
     A group's measured saving is split over its layers by their MACs. Where both widths of a layer shrink, the second cut
-    saves only on what the first has left: t (1 - (1 - s_in / t)(1 - s_out / t)), t the layer's own time.
+    saves only on what the first has left: t (1 - (1 - s_in / t)(1 - s_out / t)), t the layer's own time. A layer that
+    stays float among int8 ones saves what its int8 form would: conversions around it hide the rest, and a price from the
+    all-float model promised times that no mixed model kept.
     """
     result = np.zeros(size)
     total = sum(one.macs for one in menu.layers.values())
+    regime = INT8 if menu.formats else FLOAT
     for k in range(size[2]):
-        regime = FLOAT if size[2] == 1 or k == 0 else INT8
-        if regime not in table.whole:
-            continue
         own = max(table.whole[regime][shape] * layer.macs / total, 1e-9)
         first = _savings(menu, layer, table, shape, regime, into)
         second = _savings(menu, layer, table, shape, regime, out)
@@ -169,9 +186,7 @@ def _latency(
     return result
 
 
-def _savings(
-    menu: Menu, layer: Layer, table: LatencyTable, shape: str, regime: str, index: int | None
-) -> list[float]:
+def _savings(menu: Menu, layer: Layer, table: LatencyTable, shape: str, regime: str, index: int | None) -> list[float]:
     if index is None:
         return [0.0]
     ladder = menu.ladders[index]
@@ -231,9 +246,7 @@ def options(menu: Menu, built: Problem, table: LatencyTable | None) -> dict[str,
     return found
 
 
-def _option(
-    menu: Menu, variable: int, option: int, change: Mapping[str, float], table: LatencyTable | None
-) -> Option:
+def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float], table: LatencyTable | None) -> Option:
     latency = {s: change[f"latency@{s}"] * t for s, t in (table.reference_s if table else {}).items()}
     size = round(change["size"])
     cost = Cost(macs=round(change["macs"]), weight_bytes=size, file_bytes=size, latency_s=latency or None)

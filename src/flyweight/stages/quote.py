@@ -124,7 +124,7 @@ def _ladders(
     job: Job, network: Network, found: Sequence[Group], judge: Judge, store: Store, stage: Stage
 ) -> tuple[Ladder, ...]:
     advance = stage("price channels", len(found)) if found else None
-    multiple = get(job.settings.target).preferred_multiple() // 2 if job.times_matter else 1
+    multiple = get(job.settings.target).preferred_multiple() // 2
     made = []
     for i, group in enumerate(found):
         kept = store.load(f"channels-{i}.json")
@@ -133,8 +133,8 @@ def _ladders(
             made.append(Ladder(group, p.gone, p.levels, p.layer_errors, p.errors))
         else:
             job.checkpoint(f"pricing the channels of {group.name}")
-            step = multiple if group.size > multiple else 1
-            offered = channels.levels(group.size, step)
+            step, count = (multiple, 8) if job.times_matter and group.size > multiple else (1, 16)
+            offered = channels.levels(group.size, step, count)
             one = ladder(network.graph, group, network.layers, network.stats, offered, judge)
             prices = _Prices(one.gone, one.levels, one.layer_errors, one.errors)
             store.save(f"channels-{i}.json", msgspec.json.encode(prices))
@@ -210,9 +210,7 @@ def _formats(
     return tuple(formats), {lad.group.name: prices[f"group {lad.group.name}"].combined for lad in ladders}
 
 
-def _meeting(
-    network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str, _Prices], judge: Judge
-) -> float:
+def _meeting(network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str, _Prices], judge: Judge) -> float:
     """What removal and rounding of a group's readers cost together beyond both prices, as a share of the removal's.
 
     Measured once, at the middle level: the option is rounded on the weights that removal left.
@@ -268,4 +266,3 @@ def _few_samples(job: Job, network: Network) -> tuple[Note, ...]:
             fix="give more calibration samples; labels are not needed",
         ),
     )
-

@@ -76,7 +76,11 @@ def _histogram(weight: Tensor, bins: int = 40) -> Histogram:
 
 
 def decisions(
-    menu: Menu, solution: Solution, options: Mapping[str, tuple[Option, ...]], frozen: Sequence[Group], refused: Mapping[str, str]
+    menu: Menu,
+    solution: Solution,
+    options: Mapping[str, tuple[Option, ...]],
+    frozen: Sequence[Group],
+    refused: Mapping[str, str],
 ) -> tuple[Decision, ...]:
     """What was decided at every site and why; sites where nothing is offered say why not.
 
@@ -112,7 +116,9 @@ def _reason(offered: Sequence[Option], chosen: int) -> str:
     saved = [f"{-option.cost.macs:,} MACs"] if option.cost.macs < 0 else []
     saved += [f"{-option.cost.file_bytes:,} bytes"] if option.cost.file_bytes and option.cost.file_bytes < 0 else []
     for shape, seconds in (option.cost.latency_s or {}).items():
-        saved.append(f"{-seconds * 1e6:.1f} µs at {shape}" if seconds < 0 else f"(adds {seconds * 1e6:.1f} µs at {shape})")
+        saved.append(
+            f"{-seconds * 1e6:.1f} µs at {shape}" if seconds < 0 else f"(adds {seconds * 1e6:.1f} µs at {shape})"
+        )
     return f"predicted divergence {option.error:.2g}; alone it saves {', '.join(saved) or 'nothing'}"
 
 
@@ -140,7 +146,7 @@ def forecasts(
     """What was predicted beside what was measured."""
     exact = float(file_bytes)
     claims = [_forecast("size", solution.costs["size"], Interval(exact, exact, exact), "bytes")]
-    for shape, timing in (timings.times[COMPRESSED].items() if timings is not None else ()):
+    for shape, timing in timings.times[COMPRESSED].items() if timings is not None else ():
         if f"latency@{shape}" in solution.costs:
             claims.append(_forecast(f"latency ({shape})", solution.costs[f"latency@{shape}"], timing.share, "share"))
     if divergence is not None and math.isfinite(solution.error):

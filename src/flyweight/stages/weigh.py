@@ -21,7 +21,7 @@ from flyweight.deploy.clock import Timings, compare
 from flyweight.deploy.formats.onnx import output_names
 from flyweight.numerics.divergence import main_output
 from flyweight.numerics.intervals import items_to_decide, mean_interval
-from flyweight.stages.setup import Inputs, joined, shape_batch
+from flyweight.stages.setup import Inputs, shape_batch
 from flyweight.types import Behaviour, Budget, Claim, Interval, Limit
 
 __all__ = ["Evidence", "as_outputs", "clocked", "evidence", "feeds_of", "parity", "promises", "size_claim"]
@@ -105,9 +105,7 @@ def _by_name(graph: fx.GraphModule, outputs: Any) -> dict[str, Tensor]:
     return dict(zip(output_names(graph), leaves, strict=True))
 
 
-def evidence(
-    graph: fx.GraphModule, reference: Path, file: Path, data: Batches, runtime: str, threads: int
-) -> Evidence:
+def evidence(graph: fx.GraphModule, reference: Path, file: Path, data: Batches, runtime: str, threads: int) -> Evidence:
     """Both files' answers on all samples of `data`, in batches of its own size."""
     feeds, labels = _rows(data, input_names(graph), MOST_ROWS)
     rows = len(next(iter(feeds.values())))
