@@ -65,18 +65,6 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """This module: `compress` and `data` are functions of it, though submodules of these names exist as well."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # the import of a submodule sets it here under its own name, which would hide the function from then on
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
-class _Package(ModuleType):
     """This module, whose verbs stay verbs: importing `flyweight.compress` would bind the module over the function."""
 
     def __setattr__(self, name: str, value: object) -> None:
