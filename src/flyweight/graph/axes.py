@@ -75,7 +75,8 @@ class _Walk:
         self.axes: dict[int, _Axis] = {}
         self.tags: dict[str, Tag | None] = {}
         self.written: dict[str, int] = {}  # layer -> root of its outputs
-        self.read: dict[str, int] = {}  # layer -> root of its inputs
+        self.read: dict[str, int] = {}  # layer or norm -> root of its inputs
+        self.unknown: set[str] = set()  # layers and norms that read a value without an axis somewhere
 
     def new(self, size: int) -> int:
         root = len(self.parent)
@@ -94,6 +95,10 @@ class _Walk:
     def couple(self, a: int, b: int) -> None:
         a, b = sorted((self.find(a), self.find(b)))
         if a == b:
+            return
+        if self.axes[a].size != self.axes[b].size:
+            for axis in (self.axes[a], self.axes[b]):
+                axis.reasons.append("channels of different counts are read by one layer")
             return
         self.parent[b] = a
         kept, gone = self.axes[a], self.axes.pop(b)
@@ -119,6 +124,8 @@ def groups(graph: fx.GraphModule) -> tuple[Group, ...]:
     walk = _Walk(graph)
     for node in graph.graph.nodes:
         walk.tags[node.name] = _visit(walk, node)
+    for name in sorted(walk.unknown & set(walk.read)):
+        walk.axis(walk.read[name]).reasons.append(f"{name!r} also reads a value whose channels are not known")
     _freeze_shared_weights(walk)
     return tuple(_group(axis) for _, axis in sorted(walk.axes.items()) if axis.producers)
 
@@ -150,6 +157,8 @@ def _visit(walk: _Walk, node: fx.Node) -> Tag | None:
         return _linear_operator(walk, node, module)
     tagged = [walk.tag(source) for source in node.all_input_nodes]
     first = walk.tag(node.args[0]) if node.args else None
+    if isinstance(module, NORMS) and first is None:
+        walk.unknown.add(str(node.target))
     if not any(tagged):
         return None
     rule = MODULE_RULES.get(type(module)) if module is not None else FUNCTION_RULES.get(_operator(node))
@@ -184,24 +193,33 @@ def _linear_operator(walk: _Walk, node: fx.Node, module: nn.Module) -> Tag | Non
     dim = rank - 1 if linear else 1
     if source is not None and (source.dim != dim or (source.block != 1 and not linear)):
         walk.freeze(source, f"{name!r} does not read them as channels")
-    elif source is not None:
-        taps = math.prod(weight.shape[2:])
-        walk.axis(source.root).consumers.append(Use(name, source.block * taps))
-        if name in walk.read:
-            walk.couple(walk.read[name], source.root)
-        walk.read[name] = source.root
-    elif name in walk.read:
-        walk.axis(walk.read[name]).reasons.append(f"{name!r} also reads a value whose channels are not known")
+        source = None
+    if source is None:
+        walk.unknown.add(name)
+    else:
+        walk.axis(source.root).consumers.append(Use(name, source.block * math.prod(weight.shape[2:])))
+        _read(walk, name, source)
     if name not in walk.written:
         walk.written[name] = walk.new(weight.shape[0])
         walk.axis(walk.written[name]).producers.append(name)
     return Tag(walk.written[name], dim, 1)
 
 
+def _read(walk: _Walk, name: str, tag: Tag) -> None:
+    """All values that one layer or norm reads have the same channels."""
+    if name in walk.read:
+        walk.couple(walk.read[name], tag.root)
+    walk.read[name] = tag.root
+
+
 def _freeze_shared_weights(walk: _Walk) -> None:
+    """Layers and norms whose tensors something else reads too: what is done to one would be done to the other."""
     owners: dict[int, list[str]] = {}
-    for name in walk.written:
-        owners.setdefault(walk.graph.get_submodule(name).weight.data_ptr(), []).append(name)  # type: ignore[operator,union-attr]
+    for name, parameter in walk.graph.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter.data_ptr(), []).append(name.rpartition(".")[0])
+    for node in walk.graph.graph.nodes:
+        if node.op == "get_attr" and isinstance(value := _attribute(walk.graph, str(node.target)), Tensor):
+            owners.setdefault(value.data_ptr(), []).append(f"the value {node.name!r}")
     for names in owners.values():
         for name in names if len(names) > 1 else ():
             for roots in (walk.written, walk.read):
@@ -209,11 +227,18 @@ def _freeze_shared_weights(walk: _Walk) -> None:
                     walk.axis(roots[name]).reasons.append(f"weights are shared by {', '.join(names)}")
 
 
+def _attribute(graph: fx.GraphModule, target: str) -> object:
+    owner, _, leaf = target.rpartition(".")
+    return getattr(graph.get_submodule(owner), leaf)
+
+
 # ---- rules: one small function an operator; they return what the node's own value carries
 
 
 def _pointwise(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
-    """The same function of every entry."""
+    """The same function of every entry; bounds that are values of their own may have channels."""
+    if len(node.all_input_nodes) > 1:
+        return _frozen(walk, node, f"no rule for {_operator(node)} of several values at {node.name!r}")
     return tag
 
 
@@ -221,6 +246,7 @@ def _norm(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
     if tag.dim != 1:
         return _frozen(walk, node, f"{node.target!r} normalises another dimension")
     walk.axis(tag.root).norms.append(Use(str(node.target), tag.block))
+    _read(walk, str(node.target), tag)
     return tag
 
 
@@ -282,7 +308,9 @@ def _view(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
     return Tag(tag.root, dim, block)
 
 
-def _place(before: tuple[int | torch.SymInt, ...], after: tuple[int | torch.SymInt, ...], dim: int) -> tuple[int, int] | None:
+def _place(
+    before: tuple[int | torch.SymInt, ...], after: tuple[int | torch.SymInt, ...], dim: int
+) -> tuple[int, int] | None:
     """Where dimension `dim` of `before` lies in `after`, and how many entries each of its indices became there."""
     if not before or not after or str(before[0]) != str(after[0]) or dim == 0:
         return None

@@ -93,7 +93,7 @@ def _rewrite(graph: fx.GraphModule, group: Group, channels: int) -> None:
 
 
 def prove(graph: fx.GraphModule, group: Group, inputs: Sequence[Tensor | object], seed: int = 0) -> str:
-    """"" if cutting half of `group` computes what zeroing it computes, in float64 on random inputs, else what differed.
+    """ "" if cutting half of `group` computes what zeroing it computes, in float64 on random inputs, else what differed.
 
     `inputs` is an example of the placeholders in order; batch sizes 1, 2 and 5 are tried. Tolerance: 1e-9 of the
     outputs' size, 2^-53 times far more operations than any network here runs.
@@ -102,9 +102,12 @@ def prove(graph: fx.GraphModule, group: Group, inputs: Sequence[Tensor | object]
     order = torch.randperm(group.size, generator=generator).tolist()
     kept = sorted(order[: max(1, group.size // 2)])
     zeroed = copy.deepcopy(graph).double()
-    silence(zeroed, group, sorted(set(range(group.size)) - set(kept)))
-    smaller = copy.deepcopy(zeroed)
-    cut(smaller, {group: kept})
+    try:
+        silence(zeroed, group, sorted(set(range(group.size)) - set(kept)))
+        smaller = copy.deepcopy(zeroed)
+        cut(smaller, {group: kept})
+    except (IndexError, RuntimeError) as error:
+        return f"the channels cannot be cut: {str(error).splitlines()[0]}"
     for batch in (1, 2, 5):
         feed = [_random_like(x, batch, generator) for x in inputs]
         try:
@@ -161,4 +164,3 @@ def _fuse_linear(*arguments: object) -> tuple[Tensor, Tensor]:
     bias = 0 * ones if bias is None else bias
     scale = gamma * torch.rsqrt(variance + eps)  # type: ignore[operator]
     return weight * scale[:, None], (bias - mean) * scale + beta  # type: ignore[operator,index]
-
