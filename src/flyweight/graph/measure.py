@@ -114,8 +114,8 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Stats:
     """What `to_tensors` wrote."""
     inputs, ranges = {}, {}
     for key in tensors:
-        kind, *middle, last = key.split("/")
-        name = "/".join(middle)
+        kind, _, rest = key.partition("/")
+        name, _, last = rest.rpartition("/")
         if kind == "input" and last == "gram":
             mean, count = tensors[f"input/{name}/mean"], int(tensors[f"input/{name}/count"])
             inputs[name] = Moments(count, mean, tensors[key])
