@@ -212,6 +212,8 @@ def _least_excess(problem: Problem, bounds: Mapping[str, float], deadline: float
     noise = ROUNDING * magnitude(terms)
     # with nothing known, an excess that no combination reaches
     worst = _worst(problem, best, bounds) if best else float(((magnitude(terms) + unit) / unit).max())
+    if best is not None and not terms.unary:  # no site, one choice; HiGHS refuses a program without columns
+        return best, worst
     floor = 0.0
     while time.monotonic() < deadline and worst > 0:
         ceilings = limits + worst * unit + noise
