@@ -119,7 +119,7 @@ def compress(session: Session, /, as_json: bool, **given: Any) -> int:
     network, arguments = _arguments(session, given)
     with exits.finishing(session):
         result = make(network, **arguments)
-    return _shown(result.results, result.folder, as_json)
+    return _shown(result.results, Path(arguments["workdir"]), as_json)
 
 
 @cli.command(short_help="Replays a plan on MODEL.")
@@ -132,7 +132,7 @@ def apply(session: Session, /, plan: str, as_json: bool, **given: Any) -> int:
     network, arguments = _arguments(session, given)
     with exits.finishing(session):
         result = replay(network, plan, **arguments)
-    return _shown(result.results, result.folder, as_json)
+    return _shown(result.results, Path(arguments["workdir"]), as_json)
 
 
 @cli.command(short_help="Weighs the model in FOLDER again, on this machine.")
@@ -165,8 +165,6 @@ def bench() -> int:
 # --- from options to arguments, from results to stdout ----------------------------------------------------------------
 def _arguments(session: Session, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(the model, the keyword arguments of the verb). Loads what the texts name."""
-    from flyweight.data import load_data, load_model
-
     given = dict(options)
     session.folder = Path(given["workdir"])
     given["rules"] = tuple(_rule(text) for text in given.pop("rules", ()))
@@ -179,6 +177,8 @@ def _arguments(session: Session, options: Mapping[str, Any]) -> tuple[Any, dict[
         del given["rules"]
     if "budget" in given:  # before minutes go into loading: a typo is found at once
         _check_budget(given)
+    from flyweight.data import load_data, load_model
+
     model = load_model(given.pop("model"), given.pop("weights"))
     for role in ("calib", "tune", "test"):
         given[role] = None if given[role] is None else load_data(given[role])
@@ -238,7 +238,7 @@ def _shown(results: Results, folder: Path, as_json: bool) -> int:
 
 
 def manual() -> str:
-    """`docs/cli.md`: what `--help` of every command says, 80 columns wide."""
+    """`docs/cli.md`: what `--help` of every command says on 80 columns."""
     parts = ["# The command line\n\nWhat `--help` prints; `tests/face/test_cli.py` keeps this page true."]
     for names in [[], *([name] for name, command in sorted(cli.commands.items()) if not command.hidden)]:
         parts.append(f"## {' '.join(['flyweight', *names])}\n\n```text\n{_help(names)}\n```")
@@ -246,11 +246,11 @@ def manual() -> str:
 
 
 def _help(names: Sequence[str]) -> str:
-    context = click.Context(cli, info_name="flyweight", terminal_width=80, max_content_width=80, **_NAMES)
+    context = click.Context(cli, info_name="flyweight", terminal_width=78, **_NAMES)
     command: click.Command = cli
     for name in names:
         command = cli.commands[name]
-        context = click.Context(command, context, info_name=name, terminal_width=80, max_content_width=80, **_NAMES)
+        context = click.Context(command, context, info_name=name, terminal_width=78, **_NAMES)
     return command.get_help(context)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ def show_plan(plan: Plan, folder: str) -> None:
 
 def _predicted(plan: Plan) -> str:
     cost = plan.predicted
-    parts = [f"{tables.format_count(cost.macs)} MACs", f"weights {tables.format_bytes(cost.weight_bytes)}"]
+    parts = [f"{tables.format_count(cost.macs)} MACs"]
     parts += [f"file {tables.format_bytes(cost.file_bytes)}"] if cost.file_bytes is not None else []
     parts += [f"{tables.format_seconds(time)} at {shape}" for shape, time in (cost.latency_s or {}).items()]
     return ", ".join([*parts, f"divergence {tables.format_number(plan.error)}"])
@@ -101,5 +102,7 @@ def _text(text: str, style: str = "") -> Text:
 @contextlib.contextmanager
 def _stdout() -> Iterator[Console]:
     """A console on stdout; a reader who left (`| head`), which rich answers with SystemExit, is no error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an old code page must not turn a name into a UnicodeEncodeError
+        sys.stdout.reconfigure(errors="backslashreplace")
     with contextlib.suppress(SystemExit, BrokenPipeError):
         yield Console(file=sys.stdout)

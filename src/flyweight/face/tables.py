@@ -7,6 +7,7 @@ renderers go through: control, bidirectional and other invisible characters beco
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 import unicodedata
@@ -237,7 +238,18 @@ def final_row(results: Results) -> Row | None:
 def next_command(results: Results) -> str:
     """The command to run next: weigh the artifact again where it will be used."""
     folder = str(PurePath(results.artifact.path).parent)
-    return f"flyweight verify {shlex.quote(folder)}"
+    return f"flyweight verify {shlex.quote(folder)} --test {shlex.quote(_test_data(results.command))}"
+
+
+def _test_data(command: str) -> str:
+    """What the run's command named as test data; DATA where it was a call from Python."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an unbalanced quote: not a command that ran
+        return "DATA"
+    if words[:2] == ["flyweight", "demo"]:
+        return "flyweight.face.demo:test"
+    return next((after for word, after in itertools.pairwise(words) if word == "--test"), "DATA")
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
