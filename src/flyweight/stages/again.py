@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flyweight.audit.quality import Yardstick
-from flyweight.data import bind_example
+from flyweight.data import bind_example, role
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.errors import DataError, UsageError, VerificationError
