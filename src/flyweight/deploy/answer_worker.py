@@ -5,6 +5,7 @@ Run as `python -m flyweight.deploy.answer_worker job.json`.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ class AskReply(msgspec.Struct, frozen=True):
 
 def main(path: str) -> None:
     """Runs the job in the JSON file at `path`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     ask = msgspec.json.decode(Path(path).read_bytes(), type=Ask)
     try:
         predict = runtimes.get(ask.runtime).load(Path(ask.model), ask.threads)
