@@ -21,7 +21,7 @@ from types import FrameType
 
 import click
 
-from flyweight.errors import FlyweightError, FolderInUse, ResourceError, UsageError
+from flyweight.errors import FlyweightError, FolderInUse, Interrupted, ResourceError, UsageError
 
 __all__ = ["BUG", "INTERRUPTED", "TERMINATED", "Session", "Terminated", "finishing", "guarded", "print_bytes"]
 
@@ -102,7 +102,8 @@ def _tell(text: str, error: Exception | None = None) -> None:
 
 def _keep(error: Exception, session: Session) -> Path | None:
     """run.log with the traceback at its end, if the command had a folder open, else None."""
-    if session.folder is None or isinstance(error, (UsageError, FolderInUse)):  # raised before it was ours
+    if session.folder is None or isinstance(error, (UsageError, FolderInUse, Interrupted)):
+        # the first two are raised before the folder was ours, the third is no failure
         return None
     if not (session.folder / "run/run.json").is_file():
         return None
