@@ -68,7 +68,7 @@ def _cut_inputs(
         if name not in tensors:
             continue
         values = numpy_helper.to_array(tensors[name])
-        if values.ndim == 0 or values.size == 1 and node.op_type != "DequantizeLinear":
+        if values.ndim == 0 or (values.size == 1 and node.op_type != "DequantizeLinear"):
             continue
         cut = values[: width.outputs] if values.ndim else values
         if values.ndim > 1:
@@ -104,5 +104,29 @@ def with_float_layer(model: onnx.ModelProto, layer: str) -> onnx.ModelProto:
         integers, scale = (numpy_helper.to_array(tensors[i]) for i in node.input[:2])
         values = integers.astype(np.float32) * scale.reshape(-1, *[1] * (integers.ndim - 1))
         result.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+        if name == stored_name(layer):
+            _read_by_channel(result, tensors, node.output[0], integers.shape[1])
         result.graph.node.remove(node)
     return result
+
+
+def _read_by_channel(
+    model: onnx.ModelProto, tensors: Mapping[str, onnx.TensorProto], weight: str, channels: int
+) -> None:
+    """Repeats the scale of the layer's input, as the exporter does, lest the runtime rounds the float weights."""
+    layer = next(n for n in model.graph.node if weight in n.input)
+    at, read = next((i, n) for i, n in enumerate(model.graph.node) if layer.input[0] in n.output)
+    if read.op_type != "DequantizeLinear":
+        return
+    own = onnx.NodeProto()
+    own.CopyFrom(read)
+    own.name, own.output[0] = f"{read.name}/{layer.name}", f"{read.output[0]}/{layer.name}"
+    for i in (1, 2):
+        values = numpy_helper.to_array(tensors[read.input[i]])
+        own.input[i] = f"{own.output[0]}/{i}"
+        repeated = np.full(channels, values.reshape(-1)[0], dtype=values.dtype)
+        model.graph.initializer.append(numpy_helper.from_array(repeated, own.input[i]))
+    del own.attribute[:]
+    own.attribute.append(onnx.helper.make_attribute("axis", 1))
+    layer.input[0] = own.output[0]
+    model.graph.node.insert(at + 1, own)

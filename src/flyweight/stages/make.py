@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from flyweight.deploy.folder import Folder
 from flyweight.deploy.formats.onnx import export, stored_name
 from flyweight.deploy.latency import table_hash
 from flyweight.deploy.runtimes import get
-from flyweight.errors import VerificationError
+from flyweight.errors import UsageError, VerificationError
 from flyweight.graph.measure import fingerprint
 from flyweight.graph.operators import layers
 from flyweight.stages.buy import REFERENCE_FILE, Purchase
@@ -209,10 +210,22 @@ def _evaluated(job: Job, purchase: Purchase) -> tuple[Claim, ...]:
     """The user's own evaluation of the original and of the compressed graph, as a forecast (it has no interval)."""
     if job.settings.evaluate is None:
         return ()
-    before, after = (float(job.settings.evaluate(graph)) for graph in (job.graph, purchase.graph))
+    before, after = (_asked(job.settings.evaluate, graph) for graph in (job.graph, purchase.graph))
     exact = Interval(after, after, after)
     return (Claim("evaluate (original beside compressed)", "forecast", "holds", after, "", exact, before, None,
                   "the user's function, on the graphs"),)  # fmt: skip
+
+
+def _asked(evaluate: Callable[..., float], graph: fx.GraphModule) -> float:
+    name = getattr(evaluate, "__name__", type(evaluate).__name__)
+    fix = "it gets the model and returns one finite number; start the same command again: what was done is kept"
+    try:
+        value = float(evaluate(graph))
+    except Exception as error:
+        raise UsageError(f"evaluate raised {type(error).__name__}: {error}", where=name, fix=fix) from error
+    if not math.isfinite(value):
+        raise UsageError(f"evaluate returned {value}", where=name, fix=fix)
+    return value
 
 
 def _run_notes(job: Job, artifact: Artifact, fallen: Sequence[str], timings: Timings, plan: Plan) -> tuple[Note, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import nnls
 from torch import fx
 
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
@@ -107,7 +108,9 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
     for f in menu.formats:
         error = [0.0 if 0 in f.allowed else np.inf, f.error if 1 in f.allowed else np.inf]
         factors.append(Factor((where[f.layer],), np.array(error)))
-    factors += [_layer_factor(menu, layer, table) for layer in menu.layers.values()]
+    regime = INT8 if menu.formats else FLOAT
+    own = {shape: own_times(menu, table, shape, regime) for shape in table.reference_s} if table is not None else {}
+    factors += [_layer_factor(menu, layer, table, own) for layer in menu.layers.values()]
     factors += _combined_factors(menu)
     base: dict[str, float] = {"size": menu.sizes.overhead, "macs": 0.0}
     if table is not None:
@@ -116,7 +119,9 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
     return Problem(size, tuple(factors), base)
 
 
-def _layer_factor(menu: Menu, layer: Layer, table: LatencyTable | None) -> Factor:
+def _layer_factor(
+    menu: Menu, layer: Layer, table: LatencyTable | None, own: Mapping[str, Mapping[str, float]]
+) -> Factor:
     """Costs of one layer over (channels in, channels out, number format); axes without a variable are dropped."""
     into = next((i for i, lad in enumerate(menu.ladders) if _reads(lad.group, layer)), None)
     out = next((i for i, lad in enumerate(menu.ladders) if layer.name in lad.group.producers), None)
@@ -130,8 +135,9 @@ def _layer_factor(menu: Menu, layer: Layer, table: LatencyTable | None) -> Facto
         costs["macs"][i, o, k] = layer_macs(layer, a, b)
         extra = menu.sizes.per_int8_layer if width == 8 else 0.0
         costs["size"][i, o, k] = weight_bytes(layer, a, b, width) + extra
-    for name in table.reference_s if table is not None else ():
-        costs[f"latency@{name}"] = _latency(menu, layer, table, name, into, out, shape)  # type: ignore[arg-type]
+    if table is not None:
+        for name, times in own.items():
+            costs[f"latency@{name}"] = _latency(menu, layer, table, name, into, out, shape, times)
     variables = [v for v in (into, out, form) if v is not None]
     present = tuple(size for size, v in zip(shape, (into, out, form), strict=True) if v is not None)
     if into is not None and into == out:  # a layer that reads the group it writes: only equal counts exist
@@ -161,22 +167,28 @@ def _input_counts(ladder: Ladder, layer: Layer) -> list[int]:
 
 
 def _latency(
-    menu: Menu, layer: Layer, table: LatencyTable, shape: str, into: int | None, out: int | None, size: tuple[int, ...]
+    menu: Menu,
+    layer: Layer,
+    table: LatencyTable,
+    shape: str,
+    into: int | None,
+    out: int | None,
+    size: tuple[int, ...],
+    times: Mapping[str, float],
 ) -> Floats:
     """Change of time by one layer's widths and format, in shares of the reference.
 
-    A group's measured saving is split over its layers by their MACs. Where both widths of a layer shrink, the second cut
+    A group's measured saving is split over its layers by their own times (`own_times`). Where both widths of a layer shrink, the second cut
     saves only on what the first has left: t (1 - (1 - s_in / t)(1 - s_out / t)), t the layer's own time. A layer that
     stays float among int8 ones saves what its int8 form would: conversions around it hide the rest, and a price from the
     all-float model promised times that no mixed model kept.
     """
     result = np.zeros(size)
-    total = sum(one.macs for one in menu.layers.values())
     regime = INT8 if menu.formats else FLOAT
+    own = max(times[layer.name], 1e-9)
     for k in range(size[2]):
-        own = max(table.whole[regime][shape] * layer.macs / total, 1e-9)
-        first = _savings(menu, layer, table, shape, regime, into)
-        second = _savings(menu, layer, table, shape, regime, out)
+        first = _savings(menu, layer, table, shape, regime, into, times)
+        second = _savings(menu, layer, table, shape, regime, out, times)
         for i, a in enumerate(first):
             for o, b in enumerate(second):
                 both = (min(max(a, 0.0), own) * min(max(b, 0.0), own)) / own
@@ -186,12 +198,44 @@ def _latency(
     return result
 
 
-def _savings(menu: Menu, layer: Layer, table: LatencyTable, shape: str, regime: str, index: int | None) -> list[float]:
+def own_times(menu: Menu, table: LatencyTable, shape: str, regime: str) -> Mapping[str, float]:
+    """Each layer's own time, in shares of the reference: the non-negative least squares fit to all measured savings.
+
+    A group cut from C to k channels saves (1 - k / C) of the time of every layer that writes or reads it.
+    """
+    names = list(menu.layers)
+    rows, saved = [], []
+    for lad in menu.ladders:
+        members = _members(lad)
+        for level, by in table.saved[regime].get(lad.group.name, {}).items():
+            gone = 1 - int(level) / lad.group.size
+            rows.append([gone if name in members else 0.0 for name in names])
+            saved.append(by[shape])
+    if not rows:
+        return dict.fromkeys(names, 0.0)
+    fit, _ = nnls(np.array(rows), np.array(saved))
+    return dict(zip(names, (float(t) for t in fit), strict=True))
+
+
+def _members(ladder: Ladder) -> set[str]:
+    return {*ladder.group.producers, *(use.layer for use in ladder.group.consumers)}
+
+
+def _savings(
+    menu: Menu,
+    layer: Layer,
+    table: LatencyTable,
+    shape: str,
+    regime: str,
+    index: int | None,
+    times: Mapping[str, float],
+) -> list[float]:
     if index is None:
         return [0.0]
     ladder = menu.ladders[index]
-    members = {*ladder.group.producers, *(use.layer for use in ladder.group.consumers)}
-    share = layer.macs / sum(menu.layers[name].macs for name in members)
+    members = _members(ladder)
+    total = sum(times[name] for name in members)
+    share = times[layer.name] / total if total > 0 else 1 / len(members)
     measured = table.saved[regime].get(ladder.group.name, {})
     return [share * _saved_at(measured, level, ladder.group.size, shape) for level in ladder.levels]
 

@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import re
 import time
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flyweight import budget as budgets
-from flyweight.audit.quality import Yardstick
+from flyweight.audit.quality import Yardstick, measured
 from flyweight.data import Batches, Roles, bind_example, first_batch, roles
 from flyweight.deploy import runtimes
 from flyweight.deploy.latency import LatencyTable, table_hash
@@ -109,7 +110,10 @@ class Job:
             "budget": [budgets.format_limit(limit) for limit in self.budget.limits],
             "prefer": self.budget.prefer,
             "task": self.yardstick.task,
-            "metric": self.yardstick.metric_name,
+            "divergence": _code_of(s.divergence),
+            "metric": self.yardstick.metric_name + _code_of(s.metric),
+            "better": s.better,
+            "evaluate": _code_of(s.evaluate),
             "target": s.target,
             "threads": s.threads,
             "shapes": list(self.shapes),
@@ -166,6 +170,8 @@ def job_of(
     labelled = bool(found.tune and found.test and found.tune.labelled and found.test.labelled)
     guarded, note = budgets.with_guard(read, yardstick.task, labelled, metric)
     shapes = _shapes(settings.shapes, guarded)
+    _check_patterns(settings, traced.module)
+    _try_limits(traced.module, found, yardstick, guarded)
     return Job(
         graph=traced.module,
         roles=found,
@@ -186,16 +192,50 @@ def job_of(
 
 def _check(settings: Settings) -> None:
     runtimes.get(settings.target)
+    for name in ("methods", "keep", "shapes"):
+        value = getattr(settings, name)
+        if isinstance(value, str):  # its letters would be taken one by one
+            raise UsageError(f"{name} is one text, not several", fix=f"write {name}=[{value!r}]")
     unknown = [m for m in settings.methods or () if m not in METHODS]
     if unknown:
         raise UsageError(f"unknown method {unknown[0]!r}", fix=f"choose from {', '.join(METHODS)}")
-    if settings.threads < 1:
-        raise UsageError(f"threads must be 1 or more, got {settings.threads}")
+    if settings.task not in ("auto", "generate", *div.TASKS):
+        raise UsageError(f"unknown task {settings.task!r}", fix=f"choose from auto, {', '.join(div.TASKS)}")
+    if not isinstance(settings.threads, int) or settings.threads < 1:
+        raise UsageError(f"threads must be a whole number from 1, got {settings.threads!r}")
+    if not isinstance(settings.seed, int) or not 0 <= settings.seed < 2**32:
+        raise UsageError(f"seed must be a whole number from 0 to 2^32 - 1, got {settings.seed!r}")
     if settings.better not in ("higher", "lower"):
         raise UsageError(f"better must be 'higher' or 'lower', got {settings.better!r}")
     for rule in settings.rules:
+        if not isinstance(rule, Rule):
+            raise UsageError(f"{rule!r} is no rule", fix='write rules=[fw.rule("encoder.*", bits=8)]')
         if rule.bits not in (None, 8, 32):
             raise UsageError(f"rule {rule.pattern!r}: {rule.bits} bits come with a later version", fix="use 8 or 32")
+
+
+def _check_patterns(settings: Settings, graph: fx.GraphModule) -> None:
+    """Raises UsageError for a pattern of keep or rules that matches nothing: a wish would be passed over in silence."""
+    names = [name for name, _ in graph.named_modules() if name]
+    for pattern in (*settings.keep, *(rule.pattern for rule in settings.rules)):
+        if not fnmatch.filter(names, pattern):
+            shown = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+            raise UsageError(f"the pattern {pattern!r} matches no layer", fix=f"the layers are {shown}")
+
+
+def _try_limits(graph: fx.GraphModule, found: Roles, yardstick: Yardstick, budget: Budget) -> None:
+    """Asks for the metric and every limit on quality on one batch: what cannot be judged is said before the work."""
+    wanted = [limit for limit in budget.limits if budgets.is_quality(limit)]
+    for role in (found.tune or found.calib, *([found.test] if found.test else ())):
+        batch = first_batch(role)
+        rows = torch.arange(max(2, batch.rows)) % batch.rows
+        with torch.no_grad():
+            outputs = graph(*(x[rows] if len(x) == batch.rows else x for x in batch.inputs))
+        labels = None if batch.labels is None else batch.labels[rows]
+        if yardstick.metric is not None and labels is not None:
+            yardstick.scores(outputs, labels)
+        for limit in wanted:
+            measured(limit, yardstick, outputs, outputs, labels)
 
 
 def _two_rows(inputs: Inputs) -> Inputs:
@@ -214,7 +254,7 @@ def _yardstick(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple
     if task == "custom" and settings.divergence is None:
         raise UsageError("task custom needs a divergence", fix="give divergence=fn(reference_outputs, outputs)")
     metric = settings.metric or (div.default_metric(task) if judged.labelled else None)
-    lower = settings.better == "lower" or (isinstance(metric, str) and div.METRICS.get(metric) == "lower")
+    lower = settings.better == "lower" or (isinstance(metric, str) and budgets.METRICS.get(metric) == "lower")
     variance = None
     if task == "regress":
         every = joined([graph(*b.inputs) for b in judged])
@@ -251,11 +291,27 @@ def shape_batch(shape: str) -> int:
 
 
 def _hash(graph: fx.GraphModule) -> str:
-    digest = hashlib.sha256(str(graph.graph).encode())
+    digest = hashlib.sha256(str(graph).encode())  # the settings of its modules and its code
     for name, tensor in sorted(graph.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _code_of(function: object) -> str:
+    """What tells one function of the user's from another, the same in each process: its name and its compiled code."""
+    if not callable(function):
+        return ""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return f" {name}" + (f" {_hash_of(code)}" if isinstance(code, types.CodeType) else "")
+
+
+def _hash_of(code: types.CodeType) -> str:
+    digest = hashlib.sha256(code.co_code + repr(code.co_names).encode())
+    for value in code.co_consts:
+        digest.update((_hash_of(value) if isinstance(value, types.CodeType) else repr(value)).encode())
+    return digest.hexdigest()[:16]
 
 
 def duration_s(text: str | float | None) -> float | None:

@@ -18,7 +18,7 @@ from flyweight.graph.rewrite import flatten_views, refresh, without_dropout
 
 __all__ = ["export", "lower", "output_names", "stored_name"]
 
-import torch.ao.quantization.fx._decomposed  # noqa: F401  registers quantized_decomposed
+import torch.ao.quantization.fx._decomposed
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
 FAKE_QUANTIZE = aten.fake_quantize_per_tensor_affine.default
@@ -52,7 +52,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
             "the graph has no ONNX form", where=reason, fix="replace the operator named, or report it with the model"
         ) from error
     assert made is not None
-    onnx.save(_stripped(made.model_proto), path)
+    onnx.save(_stripped(_lean(made.model_proto)), path)
 
 
 class _silent:
@@ -78,6 +78,32 @@ def output_names(graph: fx.GraphModule) -> list[str]:
         count = sum(v is not None for v in value)
         return [f"output_{i}" for i in range(count)] if count > 1 else ["output"]
     return ["output"]
+
+
+def _lean(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without the zero points of integer weights and biases, which are 0, where the runtime runs integers without them.
+
+    ONNX Runtime's Gemm needs those of its weights. The exporter lets layers of one width share them: each gets its own
+    again, so that the bytes of a layer do not depend on its neighbours.
+    """
+    tensors = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[0] not in tensors:
+            continue
+        stored = tensors[node.input[0]]
+        if stored.data_type == onnx.TensorProto.INT32 or len(stored.dims) > 2:
+            del node.input[2]
+            continue
+        own = onnx.TensorProto()
+        own.CopyFrom(tensors[node.input[2]])
+        own.name = node.input[2] = f"{stored.name}_zero_point"
+        if own.name not in tensors:
+            model.graph.initializer.append(own)
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [t for t in model.graph.initializer if t.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
 
 
 def _stripped(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -119,12 +145,38 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
 
 def _lower_quantizer(graph: fx.GraphModule, node: fx.Node) -> None:
     value, scale, zero_point, low, high = node.args
+    grid = (scale, zero_point, low, high, torch.uint8)
     with graph.graph.inserting_before(node):
-        grid = (scale, zero_point, low, high, torch.uint8)
         stored = graph.graph.call_function(decomposed.quantize_per_tensor.default, (value, *grid))
         read = graph.graph.call_function(decomposed.dequantize_per_tensor.default, (stored, *grid))
+    for user in [u for u in node.users if _is_float_layer(graph, u)]:
+        user.replace_input_with(node, _read_by_channel(graph, node, stored, user))
     node.replace_all_uses_with(read)
     graph.graph.erase_node(node)
+
+
+def _is_float_layer(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), (*CONVOLUTIONS, nn.Linear))
+
+
+def _read_by_channel(graph: fx.GraphModule, node: fx.Node, stored: fx.Node, user: fx.Node) -> fx.Node:
+    """The stored value read with its one scale repeated for every channel: the same numbers.
+
+    ONNX Runtime (WeightBiasQuantization, since 1.21) rounds the float weights of a convolution or Gemm to one int8 grid
+    a tensor, where its input comes from a DequantizeLinear with one scale and its output goes to a QuantizeLinear: a
+    layer that was kept float for its quality would lose it behind our back. It leaves inputs with several scales alone.
+    """
+    module = graph.get_submodule(str(user.target))
+    axis = node.meta["val"].ndim - 1 if isinstance(module, nn.Linear) else 1
+    channels = int(node.meta["val"].shape[axis])
+    name = f"{user.target}.input_{user.name}"
+    _, scale, zero_point, low, high = node.args
+    with graph.graph.inserting_before(user):
+        scales = _buffer(graph, f"{name}_scale", torch.full((channels,), float(scale)))  # type: ignore[arg-type]
+        zero_points = torch.full((channels,), int(zero_point), dtype=torch.uint8)  # type: ignore[call-overload]
+        points = _buffer(graph, f"{name}_zero_point", zero_points)
+        arguments = (stored, scales, points, axis, low, high, torch.uint8)
+        return graph.graph.call_function(decomposed.dequantize_per_channel.default, arguments)
 
 
 def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
