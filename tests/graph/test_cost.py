@@ -55,17 +55,19 @@ def test_macs_quoted_before_a_cut_are_those_counted_after_it(name: str):
 
 
 @pytest.mark.parametrize(
-    ("bias", "norm", "bits", "expected"),
+    ("kind", "bias", "norm", "bits", "expected"),
     [
-        (True, "", 32, 4 * 54 + 4 * 6),
-        (False, "", 32, 4 * 54),
-        (False, "bn", 32, 4 * 54 + 4 * 6),  # the norm becomes a bias
-        (True, "bn", 32, 4 * 54 + 4 * 6),
-        (True, "", 8, 54 + 6 * (4 + 1) + 6 * (4 + 4 + 4)),
-        (False, "", 8, 54 + 6 * (4 + 1)),
-        (False, "bn", 8, 54 + 6 * (4 + 1) + 6 * (4 + 4 + 4)),
+        ("Conv2d", True, "", 32, 4 * 54 + 4 * 6),
+        ("Conv2d", False, "", 32, 4 * 54),
+        ("Conv2d", False, "bn", 32, 4 * 54 + 4 * 6),  # the norm becomes a bias
+        ("Conv2d", True, "bn", 32, 4 * 54 + 4 * 6),
+        ("Conv2d", True, "", 8, 54 + 6 * 4 + 6 * (4 + 4)),
+        ("Conv2d", False, "", 8, 54 + 6 * 4),
+        ("Conv2d", False, "bn", 8, 54 + 6 * 4 + 6 * (4 + 4)),
+        ("Linear", True, "", 8, 54 + 6 * (4 + 1) + 6 * (4 + 4)),
+        ("Linear", False, "", 8, 54 + 6 * (4 + 1)),
     ],
 )
-def test_bytes_by_hand(bias: bool, norm: str, bits: int, expected: int):
-    layer = Layer("conv", "Conv2d", ("conv",), 20, 10, 3, 49, bias, norm)
+def test_bytes_by_hand(kind: str, bias: bool, norm: str, bits: int, expected: int):
+    layer = Layer("layer", kind, ("layer",), 20, 10, 3, 49, bias, norm)
     assert weight_bytes(layer, inputs=3, outputs=6, bits=bits) == expected

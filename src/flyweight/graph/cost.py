@@ -15,11 +15,12 @@ def layer_macs(layer: Layer, inputs: int, outputs: int) -> int:
 def weight_bytes(layer: Layer, inputs: int, outputs: int, bits: int) -> int:
     """Bytes of the tensors that the artifact stores for a layer, its batch norm folded.
 
-    32 bits: weight and, if it has one or gets one from its norm, bias. 8 bits: weights, an int32 bias, and per output a
-    float32 scale and an int8 zero point of the weights; the bias has a scale of its own and an int32 zero point.
+    32 bits: weight and, if it has one or gets one from its norm, bias. 8 bits: weights and a float32 scale per output, of a
+    linear layer also an int8 zero point; an int32 bias with a float32 scale of its own per output.
     """
     weights = inputs * layer.taps * outputs
     has_bias = layer.bias or bool(layer.norm)
     if bits == 32:
         return 4 * weights + (4 * outputs if has_bias else 0)
-    return weights + outputs * (4 + 1) + (outputs * (4 + 4 + 4) if has_bias else 0)
+    per_output = 4 + (1 if layer.kind == "Linear" else 0) + (4 + 4 if has_bias else 0)
+    return weights + outputs * per_output
