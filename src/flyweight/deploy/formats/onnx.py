@@ -106,32 +106,6 @@ def _lean(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _lean(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without the zero points of integer weights and biases, which are 0, where the runtime runs integers without them.
-
-    ONNX Runtime's Gemm needs those of its weights. The exporter lets layers of one width share them: each gets its own
-    again, so that the bytes of a layer do not depend on its neighbours.
-    """
-    tensors = {t.name: t for t in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[0] not in tensors:
-            continue
-        stored = tensors[node.input[0]]
-        if stored.data_type == onnx.TensorProto.INT32 or len(stored.dims) > 2:
-            del node.input[2]
-            continue
-        own = onnx.TensorProto()
-        own.CopyFrom(tensors[node.input[2]])
-        own.name = node.input[2] = f"{stored.name}_zero_point"
-        if own.name not in tensors:
-            model.graph.initializer.append(own)
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [t for t in model.graph.initializer if t.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    return model
-
-
 def _stripped(model: onnx.ModelProto) -> onnx.ModelProto:
     """Without stack traces, local paths, intermediate shapes and doc strings: privacy, size, the same bytes each time."""
     for graph in (model.graph, *model.functions):
