@@ -93,14 +93,14 @@ def compress(
 ) -> Result:
     """A smaller, faster copy of `model` inside `budget`, exported, verified and reported in `workdir`.
 
-    `model` is not changed. `calib` holds inputs (labels in it are ignored); `tune` chooses and `test` is read once at the
-    end (only `test`: split in two; neither: a part of `calib` is set aside). `metric` is a name or
-    fn(outputs, labels) -> one number per sample; `evaluate` is fn(predict) -> float for metrics that are no means, shown
-    in the report. `shapes`: "batch=8", …; default "batch=1" and those the budget names. `table`: a latency table made
-    earlier (a record or its file); with it the plan does not depend on the clock. `keep` and `rules` are patterns of layer
-    names. `time_limit`: seconds or "20m". The same call in the same folder resumes; `fresh` starts over.
-    `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that cannot be met is no error: the
-    nearest artifact is delivered with `budget_met` False.
+    `model` is not changed. `calib` holds inputs (labels in it are ignored); `tune` chooses and `test` is read once
+    at the end (only `test`: split in two; neither: a part of `calib` is set aside). `metric` is a name or
+    fn(outputs, labels) -> one number per sample; `evaluate` is fn(predict) -> float for metrics that are no means,
+    shown in the report. `shapes`: "batch=8", …; default "batch=1" and those the budget names. `table`: a latency
+    table made earlier (a record or its file); with it the plan does not depend on the clock. `keep` and `rules` are
+    patterns of layer names. `time_limit`: seconds or "20m". The same call in the same folder resumes; `fresh`
+    starts over. `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that cannot be
+    met is no error: the nearest artifact is delivered with `budget_met` False.
     """
     run = _Run.of(
         model, calib=calib, tune=tune, test=test, example=example, budget=budget, prefer=prefer, task=task,
@@ -273,7 +273,9 @@ def _read_table(table: LatencyTable | str | Path | None) -> LatencyTable | None:
     if table is None or isinstance(table, LatencyTable):
         return table
     try:
-        return from_json(Path(table).read_bytes(), LatencyTable)
+        raw = Path(table).read_bytes()
+        # as a run keeps it in run/stages, there is a line with its hash in front
+        return from_json(raw.partition(b"\n")[2] if raw.startswith(b"flyweight-stage ") else raw, LatencyTable)
     except OSError as error:
         raise UsageError(f"the latency table cannot be read: {error.strerror}", where=str(table)) from error
     except msgspec.MsgspecError as error:

@@ -18,6 +18,7 @@ from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable, measure_table
+from flyweight.errors import UsageError
 from flyweight.graph.cost import weight_bytes
 from flyweight.graph.operators import layers
 from flyweight.methods import int8
@@ -90,6 +91,8 @@ def _priced(
     kept_table = folder.load("table.json")
     if table is None and kept_table is not None:
         table = from_json(kept_table, LatencyTable)
+    if table is not None:
+        _check_table(table, menu)
     timed = table is not None or not job.times_matter
     if kept is not None and timed:
         return replace(menu, sizes=Sizes(**msgspec.json.decode(kept))), table
@@ -104,6 +107,26 @@ def _priced(
             table = _measured_table(job, menu, bases, folder, stage, Path(place))
             folder.save("table.json", to_json(table).encode())
     return menu, table
+
+
+def _check_table(table: LatencyTable, menu: Menu) -> None:
+    """Raises UsageError unless the table prices every group and layer that something is offered for."""
+    regimes = [FLOAT, *([INT8] if menu.formats else [])]
+    unknown = [f"the model in {regime}" for regime in regimes if regime not in table.whole]
+    unknown += [f.layer for f in menu.formats if f.layer not in table.extra] if not unknown else []
+    unknown += [g.name for g in menu.groups for r in regimes if g.name not in table.saved.get(r, {})]
+    unknown += [
+        f"{g.name} with {k} of {g.size} channels"
+        for g in menu.groups
+        for k in table.saved.get(FLOAT, {}).get(g.name, {})
+        if int(k) >= g.size
+    ]
+    if unknown:
+        raise UsageError(
+            f"the latency table does not fit the model and the methods: {unknown[0]}",
+            why="it was measured for another model, or with other methods or patterns",
+            fix="measure a table with the same arguments: a run with a limit on latency keeps it in run/stages",
+        )
 
 
 def _bases(job: Job, quotes: Quotes, place: Path, reference: Reference) -> tuple[dict[str, Path], Sizes]:

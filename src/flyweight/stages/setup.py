@@ -170,8 +170,9 @@ def job_of(
     labelled = bool(found.tune and found.test and found.tune.labelled and found.test.labelled)
     guarded, note = budgets.with_guard(read, yardstick.task, labelled, metric)
     shapes = _shapes(settings.shapes, guarded)
+    _check_table(settings, shapes)
     _check_patterns(settings, traced.module)
-    _try_limits(traced.module, found, yardstick, guarded)
+    _try_limits(traced.module, found, yardstick, guarded, settings.metric)
     return Job(
         graph=traced.module,
         roles=found,
@@ -214,6 +215,25 @@ def _check(settings: Settings) -> None:
             raise UsageError(f"rule {rule.pattern!r}: {rule.bits} bits come with a later version", fix="use 8 or 32")
 
 
+def _check_table(settings: Settings, shapes: Sequence[str]) -> None:
+    """Raises UsageError for a given latency table of another runtime or thread count, or without one of the shapes."""
+    table = settings.table
+    if table is None:
+        return
+    fix = "measure a table with the same arguments: a run with a limit on latency keeps it in run/stages"
+    for what, made, asked in (
+        ("runtime", table.runtime, settings.target),
+        ("threads", table.threads, settings.threads),
+    ):
+        if made != asked:
+            raise UsageError(f"the latency table was measured with {what} {made}, not {asked}", fix=fix)
+    missing = [shape for shape in shapes if shape not in table.reference_s]
+    if missing:
+        raise UsageError(
+            f"the latency table has no times at {missing[0]}", why=f"it has {', '.join(table.reference_s)}", fix=fix
+        )
+
+
 def _check_patterns(settings: Settings, graph: fx.GraphModule) -> None:
     """Raises UsageError for a pattern of keep or rules that matches nothing: a wish would be passed over in silence."""
     names = [name for name, _ in graph.named_modules() if name]
@@ -223,9 +243,11 @@ def _check_patterns(settings: Settings, graph: fx.GraphModule) -> None:
             raise UsageError(f"the pattern {pattern!r} matches no layer", fix=f"the layers are {shown}")
 
 
-def _try_limits(graph: fx.GraphModule, found: Roles, yardstick: Yardstick, budget: Budget) -> None:
+def _try_limits(graph: fx.GraphModule, found: Roles, yardstick: Yardstick, budget: Budget, metric: object) -> None:
     """Asks for the metric and every limit on quality on one batch: what cannot be judged is said before the work."""
     wanted = [limit for limit in budget.limits if budgets.is_quality(limit)]
+    if metric is not None and not any(role.labelled for role in (found.tune, found.test) if role):
+        raise DataError("a metric was given, but no labels", fix="give tune= and test= with labels, or leave it out")
     for role in (found.tune or found.calib, *([found.test] if found.test else ())):
         batch = first_batch(role)
         rows = torch.arange(max(2, batch.rows)) % batch.rows

@@ -133,7 +133,7 @@ def frontier_points(
             error=p.error if math.isfinite(p.error) else 0.0,
             latency_share=p.costs[latency] if latency else None,
             size_share=p.costs["size"] / reference_bytes,
-            macs_share=p.costs["macs"] / reference_macs,
+            macs_share=p.costs["macs"] / reference_macs if reference_macs else 1.0,
             chosen=p.choices == chosen.choices,
         )
         for p in every

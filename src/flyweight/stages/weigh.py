@@ -174,7 +174,7 @@ def promises(
             claims += _latency_claims(limit, timings)
         else:
             before, after = costs[limit.quantity]
-            value = after / before if limit.unit == "share" else after
+            value = after if limit.unit != "share" else after / before if before else 1.0  # nothing of nothing: all
             claims.append(size_claim(limit, value, "counted exactly"))
     return tuple(claims)
 
