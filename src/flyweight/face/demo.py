@@ -31,12 +31,14 @@ def demo(
     The network is trained anew each time (seconds); the same seed gives the same network, so the folder resumes.
     """
     from flyweight.compress import compress
+    from flyweight.data import data
 
     digits = load_digits()
     with Progress(enabled=progress) as shown, shown.stage("train"):
         model = trained(seed, digits)
+    tune, test = (data(pair, inputs=0, labels=1) for pair in (digits.tune, digits.test))
     return compress(
-        model, calib=digits.calib, tune=digits.tune, test=digits.test, budget=BUDGET, prefer=PREFER,
+        model, calib=digits.calib, tune=tune, test=test, budget=BUDGET, prefer=PREFER,
         workdir=folder, seed=seed, fresh=fresh, progress=progress, stop=stop,
     )  # fmt: skip
 
