@@ -1,11 +1,11 @@
-"""From a graph to an ONNX file: fake quantizers lowered to QuantizeLinear/DequantizeLinear, nothing local left inside."""
+"""From a graph to an ONNX file: fake quantizers become QuantizeLinear/DequantizeLinear, nothing local stays inside."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from flyweight.errors import ModelError
 from flyweight.graph.operators import CONVOLUTIONS
+from flyweight.graph.places import source_line
 from flyweight.graph.rewrite import flatten_views, refresh, without_dropout
 
 __all__ = ["export", "lower", "output_names", "stored_name"]
@@ -47,12 +48,28 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
                 program, input_names=names, output_names=output_names(graph), dynamo=True, verbose=False
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:300]
+        reason = _innermost(error)
+        guilty = [n for n in graph.graph.nodes if n.op == "call_function" and _overload(n) in reason]
         raise ModelError(
-            "the graph has no ONNX form", where=reason, fix="replace the operator named, or report it with the model"
+            "the graph has no ONNX form",
+            where=source_line(guilty[0]) if guilty else "",
+            why=reason,
+            fix="replace the operator named, or report it with the model",
         ) from error
     assert made is not None
     onnx.save(_stripped(_lean(made.model_proto)), path)
+
+
+def _innermost(error: BaseException) -> str:
+    """What went wrong first: the exporter wraps its errors in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def _overload(node: fx.Node) -> str:
+    """How torch ends the operator's name in a message ("linalg_matrix_exp'" for aten.matrix_exp)."""
+    return f"{str(node.target).split('.')[1]}'" if "." in str(node.target) else "\0"
 
 
 class _silent:
@@ -70,14 +87,20 @@ class _silent:
 
 
 def output_names(graph: fx.GraphModule) -> list[str]:
-    """One name per output tensor: the keys of a dict, else "output" or "output_0" …"""
-    value = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    """One name per output tensor, in order: "output", "output_0" …, a dict's keys, "key_0" … where they are nested."""
+    return list(_names(next(n for n in graph.graph.nodes if n.op == "output").args[0], ""))
+
+
+def _names(value: object, path: str) -> Iterator[str]:
     if isinstance(value, Mapping):
-        return [str(k) for k, v in value.items() if v is not None]
-    if isinstance(value, (tuple, list)):
-        count = sum(v is not None for v in value)
-        return [f"output_{i}" for i in range(count)] if count > 1 else ["output"]
-    return ["output"]
+        for key, item in value.items():
+            yield from _names(item, f"{path}_{key}" if path else str(key))
+    elif isinstance(value, (tuple, list)):
+        present = [item for item in value if item is not None]
+        for i, item in enumerate(present):
+            yield from _names(item, f"{path or 'output'}_{i}" if len(present) > 1 else path)
+    elif value is not None:
+        yield path or "output"
 
 
 def _lean(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -107,7 +130,7 @@ def _lean(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _stripped(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without stack traces, local paths, intermediate shapes and doc strings: privacy, size, the same bytes each time."""
+    """Without stack traces, local paths, intermediate shapes, doc strings: privacy, size, the same bytes each time."""
     for graph in (model.graph, *model.functions):
         graph.ClearField("metadata_props")
         graph.ClearField("doc_string")
@@ -223,9 +246,7 @@ def _integers(
     with graph.graph.inserting_before(before):
         for suffix, tensor in tensors.items():
             nodes.append(_buffer(graph, name + suffix, tensor))
-        return graph.graph.call_function(
-            decomposed.dequantize_per_channel.default, (*nodes, 0, low, largest, kind)
-        )
+        return graph.graph.call_function(decomposed.dequantize_per_channel.default, (*nodes, 0, low, largest, kind))
 
 
 def _buffer(graph: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
