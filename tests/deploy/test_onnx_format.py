@@ -123,12 +123,8 @@ def test_nothing_local_is_inside(folder: Path):
 
     for name in ("residual", "cnn"):
         content = file_of(folder, name).read_bytes()
-        secrets = [
-            os.getcwd(),
-            str(Path.home()),
-            str(Path(torch.__file__).parent),
-            str(Path(flyweight.__file__).parent),
-        ]
+        homes = [Path.cwd(), Path.home(), Path(torch.__file__).parent, Path(flyweight.__file__).parent]
+        secrets = [str(home) for home in homes]
         secrets += ["site-packages", ".py", "Traceback", 'File "', "stack_trace", "nets", "forward"]
         secrets += [getpass.getuser()] if len(getpass.getuser()) > 3 else []
         assert [s for s in secrets if len(s) > 1 and s.encode() in content] == []
