@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import flyweight as fw
+
 from common import (
     RESULTS,
     FashionMnist,
@@ -33,13 +35,30 @@ from rivals import PRESETS, float_onnx, onnx_right, ort_static_int8
 
 CALIB_ROWS = 512
 BATCHES = (1, 32)
+FLYWEIGHT_CALIB_ROWS = 2_048
+BUDGETS = {
+    "int8": ("size<=100%, drop<=1pt", "size", ("int8",)),
+    "drop 0.5": ("latency@batch=1<=100%, latency@batch=32<=100%, drop<=0.5pt", "latency", None),
+    "drop 1.0": ("latency@batch=1<=100%, latency@batch=32<=100%, drop<=1pt", "latency", None),
+}
 FLOAT, RIVAL = "float", "ort u8s8"
 COLUMNS = ("artifact", "bytes", "accuracy", "drop_pt", "drop_low_pt", "drop_high_pt")
 
 
 def flyweight_artifacts(model: ResNet20, data: FashionMnist, folder: Path) -> dict[str, Path]:
-    """Name -> ONNX file of what flyweight makes of the model."""
-    raise SystemExit("flyweight's artifacts come with the engine's API; until then: --rivals-only")
+    """Name -> ONNX file of what flyweight makes of the model under each budget; the last 5,000 training rows choose."""
+    calib = [(x,) for x in data.calib(FLYWEIGHT_CALIB_ROWS)[0].split(256)]
+    tune = list(zip(data.choose[0].split(256), data.choose[1].split(256), strict=True))
+    half = len(tune) // 2
+    made = {}
+    for name, (budget, prefer, methods) in BUDGETS.items():
+        result = fw.compress(
+            model, calib=calib, tune=tune[:half], test=tune[half:], budget=budget, prefer=prefer, methods=methods,
+            shapes=[f"batch={n}" for n in BATCHES], workdir=folder / name.replace(" ", "-"),
+        )  # fmt: skip
+        print(name, result, *(f"{d.site.name} {d.chosen.label}" for d in result.results.decisions), sep="\n  ")
+        made[f"flyweight {name}"] = folder / name.replace(" ", "-") / "model.onnx"
+    return made
 
 
 def rival_artifacts(model: ResNet20, data: FashionMnist, folder: Path) -> dict[str, Path]:

@@ -8,6 +8,7 @@ images. Choices are made on the last 5,000 training rows; the 9,946 test rows ar
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -27,16 +28,75 @@ from common import (
     print_table,
     write_csv,
 )
+from flyweight.methods import channels
+from flyweight.recover.normstats import reestimate
+from flyweight.search.knapsack import solve
+from flyweight.stages.choose import steps_of
+from flyweight.stages.deliver import restructured
+from flyweight.stages.price import problem
+from flyweight.stages.quote import quote
+from flyweight.stages.setup import Settings, job_of
 from rivals import CRITERIA, structured_rows
 
 DIVIDES = (1.66, 2.10, 2.92)  # what Torch-Pruning's local ratios of 20, 30 and 40 % come to
 CALIB_ROWS = 2_048
+FLYWEIGHT_CALIB_ROWS = 4_096  # no labels are read with them
 COLUMNS = ("tool", "method", "channels", "goal", "divide", "parameters", "raw", "after_bn", "seconds")
 
 
 def flyweight_rows(model: ResNet20, data: FashionMnist, divides: tuple[float, ...]) -> list[dict[str, Any]]:
-    """flyweight's rows, with the same keys as the rivals'."""
-    raise SystemExit("flyweight's rows come with the engine's API; until then: --rivals-only")
+    """flyweight's rows, with the same keys as the rivals': no labels, no fine-tuning, priced on the choosing rows.
+
+    "channels" ends with the norms' re-estimation, as the rivals do; "channels + re-solve" fits the layers once more on
+    what the cut network feeds them. Everything is decided before the test rows are read, once per row of the table.
+    """
+    calib = [(x,) for x in data.calib(FLYWEIGHT_CALIB_ROWS)[0].split(256)]
+    judged = [(x,) for x in data.choose[0].split(256)]
+    started = time.perf_counter()
+    settings = Settings("macs<=60%, divergence<=1", methods=("channels",))
+    job = job_of(model, calib=calib, tune=judged, test=None, example=None, settings=settings)
+    quotes = quote(job, Memory(), lambda name, total: lambda done: None)
+    quoted = time.perf_counter() - started
+    built = problem(quotes.menu, None)
+    total = sum(layer.macs for layer in quotes.menu.layers.values())
+    rows = []
+    for divide in divides:
+        started = time.perf_counter()
+        chosen = steps_of(quotes.menu, solve(built, {"macs": total / divide}))
+        network = quotes.network
+        cut = channels.restructure(network.graph, network.groups, network.layers, network.stats, chosen)
+        stages = {"channels": cut, "channels + re-solve": restructured(network, chosen, job.calib)}
+        seconds = quoted + time.perf_counter() - started
+        for name, graph in stages.items():
+            raw = accuracy(graph, *data.test)
+            reestimate(graph, job.calib())
+            rows.append(
+                {
+                    "tool": "flyweight",
+                    "method": name,
+                    "channels": "all",
+                    "goal": f"÷{divide:.2f}",
+                    "macs": macs(graph, data.test[0]),
+                    "divide": macs(model, data.test[0]) / macs(graph, data.test[0]),
+                    "parameters": parameters(graph),
+                    "raw": raw,
+                    "after_bn": accuracy(graph, *data.test),
+                    "seconds": seconds,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+class Memory:
+    """A store that forgets everything when the benchmark ends."""
+
+    def save(self, name: str, payload: bytes) -> None:
+        """Kept nowhere: one run, no resume."""
+
+    def load(self, name: str) -> bytes | None:
+        """Nothing was kept."""
+        return None
 
 
 def main() -> None:
