@@ -57,10 +57,10 @@ def roles(
         if source is not None:
             found[name] = _role(name, source, signature, form, batch_size, seed)
             form = form or found[name].survey.form
+            if name == "calib" and example is None:
+                _check_not_labels(model, found["calib"].survey)  # before another role is blamed for not fitting it
     if not found or "calib" not in found:
         raise DataError("no calibration data were given", fix="give calib=, the inputs that steer the compression")
-    if example is None:
-        _check_not_labels(model, found["calib"].survey)
     surveys = [role.survey for role in found.values()]
     check_scales(surveys)
     check_overlap(surveys)

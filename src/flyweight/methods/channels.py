@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 NAME = "channels"
+NOTHING = 1e-6  # power of a constant input, as a share of the mean power
 FLOOR = 0.001  # least shrinkage of a second moment: keeps every solve well conditioned
 
 
@@ -71,7 +72,13 @@ def gram_of(layer: Layer, moments: Moments) -> Float[Tensor, "in in"]:
 @functools.lru_cache(maxsize=4)  # every level of a group solves with the same matrix, and a wide one is dear to make
 def held(layer: Layer, moments: Moments) -> Float[Tensor, "in in"]:
     """The layer's second moment, shrunk as much as its number of rows demands."""
-    return shrunk(gram_of(layer, moments), moments.count, FLOOR)
+    gram = gram_of(layer, moments)
+    result, power = shrunk(gram, moments.count, FLOOR), gram.diagonal()
+    # `shrunk` keeps columns without power (constant inputs) as they are by a unit diagonal: right for rounding. Here
+    # they are what should go first, so they weigh next to nothing; still something, or nothing could be solved
+    least = NOTHING * float(power.clamp(min=0).mean()) or 1.0
+    result.diagonal().copy_(torch.where(power <= 0, least, result.diagonal()))
+    return result
 
 
 def columns(channels: Sequence[int], block: int) -> list[int]:

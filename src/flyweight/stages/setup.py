@@ -16,11 +16,13 @@ from torch import Tensor, fx, nn
 
 from flyweight import budget as budgets
 from flyweight.audit.quality import Yardstick, measured
-from flyweight.data import Batches, Roles, bind_example, first_batch, roles
+from flyweight.data import Batch, Batches, Roles, bind_example, first_batch, roles
 from flyweight.deploy import runtimes
 from flyweight.deploy.latency import LatencyTable, table_hash
 from flyweight.errors import DataError, Interrupted, ResourceError, UsageError
-from flyweight.graph.trace import trace
+from flyweight.graph.places import user_line
+from flyweight.graph.proofs import check_weights, first_line
+from flyweight.graph.trace import own_copy, trace
 from flyweight.numerics import divergence as div
 from flyweight.types import Budget, Note, Rule
 
@@ -161,6 +163,7 @@ def job_of(
     bound = bind_example(model, example) if example is not None else None
     found = roles(model, calib=calib, tune=tune, test=test, example=bound, seed=settings.seed)
     call = bound or first_batch(found.calib)
+    _check_call(model, call, "example" if bound else "calib, batch 0")
     traced = trace(model, call.args, call.kwargs)
     rows = _two_rows(call.inputs)
     yardstick, reason = _yardstick(traced.module, found, settings)
@@ -189,6 +192,24 @@ def job_of(
         started_s=started_s,
         stop=stop,
     )
+
+
+def _check_call(model: nn.Module, call: Batch, where: str) -> None:
+    """Raises DataError where the model does not run on the inputs as they are given: tracing would blame the model."""
+    check_weights(model)
+    own, _ = own_copy(model)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            own(*call.args, **call.kwargs)
+    except Exception as error:
+        if "is invalid for input of size" in str(error):
+            return  # a literal in a reshape: tracing names its line
+        shapes = ", ".join(f"{'×'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}" for x in call.inputs)
+        raise DataError(
+            f"the model does not run on these inputs ({shapes}): {first_line(error)}",
+            where=f"{where}; {user_line(error)}",
+            fix="check shape and type of the inputs; the first axis is the sample",
+        ) from error
 
 
 def _check(settings: Settings) -> None:
