@@ -30,11 +30,26 @@ from common import (
     write_csv,
 )
 from flyweight.deploy import clock
+from flyweight.deploy.folder import open_folder
+from flyweight.deploy.formats.onnx import export
+from flyweight.deploy.latency import LatencyTable
 from flyweight.face.digits import load_digits, trained
+from flyweight.methods import channels, int8
+from flyweight.methods.pricing import by_magnitude
+from flyweight.search.knapsack import solve
+from flyweight.search.problem import evaluate
+from flyweight.stages.buy import delivered, priced, reference_of
+from flyweight.stages.choose import cost_limits, steps_of
+from flyweight.stages.price import Market, Menu, markets
+from flyweight.stages.price import steps as price_steps
+from flyweight.stages.quote import Quotes, quote
+from flyweight.stages.setup import Settings, job_of
+from flyweight.types import Step
 from rivals import float_onnx, onnx_right, ort_static_int8, pruned
 
 DIVIDE = 2.0  # how far the plain, uniform baseline cuts
 SHAPE = "batch=1"
+LATENCY_SHARE = 0.45  # of float; what the solved and uniform variants are planned for
 COLUMNS = ("network", "variant", "divide", "bytes", "share", "share_low", "share_high", "accuracy", "drop_pt",
            "drop_low_pt", "drop_high_pt")  # fmt: skip
 
@@ -75,8 +90,72 @@ def resnet_subject(folder: Path) -> Subject:
 
 
 def flyweight_variants(subject: Subject, folder: Path) -> list[Variant]:
-    """flyweight's variants: channels, int8, both, each uniform and solved, each plain and compensated."""
-    raise SystemExit("flyweight's variants come with the engine's API; until then: --rivals-only")
+    """Each method alone, both, uniform against solved widths, plain against compensated, all planned for one latency."""
+    calib = [(x,) for x in subject.calib[0].split(128)]
+    tune = list(zip(subject.tune[0].split(128), subject.tune[1].split(128), strict=True))
+    half = len(tune) // 2
+    budget = f"latency@{SHAPE}<={LATENCY_SHARE:.0%}, drop<=5pt"
+    job = job_of(
+        subject.model, calib=calib, tune=tune[:half], test=tune[half:], example=None, settings=Settings(budget)
+    )
+    variants = []
+    with open_folder(folder / f"run-{subject.name}", fresh=False, run_key={"ablation": subject.name}) as store:
+        quotes = quote(job, store, lambda name, total: lambda done: None)
+        reference = reference_of(job, store)
+        menu, table = priced(job, quotes, store, lambda name, total: lambda done: None, reference)
+        assert table is not None
+        for name, steps in _recipes(quotes, menu, table, cost_limits(job.budget, reference, table)).items():
+            graph, _ = delivered(job, quotes, steps)
+            path = folder / f"flyweight-{len(variants)}.onnx"
+            export(graph, job.example, path)
+            variants.append(Variant(f"flyweight {name}", path, macs(graph, job.example[0]) // len(job.example[0])))
+    return variants
+
+
+Steps = tuple[Step, ...]
+
+
+def _recipes(quotes: Quotes, menu: Menu, table: LatencyTable, limits: dict[str, float]) -> dict[str, Steps]:
+    """Name -> steps. The budget's latency limit holds by prediction wherever it can be met at all."""
+    offers = markets(menu, table)
+    both, floats = offers[0], offers[-1]
+    solved = steps_of(both.menu, solve(both.problem, limits))
+    numbers = tuple(int8.step(f.layer) for f in menu.formats)
+    return {
+        "channels, solved": steps_of(floats.menu, solve(floats.problem, limits)),
+        "channels, uniform": _uniform(floats, limits, int8_too=False),
+        "int8": numbers,
+        "int8, plain": tuple(int8.step(s.target, compensate=False) for s in numbers),
+        "both, solved": solved,
+        "both, uniform": _uniform(both, limits, int8_too=True),
+        "both, solved, plain": tuple(_plain(quotes, step) for step in solved),
+    }
+
+
+def _uniform(offer: Market, limits: dict[str, float], int8_too: bool) -> Steps:
+    """Every group at the same share of its channels, the largest share that meets the limits by prediction."""
+    menu = offer.menu
+    found: Steps = ()
+    for share in (i / 16 for i in range(16, 0, -1)):
+        levels = [
+            min(range(len(lad.levels)), key=lambda i: abs(lad.levels[i] - share * lad.group.size))
+            for lad in menu.ladders
+        ]
+        choices = [*levels, *(1 if int8_too else 0 for _ in menu.formats)]
+        found = tuple(step for v, option in enumerate(choices) for step in price_steps(menu, v, option))
+        _, costs = evaluate(offer.problem, choices)
+        if all(costs[name] <= limit for name, limit in limits.items()):
+            break
+    return found
+
+
+def _plain(quotes: Quotes, step: Step) -> Step:
+    """The same step as plain tools do it: channels of least magnitude dropped, weights rounded to nearest."""
+    if step.method == int8.NAME:
+        return int8.step(step.target, compensate=False)
+    group = quotes.network.groups[step.target]
+    gone = by_magnitude(quotes.network.graph, group)
+    return channels.step(group, channels.kept_channels(group, gone, len(step.setting["kept"])), compensate=False)
 
 
 def rival_variants(subject: Subject, folder: Path) -> list[Variant]:

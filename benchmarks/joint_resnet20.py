@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 import flyweight as fw
-
 from common import (
     RESULTS,
     FashionMnist,

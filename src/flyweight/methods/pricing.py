@@ -15,7 +15,7 @@ from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer
 from flyweight.methods import channels
 
-__all__ = ["Judge", "Ladder", "fitted", "ladder", "outputs_of"]
+__all__ = ["Judge", "Ladder", "by_magnitude", "fitted", "ladder", "outputs_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def ladder(
     compensate: bool = True,
 ) -> Ladder:
     """Prices every level of a group: the layer error exactly, the divergence measured at `measured` levels and fitted."""
-    gone = channels.order(graph, group, layers, stats) if compensate else _by_magnitude(graph, group)
+    gone = channels.order(graph, group, layers, stats) if compensate else by_magnitude(graph, group)
     trial = copy.deepcopy(graph)
     points = _spread(len(levels), measured)
     errors, found = [0.0], {0.0: 0.0}
@@ -86,7 +86,7 @@ def ladder(
     return Ladder(group, tuple(gone), (group.size, *levels), tuple(errors), tuple(curve(e) for e in errors))
 
 
-def _by_magnitude(graph: fx.GraphModule, group: Group) -> tuple[int, ...]:
+def by_magnitude(graph: fx.GraphModule, group: Group) -> tuple[int, ...]:
     """Channels by the norm of the rows that make them: what plain pruning does."""
     power = torch.zeros(group.size, dtype=torch.float64)
     for name in group.producers:

@@ -33,7 +33,7 @@ from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, feeds_of
 from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Step, from_json, to_json
 
-__all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "reference_of"]
+__all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "priced", "reference_of"]
 
 REFERENCE_FILE = "run/reference.onnx"
 ROUNDS = 2  # corrections by what the delivered file really takes
@@ -61,7 +61,7 @@ class Purchase:
 def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     """The choice under the budget, corrected by measurement where a latency limit was missed."""
     reference = reference_of(job, folder)
-    menu, table = _priced(job, quotes, folder, stage, reference)
+    menu, table = priced(job, quotes, folder, stage, reference)
     offers = markets(menu, table)
     limits = cost_limits(job.budget, reference, table)
     aim = goal(job.budget, table)
@@ -82,7 +82,7 @@ def reference_of(job: Job, folder: Folder) -> Reference:
     return Reference(path.stat().st_size, sum(layer.macs for layer in layers(job.graph).values()))
 
 
-def _priced(
+def priced(
     job: Job, quotes: Quotes, folder: Folder, stage: Stage, reference: Reference
 ) -> tuple[Menu, LatencyTable | None]:
     """The menu with file sizes, and the latency table: given, kept from before, or measured now."""
