@@ -1,0 +1,152 @@
+"""Finished folders that many tests look at are made once a session, also where several processes share the suite.
+
+The clock measures for real but shortly: two processes of 60 ms a shape. Nothing here asserts how fast something is.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import flyweight as fw
+from flyweight.compress import Result
+from flyweight.stages import again, make, weigh
+
+from .nets import SmallNet, digits, trained
+
+SHORT = {"processes": 2, "seconds_per_shape": 0.06}
+DRIVER = Path(__file__).parent / "driver.py"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_clock() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (make, again):
+            patch.setattr(place, "clocked", functools.partial(weigh.clocked, **SHORT))
+        yield
+
+
+@dataclass(frozen=True)
+class World:
+    """The data, the trained network and a place for folders, the same in all processes of the suite."""
+
+    place: Path
+    data: dict[str, tuple[Tensor, Tensor]]
+
+    def net(self) -> SmallNet:
+        """A new copy of the trained network, in eval mode."""
+        model = SmallNet()
+        model.load_state_dict(load_file(self.place / "net.safetensors"))
+        return model.eval()
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """calib without labels, tune and test with them."""
+        return {"calib": self.data["calib"][0], "tune": self.data["tune"], "test": self.data["test"]}
+
+    def made(self, name: str, model: nn.Module, **arguments: Any) -> Result:
+        """`fw.compress` in the shared folder `name`; whoever comes second gets what the first has made."""
+        with filelock.FileLock(self.place / f"{name}.lock"):
+            return fw.compress(model, workdir=self.place / name, progress=False, **arguments)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "end-to-end"
+    place.mkdir(exist_ok=True)
+    found = World(place, digits())
+    with filelock.FileLock(place / "net.lock"):
+        if not (place / "net.safetensors").exists():
+            save_file(trained(found.data["train"]).state_dict(), place / "net.safetensors")
+    return found
+
+
+def right(outputs: Tensor, labels: Tensor) -> Tensor:
+    """A metric of the user's: 1 where the digit is read."""
+    return (outputs.argmax(1) == labels).float()
+
+
+def largest_change(before: Tensor, after: Tensor) -> Tensor:
+    """A divergence of the user's: the largest change of a probability."""
+    return (before.softmax(1) - after.softmax(1)).abs().amax(1)
+
+
+@pytest.fixture(scope="session")
+def default(world: World) -> Result:
+    """The least one types: no labels, no limit on quality."""
+    return world.made("default", world.net(), calib=world.data["calib"][0], budget="size<=60%")
+
+
+TIMED = {"budget": "latency<=300%, size<=60%, drop<=6pt", "prefer": "latency", "shapes": ["batch=1", "batch=4"]}
+
+
+@pytest.fixture(scope="session")
+def timed(world: World) -> Result:
+    """All methods under limits on time, size and quality; it measures a latency table."""
+    return world.made("timed", world.net(), **world.roles, **TIMED)
+
+
+@pytest.fixture(scope="session")
+def table(timed: Result) -> Path:
+    """The latency table of `timed`, as the run kept it."""
+    return timed.folder / "run/stages/table.json.stage"
+
+
+@pytest.fixture(scope="session")
+def channels(world: World) -> Result:
+    """Channels alone; only test data are given, as a loader of dicts."""
+    pictures, labels = world.data["test"]
+    loader = [{"picture": p, "labels": y} for p, y in zip(pictures.split(40), labels.split(40), strict=True)]
+    arguments = {"budget": "macs<=50%, drop<=20pt", "methods": ["channels"], "prefer": "size"}
+    return world.made("channels", world.net(), calib=world.data["calib"][0], test=loader, **arguments)
+
+
+@pytest.fixture(scope="session")
+def int8(world: World) -> Result:
+    """Int8 alone, with a word of the user's about every layer, and an example of one row by name."""
+    return world.made(
+        "int8", world.net(), **world.roles, budget="size<=95%, accuracy>=50%", methods=["int8"], keep=["conv1"],
+        rules=[fw.rule("conv2", bits=8), fw.rule("head", bits=32)], example={"picture": world.data["calib"][0][:1]},
+    )  # fmt: skip
+
+
+def share_of_threes(predict: Callable[[Tensor], Tensor]) -> float:
+    """An evaluation of the user's that is no mean over samples of its own data."""
+    with torch.no_grad():
+        return float((predict(digits()["train"][0][:64]).argmax(1) == 3).double().mean())
+
+
+@pytest.fixture(scope="session")
+def unreachable(world: World) -> Result:
+    """A size that nothing reaches, judged by the user's own functions."""
+    return world.made(
+        "unreachable", world.net(), **world.roles, budget="size<=1%, divergence<=0.9, right>=1%", metric=right,
+        divergence=largest_change, evaluate=share_of_threes,
+    )  # fmt: skip
+
+
+def start_driver(*arguments: object) -> subprocess.Popen[str]:
+    """A run in a process of its own (see driver.py)."""
+    command = [sys.executable, "-W", "error", str(DRIVER), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+RESULT = ("model.onnx", "plan.json", "program.json", "weights.safetensors")
+
+
+def bytes_of(folder: Path, names: Sequence[str] = RESULT) -> dict[str, bytes]:
+    """The bytes of the files that same seed and same table must give again."""
+    return {name: (folder / name).read_bytes() for name in names}

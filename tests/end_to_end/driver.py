@@ -1,0 +1,45 @@
+"""One run of the trained small network in a process of its own: driver.py PLACE FOLDER TABLE [BYTES].
+
+BYTES limits the size of any file that the process writes, as a full disk would. The exit code is flyweight's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+
+from nets import SmallNet, digits  # noqa: E402  the folder of this script comes first in the path
+from safetensors.torch import load_file  # noqa: E402
+
+import flyweight as fw  # noqa: E402
+from flyweight.stages import make, weigh  # noqa: E402
+
+BUDGET = "latency<=300%, size<=45%, drop<=6pt"
+
+
+def main(place: str, folder: str, table: str, limit_bytes: str = "") -> int:
+    make.clocked = functools.partial(weigh.clocked, processes=2, seconds_per_shape=0.06)
+    model, data = SmallNet(), digits()
+    model.load_state_dict(load_file(Path(place) / "net.safetensors"))
+    if limit_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit_bytes), int(limit_bytes)))
+    try:
+        result = fw.compress(
+            model.eval(), calib=data["calib"][0], tune=data["tune"], test=data["test"], budget=BUDGET, table=table,
+            shapes=["batch=1", "batch=4"], workdir=folder, progress=False,
+        )  # fmt: skip
+    except fw.FlyweightError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(result)
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
