@@ -5,7 +5,7 @@ Time does not depend on what the weights are, so a variant keeps the first chann
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +35,11 @@ def patched(model: onnx.ModelProto, widths: Mapping[str, Width]) -> onnx.ModelPr
     result.CopyFrom(model)
     tensors = {t.name: t for t in result.graph.initializer}
     new: dict[str, onnx.TensorProto] = {}
-    for node in result.graph.node:
-        owner = next((_owner(name, widths) for name in node.input if _owner(name, widths)), None)
+    owners = [_first_owner(node.input, widths) for node in result.graph.node]
+    reader = {node.input[0]: owner for node, owner in zip(result.graph.node, owners, strict=True) if owner}
+    for node, named in zip(result.graph.node, owners, strict=True):
+        # a float layer among int8 ones reads its input with a scale for every channel, whose name says nothing
+        owner = named or (reader.get(node.output[0]) if node.op_type == "DequantizeLinear" else None)
         if owner is not None:
             _cut_inputs(node, owner, widths[owner], tensors, new)
         elif node.op_type == "Reshape" and node.input[1] in tensors:
@@ -47,6 +50,10 @@ def patched(model: onnx.ModelProto, widths: Mapping[str, Width]) -> onnx.ModelPr
     del result.graph.initializer[:]
     result.graph.initializer.extend(kept)
     return result
+
+
+def _first_owner(names: Iterable[str], widths: Mapping[str, Width]) -> str | None:
+    return next((owner for name in names if (owner := _owner(name, widths))), None)
 
 
 def _owner(name: str, widths: Mapping[str, Width]) -> str | None:
@@ -63,14 +70,15 @@ def _cut_inputs(
     tensors: Mapping[str, onnx.TensorProto],
     new: dict[str, onnx.TensorProto],
 ) -> None:
-    """Cuts every stored tensor that a layer's node (or the DequantizeLinear of its weight or bias) reads."""
+    """Cuts every stored tensor that a layer's node (or the DequantizeLinear of its weight, bias or input) reads."""
+    of_input = node.op_type == "DequantizeLinear" and node.input[0] not in tensors
     for i, name in enumerate(node.input):
         if name not in tensors:
             continue
         values = numpy_helper.to_array(tensors[name])
         if values.ndim == 0 or (values.size == 1 and node.op_type != "DequantizeLinear"):
             continue
-        cut = values[: width.outputs] if values.ndim else values
+        cut = values[: width.inputs if of_input else width.outputs]
         if values.ndim > 1:
             cut = cut[:, : width.inputs]
         # named by layer: equal tensors of several layers may be stored once
@@ -79,9 +87,7 @@ def _cut_inputs(
         node.input[i] = fresh
 
 
-def _any_width(
-    node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], new: dict[str, onnx.TensorProto]
-) -> None:
+def _any_width(node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], new: dict[str, onnx.TensorProto]) -> None:
     shape = numpy_helper.to_array(tensors[node.input[1]])
     if shape.shape == (2,) and shape[0] == -1:
         fresh = f"{node.input[1]}/any"
