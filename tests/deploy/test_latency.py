@@ -1,0 +1,114 @@
+"""The latency table: big cuts are seen to save time, and the table is plain data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flyweight.deploy.formats.onnx import export
+from flyweight.deploy.latency import LatencyTable, measure_table, table_hash
+from flyweight.graph.axes import groups
+from flyweight.graph.operators import layers
+from flyweight.graph.trace import trace
+from flyweight.methods import int8
+from flyweight.stages.deliver import prepared, with_numbers
+from flyweight.types import Note, from_json, to_json
+
+from ..graph.cases import seeded
+from ..graph.nets import net
+from .int8_nets import conv
+
+EXAMPLE = (torch.randn(2, 3, 24, 24),)
+LEVELS = {"a": (32, 8), "b": (8,)}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
+    """A net whose two inner convolutions take all its time (40 MMACs, some 0.3 ms), measured once."""
+    folder = tmp_path_factory.mktemp("table")
+    model = net(
+        lambda s, x: s.fc(F.avg_pool2d(F.relu(s.c(F.relu(s.b(F.relu(s.a(x)))))), 24).flatten(1)),
+        a=conv(3, 64), b=conv(64, 64), c=conv(64, 48), fc=nn.Linear(48, 10),
+    )  # fmt: skip
+    graph = trace(seeded(lambda: model).eval(), EXAMPLE).module
+    present, found = layers(graph), [g for g in groups(graph) if g.name in LEVELS]
+    batch = (torch.randn(8, 3, 24, 24),)
+    ready = prepared(graph, EXAMPLE, list(present), lambda: iter([batch]))
+    files = {"float": folder / "float.onnx", "int8": folder / "int8.onnx"}
+    export(ready.graph, EXAMPLE, files["float"])
+    export(with_numbers(ready, [int8.step(n) for n in present])[0], EXAMPLE, files["int8"])
+    np.savez(folder / "one.npz", x=batch[0][:1].numpy())
+    return measure_table(
+        files, files["float"], present, found, LEVELS, {"batch=1": folder / "one.npz"},
+        runtime="onnxruntime", threads=1, float_layers=["b"], seconds_per_shape=0.1,
+    )  # fmt: skip
+
+
+def test_the_table_holds_what_was_asked_for(table: LatencyTable):
+    assert set(table.whole) == set(table.saved) == {"float", "int8"}
+    for regime in table.saved.values():
+        assert {group: set(by) for group, by in regime.items()} == {"a": {"32", "8"}, "b": {"8"}}
+    assert set(table.extra) == {"b"}
+    assert set(table.reference_s) == {"batch=1"}
+    assert 1e-5 < table.reference_s["batch=1"] < 1
+    assert table.threads == 1
+    assert table.runtime
+    assert table.fingerprint
+
+
+def test_the_float_file_takes_the_time_of_the_reference_which_it_is(table: LatencyTable):
+    assert table.whole["float"]["batch=1"] == pytest.approx(1, abs=0.35)  # a busy machine; quiet: 0.02
+
+
+@pytest.mark.parametrize("regime", ["float", "int8"])
+def test_big_cuts_save_time_and_bigger_ones_more(table: LatencyTable, regime: str):
+    saved, whole = table.saved[regime], table.whole[regime]["batch=1"]
+    # the convolution cut to an eighth holds half of all multiplications: .4 of the time; half of that is asked for
+    assert saved["a"]["8"]["batch=1"] > 0.2 * whole
+    assert saved["a"]["8"]["batch=1"] > saved["a"]["32"]["batch=1"]
+    assert saved["b"]["8"]["batch=1"] > 0.2 * whole
+
+
+def test_a_table_is_json_and_back(table: LatencyTable):
+    again = from_json(to_json(table), LatencyTable)
+    assert again == table
+    assert table_hash(again) == table_hash(table)
+    assert to_json(again) == to_json(table)
+
+
+def test_the_hash_is_of_the_prices_and_of_nothing_learned_later(table: LatencyTable):
+    later = msgspec.structs.replace(table, plans={"a plan": {"batch=1": 0.5}}, notes=(Note("a", "b"),))
+    assert table_hash(later) == table_hash(table)
+    whole = {**table.whole, "float": {"batch=1": table.whole["float"]["batch=1"] + 1e-9}}
+    assert table_hash(msgspec.structs.replace(table, whole=whole)) != table_hash(table)
+
+
+def test_a_table_of_another_kind_is_refused():
+    with pytest.raises(msgspec.ValidationError, match="reference_s"):
+        from_json('{"reference_s": 3}', LatencyTable)
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import tempfile
+
+    from .int8_nets import delivered, ready
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    one = delivered("mlp with dropout")
+    path = tmp_path / "kept.onnx"
+    export(ready("mlp with dropout")[2].graph, one.example, path)
+    np.savez(tmp_path / "kept.npz", x=one.example[0][:1].numpy())
+    told: list[int] = []
+    group = next(g for g in groups(ready("mlp with dropout")[1]) if not g.frozen)
+    measure_table(
+        {"float": path}, path, one.layers, [group], {group.name: (3,)}, {"batch=1": tmp_path / "kept.npz"},
+        runtime="onnxruntime", threads=1, seconds_per_shape=0.06, advance=told.append,
+    )  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.npz", "kept.onnx"]
+    assert told == [3]  # the reference, the float base, one variant
