@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 import flyweight as fw
 from flyweight.compress import Result
+from flyweight.errors import Interrupted
 from flyweight.stages import again, make, weigh
 
+from . import driver
 from .nets import SmallNet, digits, trained
 
 SHORT = {"processes": 2, "seconds_per_shape": 0.06}
@@ -136,6 +138,41 @@ def unreachable(world: World) -> Result:
         "unreachable", world.net(), **world.roles, budget="size<=1%, divergence<=0.9, right>=1%", metric=right,
         divergence=largest_change, evaluate=share_of_threes,
     )  # fmt: skip
+
+
+def stop_before(stage: str) -> Callable[[], bool]:
+    """A `stop` that says yes when asked before `stage`: every stage asks through one function, which names it."""
+    return lambda: sys._getframe(1).f_locals["stage"].startswith(stage)
+
+
+@pytest.fixture(scope="session")
+def same(world: World, table: Path) -> dict[str, Any]:
+    """The arguments of the driver's run, but for its folder."""
+    arguments = {"budget": driver.BUDGET, "table": table, "shapes": ["batch=1", "batch=4"], "progress": False}
+    return {**world.roles, **arguments}
+
+
+@pytest.fixture(scope="session")
+def unbroken(world: World, table: Path) -> Path:
+    """The folder of the driver's run when nobody disturbs it."""
+    folder = world.place / "unbroken"
+    with filelock.FileLock(world.place / "unbroken.lock"):
+        if not (folder / "manifest.json").exists():
+            process = start_driver(world.place, folder, table)
+            out, err = process.communicate(timeout=200)
+            assert process.returncode in (0, 1), out + err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stopped(world: World, same: dict[str, Any]) -> Path:
+    """The folder of the same run, stopped when everything is priced and chosen but nothing is made."""
+    folder = world.place / "stopped"
+    with filelock.FileLock(world.place / "stopped.lock"):
+        if not folder.exists():
+            with pytest.raises(Interrupted, match="stopped before exporting"):
+                fw.compress(world.net(), **same, workdir=folder, stop=stop_before("exporting"))
+    return folder
 
 
 def start_driver(*arguments: object) -> subprocess.Popen[str]:

@@ -14,11 +14,13 @@ import torch
 
 torch.set_num_threads(1)
 
-from nets import SmallNet, digits  # noqa: E402  the folder of this script comes first in the path
 from safetensors.torch import load_file  # noqa: E402
 
 import flyweight as fw  # noqa: E402
 from flyweight.stages import make, weigh  # noqa: E402
+
+if __name__ == "__main__":
+    from nets import SmallNet, digits  # the folder of a script comes first in the path
 
 BUDGET = "latency<=300%, size<=45%, drop<=6pt"
 
