@@ -90,7 +90,7 @@ def resnet_subject(folder: Path) -> Subject:
 
 
 def flyweight_variants(subject: Subject, folder: Path) -> list[Variant]:
-    """Each method alone, both, uniform against solved widths, plain against compensated, all planned for one latency."""
+    """Methods alone and both, uniform against solved, plain against compensated, all planned for one latency."""
     calib = [(x,) for x in subject.calib[0].split(128)]
     tune = list(zip(subject.tune[0].split(128), subject.tune[1].split(128), strict=True))
     half = len(tune) // 2

@@ -45,7 +45,10 @@ class Yardstick:
 def measured(
     limit: Limit, yardstick: Yardstick, reference: Any, outputs: Any, labels: Tensor | None, level: float = 0.95
 ) -> Interval:
-    """The quantity of a quality limit on these samples, with its interval at `level`. Raises BudgetError where labels are missing for it."""
+    """The quantity of a quality limit on these samples, with its interval at `level`.
+
+    Raises BudgetError where labels are missing for it.
+    """
     quantity = limit.quantity
     if quantity == "divergence":
         return mean_interval(yardstick.divergences(reference, outputs), level)

@@ -54,7 +54,7 @@ def main(path: str) -> None:
                 for i in range(0, ask.rows[run], batch)
             ]
             answers |= {f"{run}|{name}": np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        np.savez(ask.answers, **answers)
+        np.savez(ask.answers, allow_pickle=False, **answers)
         reply = AskReply()
     except FlyweightError as error:
         reply = AskReply(type(error).__name__, str(error))

@@ -37,7 +37,7 @@ def ask(
     """
     with tempfile.TemporaryDirectory(prefix="flyweight-answers-") as folder:
         place = Path(folder)
-        np.savez(place / "feeds.npz", **{n: v.numpy() for n, v in inputs.items()})
+        np.savez(place / "feeds.npz", allow_pickle=False, **{n: v.numpy() for n, v in inputs.items()})
         job = Ask(
             runtime, threads, str(model.resolve()), str(place / "feeds.npz"), {n: b for n, (b, _) in runs.items()},
             {n: r for n, (_, r) in runs.items()}, str(place / "answers.npz"), str(place / "reply.json"),
@@ -53,8 +53,7 @@ def ask(
             raise VerificationError("the runtime refuses the artifact", where=str(model), why=reply.text)
         with np.load(place / "answers.npz", allow_pickle=False) as stored:
             answers = {key: torch.from_numpy(stored[key]) for key in stored.files}
-    split = {run: {k.split("|", 1)[1]: v for k, v in answers.items() if k.split("|", 1)[0] == run} for run in runs}
-    return split
+    return {run: {k.split("|", 1)[1]: v for k, v in answers.items() if k.split("|", 1)[0] == run} for run in runs}
 
 
 def distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:

@@ -47,7 +47,7 @@ def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ..
             stored.add(end)
     for node in nodes:  # graph order: the terms are decided before the sum
         pool = node.target == aten.avg_pool2d.default or isinstance(module_of(graph, node), nn.AvgPool2d)
-        pool = pool and any(_origin(graph, n.args[0]) is node for n in planned)  # type: ignore[arg-type]
+        pool = pool and any(_origin(graph, n.args[0]) is node for n in planned)
         if (_is_sum(node) or pool) and all(_origin(graph, a) in stored for a in node.all_input_nodes):
             stored.add(_behind_relu(graph, node))
     return tuple(slot for node in nodes if (slot := _slot(graph, node, stored)) is not None)

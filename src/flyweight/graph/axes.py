@@ -28,10 +28,10 @@ class Use(NamedTuple):
 
 
 class Literal(NamedTuple):
-    """A size written into a reshape: argument `index` of the size list of `node` holds channels * block."""
+    """A size written into a reshape: argument `place` of the size list of `node` holds channels * block."""
 
     node: str
-    index: int
+    place: int
     block: int
 
 
@@ -168,9 +168,11 @@ def _visit(walk: _Walk, node: fx.Node) -> Tag | None:
     return rule(walk, node, first)
 
 
-def _frozen(walk: _Walk, node: fx.Node, reason: str) -> None:
+def _frozen(walk: _Walk, node: fx.Node, reason: str) -> Tag | None:
+    """Freezes every axis that comes in; the value itself carries none."""
     for source in node.all_input_nodes:
         walk.freeze(walk.tag(source), reason)
+    return None
 
 
 def _operator(node: fx.Node) -> str:
@@ -314,11 +316,14 @@ def _place(
     """Where dimension `dim` of `before` lies in `after`, and how many entries each of its indices became there."""
     if not before or not after or str(before[0]) != str(after[0]) or dim == 0:
         return None
-    ahead, behind = math.prod(before[1:dim]), math.prod(before[dim + 1 :])
-    for e in range(1, len(after)):
-        rest = math.prod(after[e + 1 :])
-        if math.prod(after[1:e]) == ahead and behind % rest == 0 and after[e] == before[dim] * (behind // rest):
-            return e, int(behind // rest)
+    if not all(isinstance(size, int) for size in (*before[1:], *after[1:])):
+        return None
+    old, new = [0, *(int(s) for s in before[1:])], [0, *(int(s) for s in after[1:])]
+    ahead, behind = math.prod(old[1:dim]), math.prod(old[dim + 1 :])
+    for e in range(1, len(new)):
+        rest = math.prod(new[e + 1 :])
+        if math.prod(new[1:e]) == ahead and behind % rest == 0 and new[e] == old[dim] * (behind // rest):
+            return e, behind // rest
     return None
 
 
@@ -337,7 +342,8 @@ POOL_MODULES = (
 )  # fmt: skip
 POINTWISE_FUNCTIONS = (
     "relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "sigmoid", "tanh", "leaky_relu", "elu", "softplus", "mish",
-    "hardsigmoid", "clamp", "clamp_min", "dropout", "feature_dropout", "contiguous", "clone", "detach", "abs", "neg", "exp", "to", "alias",
+    "hardsigmoid", "clamp", "clamp_min", "dropout", "feature_dropout", "contiguous", "clone", "detach", "abs", "neg",
+    "exp", "to", "alias",
 )  # fmt: skip
 POOL_FUNCTIONS = (
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",

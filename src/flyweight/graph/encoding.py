@@ -181,10 +181,8 @@ def check_schema(target: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str,
         raise UnsafeFileError(f"the arguments of {target} do not fit its schema")
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     for argument in schema:
-        if argument.name in given:
-            fits = _fits(argument.real_type, given[argument.name])
-        else:
-            fits = argument.has_default_value()
+        named = argument.name in given
+        fits = _fits(argument.real_type, given[argument.name]) if named else argument.has_default_value()
         if not fits:
             raise UnsafeFileError(f"argument `{argument.name}` of {target} does not fit its schema")
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from flyweight.graph.axes import Group
-from flyweight.graph.operators import CONVOLUTIONS, matrix, set_matrix
+from flyweight.graph.operators import Layer, layers, matrix, set_matrix
 
-__all__ = ["cut", "fold_norms", "prove", "silence"]
+__all__ = ["cut", "fold_norms", "folded", "prove", "silence"]
 
 
 def cut(graph: fx.GraphModule, kept: Mapping[Group, Sequence[int]]) -> None:
@@ -88,7 +89,7 @@ def _rewrite(graph: fx.GraphModule, group: Group, channels: int) -> None:
         node = nodes[literal.node]
         written = node.args[1]
         assert isinstance(written, (list, tuple))
-        new = [channels * literal.block if i == literal.index else s for i, s in enumerate(written)]
+        new = [channels * literal.block if i == literal.place else s for i, s in enumerate(written)]
         node.update_arg(1, new)
 
 
@@ -139,15 +140,12 @@ def _tensors(outputs: object) -> list[Tensor]:
 def fold_norms(graph: fx.GraphModule, pairs: Mapping[str, str]) -> None:
     """Folds each batch norm (value) into the layer before it (key), in place: W * g / s, (b - mean) * g / s + beta.
 
-    Source: torch.nn.utils.fusion, which does the arithmetic; s is sqrt(running_var + eps).
+    s is sqrt(running_var + eps). Source: Jacob et al. 2018, arXiv:1712.05877, eq. 14.
     """
+    found = layers(graph)
     for layer, norm in pairs.items():
-        module, batch_norm = graph.get_submodule(layer), graph.get_submodule(norm)
-        fuse = nn.utils.fusion.fuse_conv_bn_weights if isinstance(module, CONVOLUTIONS) else _fuse_linear
-        weight, bias = fuse(
-            module.weight, module.bias, batch_norm.running_mean, batch_norm.running_var,
-            batch_norm.eps, batch_norm.weight, batch_norm.bias,
-        )  # fmt: skip
+        module: Any = graph.get_submodule(layer)
+        weight, bias = folded(graph, found[layer])
         module.weight, module.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
         for node in [n for n in graph.graph.nodes if n.op == "call_module" and n.target == norm]:
             node.replace_all_uses_with(node.args[0])
@@ -157,10 +155,13 @@ def fold_norms(graph: fx.GraphModule, pairs: Mapping[str, str]) -> None:
     graph.recompile()
 
 
-def _fuse_linear(*arguments: object) -> tuple[Tensor, Tensor]:
-    weight, bias, mean, variance, eps, gamma, beta = arguments
-    ones = torch.ones_like(mean)  # type: ignore[arg-type]
-    gamma, beta = (ones if gamma is None else gamma), (0 * ones if beta is None else beta)
-    bias = 0 * ones if bias is None else bias
-    scale = gamma * torch.rsqrt(variance + eps)  # type: ignore[operator]
-    return weight * scale[:, None], (bias - mean) * scale + beta  # type: ignore[operator,index]
+def folded(graph: fx.GraphModule, layer: Layer) -> tuple[Tensor, Any]:
+    """The layer's weight and bias with its batch norm folded in (as they are, if it has none; the bias may be None)."""
+    module: Any = graph.get_submodule(layer.name)
+    if not layer.norm:
+        return module.weight, module.bias
+    norm: Any = graph.get_submodule(layer.norm)
+    scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight)
+    shift = -norm.running_mean if module.bias is None else module.bias - norm.running_mean
+    bias = shift * scale + (0 if norm.bias is None else norm.bias)
+    return module.weight * scale.reshape(-1, *[1] * (module.weight.ndim - 1)), bias

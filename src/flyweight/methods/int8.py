@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -34,6 +34,7 @@ __all__ = ["NAME", "apply", "grids", "round_weights", "step"]
 NAME = "int8"
 FLOOR = 0.01  # least shrinkage of the second moment: rounding errors are small, a sharp inverse is not needed
 LARGEST = 127
+WIDE = 2048  # columns from which a factor is dear enough to be worth its memory
 
 
 class Slot(Protocol):
@@ -80,7 +81,7 @@ def round_weights(
 ) -> tuple[Tensor, float]:
     """Rounds a layer's weights onto int8 grids in place; returns the scale per row and the error (mean over rows).
 
-    With `compensate` the constant lost on average is given back to the bias.
+    With `compensate` the constant lost on average is given back to the bias; without, it counts as error.
     """
     module, moments = graph.get_submodule(layer.name), stats.inputs[layer.name]
     weights, gram = matrix(module), gram_of(layer, moments)
@@ -96,15 +97,22 @@ def round_weights(
     if module.bias is not None and compensate:
         with torch.no_grad():
             module.bias.add_((change @ moments.mean).to(module.bias.dtype))  # type: ignore[operator,arg-type]
-    return scale.float(), float(row_errors(change, gram).sum())
+    return scale.float(), float(row_errors(change, gram if compensate else moments.raw).sum())
 
 
-@functools.lru_cache(maxsize=2)  # a layer is rounded several times while prices are asked for
 def _factored(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:
+    """As `_factor`; remembered for wide layers, which are rounded several times while prices are asked for."""
+    return (_remembered_factor if layer.columns >= WIDE else _factor)(layer, moments)
+
+
+def _factor(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:
     """The order of columns, large inputs first (what comes last has nothing left to make up for it), and the factor."""
     gram = shrunk(gram_of(layer, moments), moments.count, FLOOR)
     ahead = gram.diagonal().argsort(descending=True, stable=True)
     return ahead, inverse_factor(gram[ahead][:, ahead])
+
+
+_remembered_factor = functools.lru_cache(maxsize=2)(_factor)
 
 
 def _swept(weights: Tensor, ahead: Tensor, factor: Tensor, scale: Tensor, largest: int) -> Tensor:
@@ -155,14 +163,15 @@ def _round_biases(
 ) -> None:
     """Biases onto the grid of the products, where the runtime adds them as int32 (layers called once)."""
     for one in steps:
-        module, calls = graph.get_submodule(one.target), layers[one.target].nodes
+        module: Any = graph.get_submodule(one.target)
+        calls = layers[one.target].nodes
         if module.bias is None or len(calls) != 1:
             continue
         source = nodes[calls[0]].args[0]
         assert isinstance(source, fx.Node)
         unit = scales[f"{one.target}.weight_scale"].double() * chosen[source.name].scale
         with torch.no_grad():
-            module.bias.copy_((module.bias.double() / unit).round().clamp(-(2**31), 2**31 - 1) * unit)  # type: ignore[operator]
+            module.bias.copy_((module.bias.double() / unit).round().clamp(-(2**31), 2**31 - 1) * unit)
 
 
 def _set_quantizer(graph: fx.GraphModule, node: fx.Node, grid: Grid) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,13 +131,13 @@ def fitted(found: Mapping[float, float]) -> Callable[[float], float]:
             return 0.0
         if len(rising) == 1:
             return rising[0][1] * error / rising[0][0]
-        pairs = list(zip(rising, rising[1:], strict=False))
+        pairs = list(itertools.pairwise(rising))
         outside = error < rising[0][0] or error > rising[-1][0]
         (e0, d0), (e1, d1) = next((p for p in pairs if error <= p[1][0]), pairs[-1])
         power = math.log(d1 / d0) / math.log(e1 / e0)
         if outside:
             power = min(1.5, max(0.7, power))
             e0, d0 = (e0, d0) if error < rising[0][0] else (e1, d1)
-        return d0 * (error / e0) ** power
+        return float(d0 * (error / e0) ** power)
 
     return curve

@@ -44,7 +44,8 @@ def inverse_factor(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     if int(bad) != 0:
         raise NumericsError(f"a second moment of {gram.shape[0]} inputs is not positive definite at column {int(bad)}")
     identity = torch.eye(gram.shape[0], dtype=gram.dtype)
-    return torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1)
+    result: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return result.flip(0, 1)
 
 
 def sweep(
@@ -136,8 +137,10 @@ class _State:
     def __init__(self, consumer: Consumer) -> None:
         self.block, self.importance = consumer.block, consumer.importance
         self.weight = consumer.weight.to(torch.float64).clone()
-        factor = inverse_factor(consumer.gram.to(torch.float64))
-        self.inverse = factor.T @ factor
+        factor, bad = torch.linalg.cholesky_ex(consumer.gram.to(torch.float64))
+        if int(bad) != 0:
+            raise NumericsError(f"a second moment of {len(factor)} inputs is not positive definite at column {int(bad)}")
+        self.inverse = torch.cholesky_inverse(factor)
 
     def scores(self, alive: Tensor) -> Tensor:
         s, c = self.block, self.weight.shape[1] // self.block
@@ -151,8 +154,8 @@ class _State:
     def remove(self, channel: int) -> None:
         chosen = slice(channel * self.block, (channel + 1) * self.block)
         rows = torch.linalg.solve(self.inverse[chosen, chosen], self.inverse[chosen, :])
-        self.weight -= self.weight[:, chosen] @ rows
-        self.inverse -= self.inverse[:, chosen] @ rows
+        self.weight.addmm_(self.weight[:, chosen].clone(), rows, alpha=-1)
+        self.inverse.addmm_(self.inverse[:, chosen].clone(), rows, alpha=-1)
         self.weight[:, chosen] = 0
         self.inverse[chosen, :] = 0
         self.inverse[:, chosen] = 0

@@ -1,1 +1,1 @@
-
+"""Floor 2: what changes values, never the plan."""

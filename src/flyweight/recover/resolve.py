@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -131,17 +132,18 @@ def _fit(
     new: Sequence[Tensor],
     old: Sequence[Tensor],
 ) -> None:
-    module, teacher = result.get_submodule(layer.name), original.get_submodule(layer.name)
+    module: Any = result.get_submodule(layer.name)
+    teacher: Any = original.get_submodule(layer.name)
     index = slice(None) if rows_kept is None else list(rows_kept)
     found = _solved(module, teacher, matrix(teacher)[index], layer.bias or bool(layer.norm), new, old)
     set_matrix(module, found.weights)
     with torch.no_grad():
         if layer.norm:  # what re-estimation would find, without another pass
-            norm = result.get_submodule(layer.norm)
-            norm.running_mean.copy_(found.mean + (0 if module.bias is None else module.bias))  # type: ignore[operator,union-attr]
-            norm.running_var.copy_(found.variance)  # type: ignore[operator,union-attr]
+            norm: Any = result.get_submodule(layer.norm)
+            norm.running_mean.copy_(found.mean + (0 if module.bias is None else module.bias))
+            norm.running_var.copy_(found.variance)
         elif layer.bias:
-            module.bias.copy_(teacher.bias[index] + found.lost.to(module.bias.dtype))  # type: ignore[index,operator,union-attr,arg-type]
+            module.bias.copy_(teacher.bias[index] + found.lost.to(module.bias.dtype))
 
 
 def _solved(

@@ -40,7 +40,7 @@ ROUNDS = 2  # corrections by what the delivered file really takes
 # The cheapest of several combinations that pass on tune is chosen for passing: each has to pass at this level (95 % for
 # all of about four tries of a bisection, Bonferroni), or the test data would find it out.
 TRIED_LEVEL = 1 - 0.05 / 4
-MARGIN = 0.99  # a corrected limit aims a little lower: the next point is measured too
+MARGIN = 0.97  # a corrected limit aims a little lower, so that the interval of the next measurement has room
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,7 @@ class Purchase:
     reference: Reference
     frontier: tuple[FrontierPoint, ...]
     decisions: tuple[Decision, ...]
+    file: bytes | None = None  # the exported graph, where it was timed already
 
 
 def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
@@ -69,9 +70,9 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     job.checkpoint("choosing")
     advance = stage("choose", 1)
     choice = choose(offers, limits, aim, attempt)
-    choice = _corrected(job, offers, reference, table, choice, aim, attempt, folder)
+    choice, file = _corrected(job, offers, reference, table, choice, aim, attempt, folder)
     advance(1)
-    return _purchase(quotes, reference, table, choice)
+    return replace(_purchase(quotes, reference, table, choice), file=file)
 
 
 def reference_of(job: Job, folder: Folder) -> Reference:
@@ -97,7 +98,7 @@ def priced(
     if kept is not None and timed:
         return replace(menu, sizes=Sizes(**msgspec.json.decode(kept))), table
     with tempfile.TemporaryDirectory(prefix="flyweight-bases-") as place:
-        bases, sizes = _bases(job, quotes, Path(place), reference)
+        bases, sizes = _bases(job, quotes, folder, Path(place))
         folder.save(
             "sizes.json", msgspec.json.encode({"overhead": sizes.overhead, "per_int8_layer": sizes.per_int8_layer})
         )
@@ -129,12 +130,15 @@ def _check_table(table: LatencyTable, menu: Menu) -> None:
         )
 
 
-def _bases(job: Job, quotes: Quotes, place: Path, reference: Reference) -> tuple[dict[str, Path], Sizes]:
+def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[str, Path], Sizes]:
     """The folded float model and the one with every layer in int8, as files; what files weigh beyond the weights."""
     menu, network = quotes.menu, quotes.network
     ready = prepared(network.graph, network.example, [f.layer for f in menu.formats], job.calib, network.stats)
     bases = {FLOAT: place / "float.onnx"}
-    export(ready.graph, job.example, bases[FLOAT])
+    if ready.graph.code == job.graph.code:  # nothing was folded: the reference is that file
+        bases[FLOAT].write_bytes((folder.path / REFERENCE_FILE).read_bytes())
+    else:
+        export(ready.graph, job.example, bases[FLOAT])
 
     def stored(int8_layers: Sequence[str]) -> int:
         return sum(
@@ -205,39 +209,40 @@ def _corrected(
     aim: str,
     attempt: Callable[[Sequence[Step]], tuple[Any, Sequence[tuple[Limit, Interval]]]],
     folder: Folder,
-) -> Choice:
+) -> tuple[Choice, bytes | None]:
     """Chooses again under tighter limits where the delivered file takes longer than the table said.
 
-    Only with a table measured here: with a given one the plan must not depend on the clock.
+    Only with a table measured here: with a given one the plan must not depend on the clock. Also gives the choice's file
+    if it was exported on the way.
     """
     if table is None or job.settings.table is not None:
-        return choice
+        return choice, None
     tighter: dict[str, float] = {}
-    for turn in range(ROUNDS):
-        limits = cost_limits(job.budget, reference, table)
-        timed = {name: value for name, value in limits.items() if name.startswith("latency@")}
-        if not timed or not choice.solution.feasible:
-            return choice
-        shares = _shares(job, choice, folder, turn)
+    limits = cost_limits(job.budget, reference, table)
+    timed = {name: value for name, value in limits.items() if name.startswith("latency@")}
+    for turn in range(ROUNDS if timed else 0):
+        if not choice.solution.feasible:
+            break
+        shares, file = _trial(job, choice, folder, turn)
         missed = {n: shares[n.removeprefix("latency@")] for n in timed if shares[n.removeprefix("latency@")] > timed[n]}
         if not missed:
-            return choice
+            return choice, file
         for name, share in missed.items():
             # what is predicted must fall by as much as the measurement was above the limit
-            tighter[name] = min(MARGIN, MARGIN * choice.solution.costs[name] / share)
+            tighter[name] = min(1.0, choice.solution.costs[name] / share) * MARGIN
         again = choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt)
         if not again.solution.feasible:
-            return choice
+            return choice, file
         choice = again
-    return choice
+    return choice, None
 
 
-def _shares(job: Job, choice: Choice, folder: Folder, turn: int) -> dict[str, float]:
-    """The delivered file's share of the original's time by shape; kept, so that a resumed run decides alike."""
+def _trial(job: Job, choice: Choice, folder: Folder, turn: int) -> tuple[dict[str, float], bytes | None]:
+    """The delivered file's share of the original's time by shape (kept: a resumed run decides alike), and the file."""
     name = f"correction-{turn}.json"
     kept = folder.load(name)
     if kept is not None:
-        return dict(msgspec.json.decode(kept, type=dict[str, float]))
+        return dict(msgspec.json.decode(kept, type=dict[str, float])), None
     with tempfile.TemporaryDirectory(prefix="flyweight-trial-") as place:
         file = Path(place) / "trial.onnx"
         export(choice.outcome[0], job.example, file)
@@ -246,9 +251,9 @@ def _shares(job: Job, choice: Choice, folder: Folder, turn: int) -> dict[str, fl
             job.graph, files, job.judged, job.shapes, job.settings.target, job.settings.threads,
             processes=3, seconds_per_shape=0.25,
         )  # fmt: skip
-    shares = {shape: timing.share.value for shape, timing in timings.times[COMPRESSED].items()}
-    folder.save(name, msgspec.json.encode(shares))
-    return shares
+        shares = {shape: timing.share.value for shape, timing in timings.times[COMPRESSED].items()}
+        folder.save(name, msgspec.json.encode(shares))
+        return shares, file.read_bytes()
 
 
 def _purchase(quotes: Quotes, reference: Reference, table: LatencyTable | None, choice: Choice) -> Purchase:

@@ -16,7 +16,7 @@ from flyweight.types import Budget, Interval, Limit, Step
 
 __all__ = ["Choice", "Reference", "choose", "cost_limits", "goal", "steps_of"]
 
-TRIES = 12  # points of the frontier among which the cheapest good one is looked for
+TRIES = 8  # points of the frontier among which the cheapest good one is looked for
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import torch
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from flyweight.deploy.machine import has_vnni
 from flyweight.deploy.runtimes import get
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.measure import from_tensors, measure, to_tensors
 from flyweight.graph.operators import Layer, layers
-from flyweight.graph.surgery import prove
+from flyweight.graph.surgery import folded, prove
 from flyweight.methods import channels, int8
 from flyweight.methods.pricing import Judge, Ladder, ladder, outputs_of
 from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
@@ -133,7 +133,7 @@ def _ladders(
             made.append(Ladder(group, p.gone, p.levels, p.layer_errors, p.errors))
         else:
             job.checkpoint(f"pricing the channels of {group.name}")
-            step, count = (multiple, 8) if job.times_matter and group.size > multiple else (1, 16)
+            step, count = (multiple, 6) if job.times_matter and group.size > multiple else (1, 16)
             offered = channels.levels(group.size, step, count)
             one = ladder(network.graph, group, network.layers, network.stats, offered, judge)
             prices = _Prices(one.gone, one.levels, one.layer_errors, one.errors)
@@ -232,23 +232,16 @@ def _meeting(network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str
     return max(-0.5, min(2.0, (judge(graph) - parts) / lad.errors[middle]))
 
 
-def _transplanted(ready: Prepared, changed: nn.Module, network: Network) -> Prepared:
+def _transplanted(ready: Prepared, changed: fx.GraphModule, network: Network) -> Prepared:
     """The prepared graph with the (folded) weights of `changed`; its statistics still hold, as inputs hardly moved."""
     graph = copy.deepcopy(ready.graph)
     for name, layer in network.layers.items():
-        module, source = graph.get_submodule(name), changed.get_submodule(name)
-        weight, bias = source.weight, source.bias
-        if layer.norm:
-            norm = changed.get_submodule(layer.norm)
-            scale = norm.running_var.add(norm.eps).rsqrt()  # type: ignore[union-attr,operator]
-            scale = scale if norm.weight is None else scale * norm.weight
-            shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)  # type: ignore[operator]
-            weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-            bias = shift if bias is None else bias * scale + shift
+        module: Any = graph.get_submodule(name)
+        weight, bias = folded(changed, layer)
         with torch.no_grad():
-            module.weight.copy_(weight)  # type: ignore[operator,union-attr]
+            module.weight.copy_(weight)
             if module.bias is not None:
-                module.bias.copy_(bias)  # type: ignore[operator,union-attr]
+                module.bias.copy_(bias)
     return Prepared(graph, ready.layers, ready.stats)
 
 

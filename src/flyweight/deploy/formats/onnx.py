@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -196,14 +197,15 @@ def _read_by_channel(graph: fx.GraphModule, node: fx.Node, stored: fx.Node, user
     _, scale, zero_point, low, high = node.args
     with graph.graph.inserting_before(user):
         scales = _buffer(graph, f"{name}_scale", torch.full((channels,), float(scale)))  # type: ignore[arg-type]
-        zero_points = torch.full((channels,), int(zero_point), dtype=torch.uint8)  # type: ignore[call-overload]
+        zero_points = torch.full((channels,), int(str(zero_point)), dtype=torch.uint8)
         points = _buffer(graph, f"{name}_zero_point", zero_points)
         arguments = (stored, scales, points, axis, low, high, torch.uint8)
         return graph.graph.call_function(decomposed.dequantize_per_channel.default, arguments)
 
 
 def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
-    name, module = str(node.target), graph.get_submodule(str(node.target))
+    name = str(node.target)
+    module: Any = graph.get_submodule(name)
     source = node.args[0]
     assert isinstance(source, fx.Node)
     input_scale = float(source.args[1])  # type: ignore[arg-type]  # the fake quantizer in front
