@@ -56,7 +56,7 @@ def test_the_error_the_sweep_quotes_is_the_error_measured(block: int):
 
 def test_compensation_beats_plain_rounding():
     weight, gram, _ = layer(8, 24, seed=2)
-    result, quoted = sweep(weight, inverse_factor(gram), lambda column, j: column.round())
+    _, quoted = sweep(weight, inverse_factor(gram), lambda column, j: column.round())
     assert float(quoted.sum()) < 0.9 * float(row_errors(weight - weight.round(), gram).sum())
 
 

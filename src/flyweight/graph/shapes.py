@@ -16,6 +16,18 @@ from torch.fx.passes.shape_prop import ShapeProp
 __all__ = ["annotate", "shapes"]
 
 
+def _sizes_of_rounded(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+
+
+# torch gives simulated quantization no sizes where the batch is free, so a model in int8 could not be exported again,
+# by us or by its user. Simulated quantization of channels has the same gap, but nothing here makes any.
+ROUNDING = "fake_quantize_per_tensor_affine_cachemask"
+LIBRARY = torch.library.Library("aten", "IMPL")
+if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{ROUNDING}", "Meta"):
+    LIBRARY.impl(ROUNDING, _sizes_of_rounded, "Meta")
+
+
 def shapes(module: fx.GraphModule, args: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
     """The shape of every node's tensor for one example, by running it: true after surgery too."""
     probe = copy.deepcopy(module).eval()

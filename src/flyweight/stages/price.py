@@ -179,9 +179,9 @@ def _latency(
     """Change of time by one layer's widths and format, in shares of the reference.
 
     A group's measured saving is split over its layers by their own times (`own_times`). Where both widths of a layer
-    shrink, the second cut saves only on what the first has left: t (1 - (1 - s_in / t)(1 - s_out / t)), t the
-    layer's own time. A layer that stays float among int8 ones saves what its int8 form would: conversions around it hide the rest, and a price from the
-    all-float model promised times that no mixed model kept.
+    shrink, the second cut saves only on what the first has left: t (1 - (1 - s_in / t)(1 - s_out / t)), t the layer's
+    own time. A layer that stays float among int8 ones saves what its int8 form would: conversions around it hide the
+    rest, and a price from the all-float model promised times that no mixed model kept.
     """
     result = np.zeros(size)
     regime = INT8 if menu.formats else FLOAT
