@@ -23,9 +23,9 @@ def _sizes_of_rounded(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 # torch gives simulated quantization no sizes where the batch is free, so a model in int8 could not be exported again,
 # by us or by its user. Simulated quantization of channels has the same gap, but nothing here makes any.
 ROUNDING = "fake_quantize_per_tensor_affine_cachemask"
-LIBRARY = torch.library.Library("aten", "IMPL")
+LIBRARY = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{ROUNDING}", "Meta"):
-    LIBRARY.impl(ROUNDING, _sizes_of_rounded, "Meta")
+    LIBRARY.impl(ROUNDING, _sizes_of_rounded, "Meta")  # type: ignore[no-untyped-call]
 
 
 def shapes(module: fx.GraphModule, args: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
