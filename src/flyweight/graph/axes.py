@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from flyweight.graph.operators import CONVOLUTIONS, NORMS, module_of, sizes
+from flyweight.graph.operators import CONVOLUTIONS, NORMS, module_of, sharers, sizes
 
 __all__ = ["Group", "Literal", "Use", "groups"]
 
@@ -215,23 +215,11 @@ def _read(walk: _Walk, name: str, tag: Tag) -> None:
 
 
 def _freeze_shared_weights(walk: _Walk) -> None:
-    """Layers and norms whose tensors something else reads too: what is done to one would be done to the other."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in walk.graph.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter.data_ptr(), []).append(name.rpartition(".")[0])
-    for node in walk.graph.graph.nodes:
-        if node.op == "get_attr" and isinstance(value := _attribute(walk.graph, str(node.target)), Tensor):
-            owners.setdefault(value.data_ptr(), []).append(f"the value {node.name!r}")
-    for names in owners.values():
-        for name in names if len(names) > 1 else ():
-            for roots in (walk.written, walk.read):
-                if name in roots:
-                    walk.axis(roots[name]).reasons.append(f"weights are shared by {', '.join(names)}")
-
-
-def _attribute(graph: fx.GraphModule, target: str) -> object:
-    owner, _, leaf = target.rpartition(".")
-    return getattr(graph.get_submodule(owner), leaf)
+    """Layers and norms whose tensors something else reads too."""
+    for name, names in sharers(walk.graph).items():
+        for roots in (walk.written, walk.read):
+            if name in roots:
+                walk.axis(roots[name]).reasons.append(f"weights are shared by {', '.join(names)}")
 
 
 # ---- rules: one small function an operator; they return what the node's own value carries

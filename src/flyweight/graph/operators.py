@@ -24,6 +24,7 @@ __all__ = [
     "module_of",
     "norm_behind",
     "set_matrix",
+    "sharers",
     "sizes",
 ]
 
@@ -109,6 +110,23 @@ def norm_behind(graph: fx.GraphModule, nodes: Sequence[fx.Node]) -> str:
     called_once = sum(n.target == user.target for n in graph.graph.nodes if n.op == "call_module") == 1
     usable = isinstance(module, NORMS) and module.running_mean is not None and called_once
     return str(user.target) if usable else ""
+
+
+def sharers(graph: fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    """Modules of which something else reads a parameter too, by name, with all that read it.
+
+    What is done to such a weight for one reader is done to all of them.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in graph.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter.data_ptr(), []).append(name.rpartition(".")[0])
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            owner, _, leaf = str(node.target).rpartition(".")
+            value = getattr(graph.get_submodule(owner), leaf)
+            if isinstance(value, Tensor):
+                owners.setdefault(value.data_ptr(), []).append(f"the value {node.name!r}")
+    return {name: tuple(names) for names in owners.values() if len(names) > 1 for name in names}
 
 
 def matrix(module: nn.Module) -> Float[Tensor, "out in"]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from flyweight.graph.operators import Layer, input_rows, layers, matrix, set_matrix
+from flyweight.graph.operators import Layer, input_rows, layers, matrix, set_matrix, sharers
 from flyweight.numerics.moments import add_rows, empty_moments
 from flyweight.numerics.obs import row_errors
 
@@ -39,17 +39,18 @@ def resolve(
     """A copy of `graph` whose layers are fitted again, in graph order, to the outputs of `original`.
 
     Both hold the same nodes (`graph` was cut from `original`). `kept` maps a layer to the output rows it still has
-    (missing: all). Norms get the statistics of the new outputs. All batches pass through one node before the next, so
-    the cost is one run of each network; as many batches are used as fit into MEMORY_BYTES.
+    (missing: all). Layers that share a tensor, are called twice or saw too few rows stay as they are. Norms get the
+    statistics of the new outputs. All batches pass through one node before the next, so the cost is one run of each
+    network; as many batches are used as fit into MEMORY_BYTES.
     """
     result = copy.deepcopy(graph)
     present = layers(result)
     new, old = _Flow(result), _Flow(original)
-    feeds = _affordable(original, batches)
+    feeds, shared = _affordable(original, batches), sharers(result)
     with torch.no_grad():
         for mine, theirs in zip(list(result.graph.nodes), list(original.graph.nodes), strict=True):
             layer = present.get(str(mine.target)) if mine.op == "call_module" else None
-            if layer is not None and _enough(layer, feeds):
+            if layer is not None and layer.name not in shared and _enough(layer, feeds):
                 _fit(result, original, layer, kept.get(layer.name), new.inputs(mine), old.inputs(theirs))
                 advance(1)
             new.step(mine, feeds)

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import msgspec
 import torch
 from safetensors.torch import load, save
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from flyweight.deploy.machine import has_vnni
 from flyweight.deploy.runtimes import get
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.measure import from_tensors, measure, to_tensors
-from flyweight.graph.operators import Layer, layers
+from flyweight.graph.operators import Layer, layers, sharers
 from flyweight.graph.surgery import folded, prove
 from flyweight.methods import channels, int8
 from flyweight.methods.pricing import Judge, Ladder, ladder, outputs_of
@@ -148,9 +148,7 @@ def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tu
     """Layers with an int8 option (0 float, 1 int8: which are allowed), and why others have none."""
     allowed: dict[str, tuple[int, ...]] = {}
     refused: dict[str, str] = {}
-    owners: dict[int, list[str]] = {}
-    for name in present:
-        owners.setdefault(_weight_of(job, name).data_ptr(), []).append(name)
+    shared = sharers(job.graph)
     for name, layer in present.items():
         module, bits = job.graph.get_submodule(name), job.fixed_bits(name)
         reason = job.kept_reason([name])
@@ -160,8 +158,8 @@ def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tu
             reason = reason or "the method 'int8' was not asked for"
         elif not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
             reason = reason or f"{layer.kind} has no int8 form here yet"
-        elif len(owners[_weight_of(job, name).data_ptr()]) > 1:
-            reason = reason or f"weights are shared by {', '.join(owners[_weight_of(job, name).data_ptr()])}"
+        elif name in shared:
+            reason = reason or f"weights are shared by {', '.join(shared[name])}"
         elif isinstance(module, nn.Linear) and layer.positions != len(layer.nodes):
             reason = reason or "a linear layer on sequences has no static int8 form here yet"
         elif len(layer.nodes) > 1:
@@ -171,12 +169,6 @@ def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tu
         else:
             allowed[name] = (1,) if bits == 8 else (0, 1)
     return allowed, refused
-
-
-def _weight_of(job: Job, name: str) -> Tensor:
-    weight = job.graph.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _formats(
