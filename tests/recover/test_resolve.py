@@ -1,0 +1,179 @@
+"""The sequential re-solve mends what cutting broke, and touches nothing where nothing was cut."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flyweight.graph.operators import layers, matrix
+from flyweight.graph.trace import trace
+from flyweight.methods import channels
+from flyweight.recover import resolve as resolving
+from flyweight.recover.normstats import reestimate
+from flyweight.recover.resolve import resolve
+from flyweight.testing import Subject, small_network, subject
+
+from ..graph.cases import seeded
+from ..graph.nets import TiedNet, TwiceNet, net
+
+
+@cache
+def one() -> Subject:
+    return subject(*small_network())
+
+
+@cache
+def cut() -> tuple[torch.fx.GraphModule, dict[str, list[int]]]:
+    """Every group cut to half, norms estimated anew; and the rows that each layer still has."""
+    steps, rows = [], {}
+    for group in one().groups.values():
+        gone = channels.order(one().graph, group, one().layers, one().stats)
+        kept = channels.kept_channels(group, gone, group.size // 2)
+        steps.append(channels.step(group, kept))
+        rows |= dict.fromkeys(group.producers, kept)
+    graph = channels.restructure(one().graph, one().groups, one().layers, one().stats, steps)
+    reestimate(graph, one().batches)
+    return graph, rows
+
+
+def test_the_outputs_come_nearer_on_the_calibration_data():
+    graph, rows = cut()
+    mended = resolve(graph, one().graph, rows, one().batches)
+    reestimate(mended, one().batches)
+    before, after = one().judge(graph), one().judge(mended)
+    assert after < 0.9 * before
+
+
+def test_the_last_layer_is_a_ridge_regression_onto_the_original_outputs():
+    """Closed form: with nothing behind it, its weights solve the normal equations of what it is really fed."""
+    graph, rows = cut()
+    mended = resolve(graph, one().graph, rows, one().batches)
+    fed: list[torch.Tensor] = []
+    probe = copy.deepcopy(mended)
+    probe.last.register_forward_pre_hook(lambda _, given: fed.append(given[0].detach().double()))
+    with torch.no_grad():
+        wanted = torch.cat([one().graph(*b) for b in one().batches]).double()
+        for batch in one().batches:
+            probe(*batch)
+    x = torch.cat(fed)
+    start = matrix(graph.last)
+    centred, target = x - x.mean(0), wanted - wanted.mean(0)
+    ridge = resolving.RIDGE * float(centred.square().mean(0).mean())
+    held = centred.T @ centred / len(x) + ridge * torch.eye(x.shape[1], dtype=x.dtype)
+    expected = torch.linalg.solve(held, (target.T @ centred / len(x) + ridge * start).T).T
+    # moments are summed in float32: 2^-24 * sqrt(rows) of their size, times a condition number of about 100
+    assert torch.allclose(matrix(mended.last), expected, rtol=1e-3, atol=1e-4)
+    bias = wanted.mean(0) - matrix(mended.last) @ x.mean(0)
+    assert torch.allclose(mended.last.bias.detach().double(), bias, rtol=1e-4, atol=1e-5)
+
+
+def test_where_nothing_was_cut_nothing_moves():
+    def forward(self, x):
+        y = F.max_pool2d(F.relu(self.b(F.relu(self.a(x)))), 2)
+        return self.fc(F.relu(self.inner(y.flatten(1))))
+
+    parts = {"a": nn.Conv2d(3, 6, 3), "b": nn.Conv2d(6, 8, 3, bias=False), "inner": nn.Linear(72, 12)}
+    model = net(forward, **parts, fc=nn.Linear(12, 4)).eval()
+    batches = [(torch.randn(200, 3, 10, 10),) for _ in range(2)]
+    graph = trace(model, batches[0]).module
+    mended = resolve(graph, graph, {}, batches)
+    for name, layer in layers(graph).items():
+        before, after = (g.get_submodule(name).state_dict() for g in (graph, mended))
+        # the ridge holds directions that the inputs never show; float32 moments move the others by some 1e-5
+        assert torch.allclose(after["weight"], before["weight"], atol=1e-4 * float(before["weight"].abs().max()))
+        if layer.bias:
+            assert torch.allclose(after["bias"], before["bias"], atol=1e-4)
+
+
+def test_norms_whose_statistics_are_those_of_the_data_hardly_move():
+    graph = copy.deepcopy(one().graph)
+    whole = (torch.cat([b[0] for b in one().batches]),)  # one batch: the average of batches is that of all rows
+    reestimate(graph, [whole])
+    with torch.no_grad():
+        expected, got = graph(*whole), resolve(graph, graph, {}, [whole])(*whole)
+    # torch's running variance is the unbiased one: 1 / (2 * 1600) of the scale of a norm on 64 * 25 rows
+    assert float((got - expected).square().mean().sqrt()) < 2e-3 * float(expected.std())
+
+
+def test_neither_network_given_is_changed():
+    graph, rows = cut()
+    before = [copy.deepcopy(g.state_dict()) for g in (graph, one().graph)]
+    told: list[int] = []
+    resolve(graph, one().graph, rows, one().batches, advance=told.append)
+    for now, then in zip((graph, one().graph), before, strict=True):
+        assert all(torch.equal(tensor, then[key]) for key, tensor in now.state_dict().items())
+    assert told == [1] * len(layers(graph))
+
+
+def test_the_same_twice_and_any_batching_nearly_the_same():
+    graph, rows = cut()
+    first, again = (resolve(graph, one().graph, rows, one().batches) for _ in range(2))
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in first.state_dict().items())
+    whole = (torch.cat([b[0] for b in one().batches]),)
+    other = resolve(graph, one().graph, rows, [whole])
+    for name in layers(graph):
+        a, b = first.get_submodule(name).weight, other.get_submodule(name).weight
+        assert torch.allclose(a, b, atol=2e-3 * float(a.detach().abs().max()))
+
+
+def test_layers_with_too_few_rows_are_left_alone():
+    graph, rows = cut()
+    few = [(one().batches[0][0][:3],)]
+    mended = resolve(graph, one().graph, rows, few)
+    assert torch.equal(mended.inner.weight, graph.inner.weight)  # 3 rows for 16 columns
+    assert torch.equal(mended.last.weight, graph.last.weight)
+
+
+@pytest.mark.parametrize("make", [TiedNet, TwiceNet, lambda: tied_to_embedding()], ids=["tied", "twice", "embedding"])
+def test_weights_that_serve_twice_are_not_fitted_to_one_use(make):
+    """Fitting one of two layers on one tensor would undo the other."""
+    model = seeded(make).eval()
+    torch.manual_seed(1)
+    batches = [(torch.randn(64, 6),)] if isinstance(model, TwiceNet) else [(torch.randint(0, 11, (64, 7)),)]
+    original = trace(model, batches[0]).module
+    damaged = copy.deepcopy(original)
+    shared = {"inner"} if isinstance(model, TwiceNet) else {"b", "head"} if isinstance(model, TiedNet) else {"head"}
+    with torch.no_grad():  # the layer in front is off, so that fitting would change what follows
+        for name in ("fc", "first"):
+            if hasattr(damaged, name):
+                damaged.get_submodule(name).weight.mul_(0.7)
+        if isinstance(model, TiedNet):
+            damaged.a.bias.add_(0.3)
+    mended = resolve(damaged, original, {}, batches)
+    for name in shared:
+        assert torch.equal(mended.get_submodule(name).weight, damaged.get_submodule(name).weight)
+
+
+def tied_to_embedding() -> nn.Module:
+    made = net(
+        lambda self, ids: self.head(torch.tanh(self.first(self.embed(ids)))),
+        embed=nn.Embedding(11, 6), first=nn.Linear(6, 6), head=nn.Linear(6, 11, bias=False),
+    )  # fmt: skip
+    made.head.weight = made.embed.weight
+    return made
+
+
+def test_a_second_input_flows_too():
+    def forward(self, x, y):
+        return self.fc(torch.relu(self.a(x)) + self.b(y))
+
+    model = seeded(lambda: net(forward, a=nn.Linear(5, 8), b=nn.Linear(4, 8), fc=nn.Linear(8, 3))).eval()
+    batches = [(torch.randn(64, 5), torch.randn(64, 4)) for _ in range(2)]
+    graph = trace(model, batches[0]).module
+    assert list(resolve(graph, graph, {}, batches).state_dict()) == list(graph.state_dict())
+    mended = resolve(graph, graph, {}, batches)
+    for name in ("a", "b", "fc"):
+        assert torch.allclose(mended.get_submodule(name).weight, graph.get_submodule(name).weight, atol=1e-4)
+
+
+def test_as_many_batches_are_used_as_fit(monkeypatch: pytest.MonkeyPatch):
+    graph, rows = cut()
+    monkeypatch.setattr(resolving, "MEMORY_BYTES", 1)
+    little = resolve(graph, one().graph, rows, one().batches)
+    only_first = resolve(graph, one().graph, rows, one().batches[:1])
+    assert all(torch.equal(t, only_first.state_dict()[n]) for n, t in little.state_dict().items())
