@@ -221,7 +221,7 @@ class _Run:
         if unknown:
             raise UsageError(f"unknown argument {unknown[0]!r}", fix="see the signature of flyweight.compress")
         settings = Settings(
-            budget, table=_read_table(table), time_limit_s=duration_s(time_limit), keep=tuple(keep), rules=tuple(rules),
+            budget, table=_read_table(table), time_limit_s=duration_s(time_limit), keep=keep if isinstance(keep, str) else tuple(keep), rules=tuple(rules),
             **others,
         )  # fmt: skip
         data = {"calib": calib, "tune": tune, "test": test, "example": example}

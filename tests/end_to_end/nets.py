@@ -6,9 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flyweight.face.digits import load_digits
-from flyweight.train.fit import fit
-
 SEED = 3
 
 
@@ -34,6 +31,8 @@ Labelled = tuple[Tensor, Tensor]
 
 def digits() -> dict[str, Labelled]:
     """Real digits as (pictures (n, 1, 8, 8), labels) in roles that share no picture."""
+    from flyweight.face.digits import load_digits  # scikit-learn takes a second to import
+
     found = load_digits()
     roles = {"train": found.train, "calib": (found.calib, torch.zeros(0)), "tune": found.tune, "test": found.test}
     return {name: (F.avg_pool2d(x[:, :1], 4), y) for name, (x, y) in roles.items()}
@@ -44,6 +43,8 @@ def trained(data: Labelled) -> SmallNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = SmallNet()
+    from flyweight.train.fit import fit
+
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=32, shuffle=True)
     fit(model, loader, epochs=4, lr=5e-3, seed=SEED)
     return model.eval()

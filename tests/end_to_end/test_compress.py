@@ -85,7 +85,9 @@ def test_bytes_and_multiplications_are_those_of_the_files(run, world):
         assert row.macs == counter.get_total_flops() // 2
     for claim in claims(run, "promise").values():
         if claim.limit.quantity in ("size", "macs"):
-            pair = (after.file_bytes, before.file_bytes) if claim.limit.quantity == "size" else (after.macs, before.macs)
+            pair = (
+                (after.file_bytes, before.file_bytes) if claim.limit.quantity == "size" else (after.macs, before.macs)
+            )
             assert claim.measured == pair[0] / pair[1]
             assert (claim.state == "holds") == (claim.measured <= claim.limit.value)
 
@@ -151,7 +153,7 @@ def test_quality_is_that_of_the_file_on_all_test_data(timed, world):
     drop = claims(timed, "promise")["drop<=6pt"]
     assert drop.measured == pytest.approx(100 * (before - after), abs=1e-9)
     assert drop.interval.low <= drop.measured <= drop.interval.high
-    assert timed.results.data == {"calib": 256, "tune": 360, "test": 360}
+    assert timed.results.data == {role: len(world.data[role][0]) for role in ("calib", "tune", "test")}
 
 
 def test_a_limit_without_a_shape_holds_at_every_shape(timed):
@@ -165,9 +167,9 @@ def test_a_limit_without_a_shape_holds_at_every_shape(timed):
     assert timed.plan.made_with.table_hash
 
 
-def test_only_test_data_are_split_in_two(channels):
+def test_only_test_data_are_split_in_two(channels, world):
     assert "data.split" in codes(channels)
-    assert channels.results.data["tune"] + channels.results.data["test"] == 360
+    assert channels.results.data["tune"] + channels.results.data["test"] == len(world.data["test"][0])
     assert claims(channels, "promise")["macs<=50%"].state == "holds"
 
 
@@ -251,7 +253,12 @@ def test_two_inputs_and_a_dict_of_outputs(tmp_path):
     model = TwoInputs().eval()
     facts = {"wave": torch.randn(200, 1, 32), "facts": torch.randn(200, 4), "name": torch.zeros(200)}
     result = fw.compress(
-        model, calib=facts, budget="macs<=60%, divergence<=0.5", task="classify", workdir=tmp_path / "out", progress=False
+        model,
+        calib=facts,
+        budget="macs<=60%, divergence<=0.5",
+        task="classify",
+        workdir=tmp_path / "out",
+        progress=False,
     )
     assert "data.fields-dropped" in codes(result)
     assert result.plan.choices["channels:wave1"].label != "keep"
@@ -265,7 +272,9 @@ def test_two_inputs_and_a_dict_of_outputs(tmp_path):
 
 def test_grouped_tied_and_half_precision(tmp_path):
     model = GroupedTied().half()
-    result = fw.compress(model, calib=torch.randn(200, 1, 8, 8), budget="size<=99%", workdir=tmp_path / "out", progress=False)
+    result = fw.compress(
+        model, calib=torch.randn(200, 1, 8, 8), budget="size<=99%", workdir=tmp_path / "out", progress=False
+    )
     assert "trace.dtype" in codes(result)
     reasons = {d.site.name: d.site.frozen for d in result.results.decisions}
     assert "grouped convolution" in reasons["channels:wide"]
@@ -280,11 +289,12 @@ def test_grouped_tied_and_half_precision(tmp_path):
 
 def test_a_recurrent_network_is_exported_and_its_lstm_left_alone(tmp_path):
     model, ids = Reader().eval(), torch.randint(0, 16, (200, 6))
-    result = fw.compress(model, calib=ids, budget="size<=99%", workdir=tmp_path / "out", progress=False)
-    assert {claim.state for claim in claims(result, "proof").values()} == {"holds"}
+    made = fw.plan(model, calib=ids, budget="size<=99%", workdir=tmp_path / "out", progress=False)
+    assert {site.split(":")[1] for site in made.choices} <= {"inner", "out"}
     with torch.no_grad():
-        assert torch.allclose(result.model(ids[:5]), model(ids[:5]), atol=0.2)
-    assert not any("lstm" in name for name in result.plan.choices)
+        expected = model(ids[:5]).numpy()
+    # float32 sums in another order through six steps of the LSTM
+    assert np.abs(answers(tmp_path / "out/run/reference.onnx", ids[:5]) - expected).max() < 1e-5
 
 
 class Nothing(nn.Module):
@@ -309,7 +319,9 @@ def test_what_cannot_get_smaller_says_so(tmp_path):
 
 
 def test_layers_all_kept_leave_nothing_to_choose(world, tmp_path):
-    made = fw.plan(world.net(), **world.roles, budget="size<=50%", keep=["*"], workdir=tmp_path / "kept", progress=False)
+    made = fw.plan(
+        world.net(), **world.roles, budget="size<=50%", keep=["*"], workdir=tmp_path / "kept", progress=False
+    )
     assert not made.choices
     assert not made.feasible
     assert math.isclose(made.error, 0.0)

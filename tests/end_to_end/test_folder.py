@@ -28,7 +28,9 @@ def copy(channels, tmp_path):
 
 
 def hashes(folder):
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()
+    }
 
 
 def test_every_file_is_there_and_the_manifest_came_last(channels):
@@ -76,7 +78,9 @@ def test_a_plan_replays_to_the_same_bytes(channels, world, tmp_path):
         workdir=tmp_path / "again", progress=False,
     )  # fmt: skip
     assert (result.folder / "model.onnx").read_bytes() == (channels.folder / "model.onnx").read_bytes()
-    assert (result.folder / "weights.safetensors").read_bytes() == (channels.folder / "weights.safetensors").read_bytes()
+    assert (result.folder / "weights.safetensors").read_bytes() == (
+        channels.folder / "weights.safetensors"
+    ).read_bytes()
     assert result.plan.choices == channels.plan.choices
     assert {d.reason for d in result.results.decisions} == {"as planned"}
 
@@ -85,7 +89,7 @@ def test_a_plan_is_for_one_model(channels, world, tmp_path):
     other = world.net()
     other.head.weight.data[0, 0] += 1
     with pytest.raises(UsageError, match="another model"):
-        fw.apply(other, channels.plan, calib=world.data["calib"][0], workdir=tmp_path / "out", progress=False)
+        fw.apply(other, channels.plan, **world.roles, workdir=tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"choices": 3}', "not json"])
@@ -127,7 +131,7 @@ def test_one_changed_byte_is_found_by_whoever_reads(copy, name):
 
 def test_missing_files_and_missing_ends_are_found(copy):
     (copy / "weights.safetensors").unlink()
-    with pytest.raises(UnsafeFileError, match="weights.safetensors is missing"):
+    with pytest.raises(UnsafeFileError, match=r"weights\.safetensors is missing"):
         fw.load(copy)
     (copy / "manifest.json").unlink()
     with pytest.raises(UnsafeFileError, match="unfinished run") as caught:
