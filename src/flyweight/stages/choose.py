@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flyweight.budget import is_quality, judge_limit
@@ -126,7 +126,7 @@ def _cheapest_good(points: Sequence[Offer], attempt: Attempt) -> Choice:
             found, high = trial, middle
         else:
             low = middle + 1
-    return found
+    return replace(found, tried=tried)
 
 
 def _attempted(offer: Offer, attempt: Attempt, tried: int) -> Choice:

@@ -292,8 +292,9 @@ def options(menu: Menu, built: Problem, table: LatencyTable | None) -> dict[str,
 
 def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float], table: LatencyTable | None) -> Option:
     latency = {s: change[f"latency@{s}"] * t for s, t in (table.reference_s if table else {}).items()}
-    size = round(change["size"])
-    cost = Cost(macs=round(change["macs"]), weight_bytes=size, file_bytes=size, latency_s=latency or None)
+    rounded = option and variable >= len(menu.ladders)
+    weights = round(change["size"] - (menu.sizes.per_int8_layer if rounded else 0))
+    cost = Cost(round(change["macs"]), weights, round(change["size"]), latency or None)
     done = steps(menu, variable, option)
     if variable < len(menu.ladders):
         lad = menu.ladders[variable]
