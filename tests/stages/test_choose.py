@@ -1,0 +1,172 @@
+"""From a budget to a choice: limits as numbers, quality by trying."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from flyweight.budget import parse
+from flyweight.search.problem import evaluate
+from flyweight.stages.choose import Reference, choose, cost_limits, goal, steps_of
+from flyweight.stages.price import markets, problem
+from flyweight.types import Budget, Interval, Limit
+
+from .menus import SHAPE, bare, menu, table
+
+REFERENCE = Reference(file_bytes=10_000, macs=2_000_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("latency<=50%", {f"latency@{SHAPE}": 0.5}),
+        ("latency<=1ms", {f"latency@{SHAPE}": 0.5}),  # of the reference's 2 ms
+        ("latency@batch=1<=1.5ms", {f"latency@{SHAPE}": 0.75}),
+        ("size<=25%", {"size": 2500.0}),
+        ("size<=4kB", {"size": 4000.0}),
+        ("macs<=30%", {"macs": 600_000.0}),
+        ("latency<=60%, size<=50%, drop<=2pt", {f"latency@{SHAPE}": 0.6, "size": 5000.0}),
+    ],
+)
+def test_limits_as_numbers(text: str, expected: dict[str, float]):
+    assert cost_limits(parse(text), REFERENCE, table()) == pytest.approx(expected)
+
+
+def test_every_shape_is_limited_unless_one_is_named_and_the_tighter_limit_counts():
+    two = table(reference_s={SHAPE: 0.002, "batch=8": 0.01})
+    every = Limit("latency", "<=", 0.5, "share")
+    one = Limit("latency", "<=", 0.004, "s", shape="batch=8")
+    assert cost_limits(Budget((every,)), REFERENCE, two) == {f"latency@{SHAPE}": 0.5, "latency@batch=8": 0.5}
+    assert cost_limits(Budget((every, one)), REFERENCE, two) == {f"latency@{SHAPE}": 0.5, "latency@batch=8": 0.4}
+    assert cost_limits(Budget((one, every)), REFERENCE, two)["latency@batch=8"] == 0.4
+
+
+def test_tighter_multiplies_and_time_without_a_table_is_left_out():
+    budget = parse("latency<=50%, size<=50%")
+    found = cost_limits(budget, REFERENCE, table(), {f"latency@{SHAPE}": 0.9})
+    assert found == pytest.approx({f"latency@{SHAPE}": 0.45, "size": 5000.0})
+    assert cost_limits(budget, REFERENCE, None) == {"size": 5000.0}
+
+
+@pytest.mark.parametrize(
+    ("prefer", "with_table", "expected"),
+    [
+        ("quality", True, "error"),
+        ("quality", False, "error"),
+        ("latency", True, f"latency@{SHAPE}"),
+        ("latency", False, "macs"),
+        ("size", True, "size"),
+    ],
+)
+def test_the_goal_is_what_is_preferred(prefer: str, with_table: bool, expected: str):
+    assert goal(parse("size<=50%", prefer), table() if with_table else None) == expected
+
+
+def removed(steps) -> int:
+    """How many channels a combination takes away."""
+    return sum(
+        lad.group.size - len(s.setting["kept"])
+        for s in steps
+        if s.method == "channels"
+        for lad in menu().ladders
+        if lad.group.name == s.target
+    )
+
+
+class Trials:
+    """An attempt that counts itself: a drop of a point for every channel removed."""
+
+    def __init__(self, limit: str = "") -> None:
+        self.limit = parse(limit).limits[0] if limit else None
+        self.seen: list[tuple] = []
+
+    def __call__(self, steps):
+        self.seen.append(steps)
+        drop = float(removed(steps))
+        return ("made", steps), [(self.limit, Interval(drop, drop, drop))] if self.limit else []
+
+
+def test_quality_first_is_the_least_error_of_all_combinations_within_the_limits():
+    offers = markets(bare(), None)
+    limits = {"macs": 0.6 * evaluate(offers[0].problem, (0,) * 4)[1]["macs"]}
+    trials = Trials()
+    found = choose(offers, limits, "error", trials)
+    every = [
+        (error, c)
+        for c in product(*(range(n) for n in offers[0].problem.sizes))
+        for error, costs in [evaluate(offers[0].problem, c)]
+        if costs["macs"] <= limits["macs"]
+    ]
+    assert found.solution.feasible
+    assert found.solution.error == pytest.approx(min(every)[0])
+    assert found.outcome == ("made", steps_of(bare(), found.solution))
+    assert len(trials.seen) == found.tried == 1
+    assert found.good
+
+
+def test_the_better_market_wins():
+    offers = markets(menu(), table())
+    found = choose(offers, {f"latency@{SHAPE}": 0.6}, "error", Trials())
+    errors = [choose([offer], {f"latency@{SHAPE}": 0.6}, "error", Trials()).solution.error for offer in offers]
+    assert found.solution.error == min(errors)
+    assert found.market is offers[errors.index(min(errors))]
+    assert found.solution.costs[f"latency@{SHAPE}"] <= 0.6 * (1 + 1e-9)
+
+
+def test_a_budget_out_of_reach_gives_the_nearest_point_and_the_limit_that_binds():
+    found = choose(markets(menu(), None), {"macs": 1.0}, "error", Trials())
+    assert not found.solution.feasible
+    assert found.solution.binding == "macs"
+    least = min(
+        evaluate(problem(bare(), None), c)[1]["macs"] for c in product(*(range(n) for n in problem(bare(), None).sizes))
+    )
+    assert found.solution.costs["macs"] == least
+
+
+@pytest.mark.parametrize("allowed", [0, 3, 7, 12])
+def test_the_smallest_whose_quality_holds_is_taken(allowed: int):
+    offers = markets(bare(), None)
+    trials = Trials(f"drop<={allowed}pt")
+    found = choose(offers, {}, "macs", trials)
+    assert found.good
+    assert removed(found.outcome[1]) <= allowed
+    assert found.tried == len(trials.seen) <= 6  # bisection over some twelve points
+    worse = [s for s in trials.seen if removed(s) > allowed]
+    if worse:  # everything smaller that was tried broke the limit
+        assert all(removed(s) > removed(found.outcome[1]) for s in worse)
+    if allowed == 0:
+        assert removed(found.outcome[1]) == 0
+
+
+def test_when_no_point_is_good_the_dearest_is_given_and_says_so():
+    class Hopeless(Trials):
+        def __call__(self, steps):
+            return ("made", steps), [(parse("drop<=1pt").limits[0], Interval(9, 8, 10))]
+
+    found = choose(markets(bare(), None), {}, "macs", Hopeless())
+    assert not found.good
+    assert [state for _, _, state in found.quality] == ["fails"]
+    assert found.tried == 1
+
+
+def test_an_undecided_quality_is_not_good():
+    class Unsure(Trials):
+        def __call__(self, steps):
+            return ("made", steps), [(parse("drop<=1pt").limits[0], Interval(0.5, -1, 2))]
+
+    assert not choose(markets(bare(), None), {}, "error", Unsure()).good
+
+
+def test_steps_are_those_of_the_choices_in_the_order_of_the_menu():
+    solution = replace(
+        choose(markets(menu(), None), {}, "error", Trials()).solution, choices=(0, 1, 0, 2, 0, 1, 0, 0, 0, 1)
+    )
+    found = steps_of(menu(), solution)
+    names = [f.layer for f in menu().formats]
+    groups = [lad.group.name for lad in menu().ladders]
+    assert [(s.method, s.target) for s in found] == [
+        ("channels", groups[1]), ("channels", groups[3]), ("int8", names[1]), ("int8", names[5])
+    ]  # fmt: skip
+    assert len(found[1].setting["kept"]) == menu().ladders[3].levels[2]
