@@ -33,7 +33,7 @@ def main(folder: Path = Path("out-digits")) -> None:
     images, labels = digits.train
     student = fw.load(folder)  # the same as result.model, from the folder: needs no class of yours
     print(f"before training {accuracy(student, *digits.test):.2%}")
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
     student.train()
     for rows in torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).split(32):
         loss = nn.functional.cross_entropy(student(images[rows]), labels[rows])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BUDGET", "PREFER", "calib", "demo", "network", "test", "tune"]
 
-BUDGET = "latency<=50%, size<=25%, drop<=2pt"  # 2 pt is what 360 test digits can decide
+BUDGET = "latency<=50%, size<=25%, drop<=2pt"  # 2 points are what the test digits can decide
 PREFER = "latency"
 
 
@@ -50,15 +50,15 @@ def network() -> Any:
 
 
 def calib() -> Any:
-    """256 digits without labels, as DATA."""
+    """Digits without labels, as DATA: `flyweight.face.demo:calib`."""
     return load_digits().calib
 
 
 def tune() -> Any:
-    """360 labelled digits, as DATA."""
+    """Labelled digits that choose, as DATA."""
     return load_digits().tune
 
 
 def test() -> Any:
-    """360 other labelled digits, as DATA."""
+    """Labelled digits that are read once, as DATA."""
     return load_digits().test
