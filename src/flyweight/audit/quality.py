@@ -42,29 +42,27 @@ class Yardstick:
         return div.quality(self.task, outputs, labels, self.metric)
 
 
-def measured(
-    limit: Limit, yardstick: Yardstick, reference: Any, outputs: Any, labels: Tensor | None, level: float = 0.95
-) -> Interval:
-    """The quantity of a quality limit on these samples, with its interval at `level`.
+def measured(limit: Limit, yardstick: Yardstick, reference: Any, outputs: Any, labels: Tensor | None) -> Interval:
+    """The quantity of a quality limit on these samples, with its 95 % interval.
 
     Raises BudgetError where labels are missing for it.
     """
     quantity = limit.quantity
     if quantity == "divergence":
-        return mean_interval(yardstick.divergences(reference, outputs), level)
+        return mean_interval(yardstick.divergences(reference, outputs))
     if quantity == "agreement":
         same = div.main_output(reference)[0].argmax(1) == div.main_output(outputs)[0].argmax(1)
-        return proportion(int(same.sum()), len(same), level)
+        return proportion(int(same.sum()), len(same))
     if labels is None or yardstick.metric is None:
         raise BudgetError(
             f"{quantity} needs labels, and the data that choose and test have none",
             fix="give tune= and test= with labels, or limit agreement or divergence instead",
         )
     if quantity == "worst_class_drop":
-        return scaled(worst_class_drop(reference, outputs, labels, level), 100)
+        return scaled(worst_class_drop(reference, outputs, labels), 100)
     before, after = yardstick.scores(reference, labels), yardstick.scores(outputs, labels)
     if quantity == "drop":
         pair = (after, before) if yardstick.lower_is_better else (before, after)
-        change = paired_difference(*pair, level)
+        change = paired_difference(*pair)
         return scaled(change, 100)
-    return mean_interval(after, level)
+    return mean_interval(after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,9 +38,9 @@ __all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "priced", "referenc
 
 REFERENCE_FILE = "run/reference.onnx"
 ROUNDS = 2  # corrections by what the delivered file really takes
-# The cheapest of several combinations that pass on tune is chosen for passing: each has to pass at this level (95 % for
-# all of about four tries of a bisection, Bonferroni), or the test data would find it out.
-TRIED_LEVEL = 1 - 0.05 / 4
+# The cheapest of several combinations that pass on tune is chosen for passing, and the test samples will judge it again. So
+# that it holds there with 95 % probability, its value must keep z(.975) + z(.95) standard errors from the limit, not z(.975).
+POWER = (1.960 + 1.645) / 1.960
 MARGIN = 0.97  # a corrected limit aims a little lower, so that the interval of the next measurement has room
 
 
@@ -66,7 +67,7 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     offers = markets(menu, table)
     limits = cost_limits(job.budget, reference, table)
     aim = goal(job.budget, table)
-    attempt = _attempt(job, quotes, 0.95 if aim == "error" else TRIED_LEVEL)
+    attempt = _attempt(job, quotes, 1.0 if aim == "error" else POWER)
     job.checkpoint("choosing")
     advance = stage("choose", 1)
     choice = choose(offers, limits, aim, attempt)
@@ -181,10 +182,12 @@ def delivered(job: Job, quotes: Quotes, steps: Sequence[Step]) -> Outcome:
 
 
 def _attempt(
-    job: Job, quotes: Quotes, level: float
+    job: Job, quotes: Quotes, power: float
 ) -> Callable[[Sequence[Step]], tuple[Outcome, list[tuple[Limit, Interval]]]]:
     """Delivers a combination and measures the quality limits on the data that choose."""
     wanted = [limit for limit in job.budget.limits if is_quality(limit)]
+    # fewer test samples decide less
+    stretch = power * (math.sqrt(max(1.0, job.judged.samples / job.roles.test.samples)) if job.roles.test else 1.0)
     batches = list(job.judged) if wanted else []
     labels = torch.cat([b.labels for b in batches if b.labels is not None]) if job.judged.labelled and batches else None
     with torch.no_grad():
@@ -195,9 +198,16 @@ def _attempt(
         outcome = delivered(job, quotes, steps)
         with torch.no_grad():
             after = joined([outcome[0](*b.inputs) for b in batches]) if batches else None
-        return outcome, [(limit, measured(limit, job.yardstick, before, after, labels, level)) for limit in wanted]
+        found = [measured(limit, job.yardstick, before, after, labels) for limit in wanted]
+        return outcome, [(limit, _widened(one, stretch)) for limit, one in zip(wanted, found, strict=True)]
 
     return attempt
+
+
+def _widened(interval: Interval, factor: float) -> Interval:
+    value = interval.value
+    low, high = value - (value - interval.low) * factor, value + (interval.high - value) * factor
+    return Interval(value, low, high, interval.level)
 
 
 def _corrected(

@@ -127,7 +127,9 @@ def feeds_of(graph: fx.GraphModule, data: Batches, shapes: Sequence[str], folder
     for shape in shapes:
         count = shape_batch(shape)
         paths[shape] = folder / f"{shape}.npz"
-        np.savez(paths[shape], allow_pickle=False, **{n: v[torch.arange(count) % len(v)].numpy() for n, v in feeds.items()})
+        np.savez(
+            paths[shape], allow_pickle=False, **{n: v[torch.arange(count) % len(v)].numpy() for n, v in feeds.items()}
+        )
     return paths
 
 
