@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import flyweight as fw
+from flyweight.types import Plan, from_json
 
 from .conftest import share_of_threes
 from .nets import GroupedTied, Reader, TwoInputs
@@ -237,13 +237,20 @@ def test_the_model_is_left_as_it_was(world, tmp_path):
     assert bool(result.model.get_submodule("conv1").weight.any())  # no memory is shared
 
 
-def test_prefer_size_is_smaller_and_no_better_than_quality(world, tmp_path):
-    arguments = {**world.roles, "budget": "size<=90%, drop<=90pt", "progress": False}
-    plans = {p: fw.plan(world.net(), **arguments, prefer=p, workdir=tmp_path / p) for p in ("quality", "size")}
-    assert plans["size"].predicted.file_bytes < plans["quality"].predicted.file_bytes
-    assert plans["quality"].error < plans["size"].error
-    assert not (tmp_path / "size/manifest.json").exists()  # a plan is no result
-    assert not (tmp_path / "size/model.onnx").exists()
+def test_prefer_size_is_smaller_and_no_better_than_quality(world, same, unbroken, tmp_path):
+    quality = from_json((unbroken / "plan.json").read_bytes(), Plan)
+    arguments = {
+        **same,
+        "budget": "latency<=300%, size<=45%, drop<=60pt",
+        "prefer": "size",
+        "workdir": tmp_path / "out",
+    }
+    size = fw.plan(world.net(), **arguments)
+    assert size.predicted.file_bytes < quality.predicted.file_bytes
+    assert quality.error < size.error
+    assert from_json((tmp_path / "out/plan.json").read_bytes(), Plan) == size
+    for name in ("manifest.json", "model.onnx", "results.json"):
+        assert not (tmp_path / "out" / name).exists()  # a plan is no result
 
 
 # other networks
@@ -311,20 +318,12 @@ def test_a_model_without_parameters_comes_back_as_it_was(tmp_path):
     assert claims(result, "promise")["macs<=90%"].measured == 1.0  # of nothing, all
 
 
-def test_what_cannot_get_smaller_says_so(tmp_path):
+def test_one_layer_that_is_kept_leaves_nothing_to_choose(tmp_path):
     one = nn.Sequential(nn.Linear(6, 4))
-    made = fw.plan(one, calib=torch.randn(100, 6), budget="size<=50%", workdir=tmp_path / "one", progress=False)
-    assert not made.feasible
-    assert made.binding == "size"
-
-
-def test_layers_all_kept_leave_nothing_to_choose(world, tmp_path):
-    made = fw.plan(
-        world.net(), **world.roles, budget="size<=50%", keep=["*"], workdir=tmp_path / "kept", progress=False
-    )
+    arguments = {"budget": "size<=50%", "keep": ["*"], "workdir": tmp_path / "out", "progress": False}
+    made = fw.plan(one, calib=torch.randn(100, 6), **arguments)
     assert not made.choices
-    assert not made.feasible
-    assert math.isclose(made.error, 0.0)
+    assert (made.feasible, made.binding, made.error) == (False, "size", 0.0)
 
 
 class ConstantChannels(nn.Module):
