@@ -220,10 +220,15 @@ class _Run:
         unknown = sorted(set(others) - known)
         if unknown:
             raise UsageError(f"unknown argument {unknown[0]!r}", fix="see the signature of flyweight.compress")
+        kept = keep if isinstance(keep, str) else tuple(keep)  # one text is refused with all other arguments
         settings = Settings(
-            budget, table=_read_table(table), time_limit_s=duration_s(time_limit), keep=keep if isinstance(keep, str) else tuple(keep), rules=tuple(rules),
+            budget,
+            table=_read_table(table),
+            time_limit_s=duration_s(time_limit),
+            keep=kept,
+            rules=tuple(rules),
             **others,
-        )  # fmt: skip
+        )
         data = {"calib": calib, "tune": tune, "test": test, "example": example}
         return _Run(model, data, settings, Path(workdir), progress, fresh, stop)
 

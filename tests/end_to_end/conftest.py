@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -172,7 +173,7 @@ def unbroken(world: World, table: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stopped(world: World, same: dict[str, Any]) -> Path:
+def stopped_once(world: World, same: dict[str, Any]) -> Path:
     """The folder of the same run, stopped when everything is priced and chosen but nothing is made."""
     folder = world.place / "stopped"
     with filelock.FileLock(world.place / "stopped.lock"):
@@ -180,6 +181,12 @@ def stopped(world: World, same: dict[str, Any]) -> Path:
             with pytest.raises(Interrupted, match="stopped before exporting"):
                 fw.compress(world.net(), **same, workdir=folder, stop=stop_before("exporting"))
     return folder
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped folder, to do with as one likes: other processes of the suite look at it too."""
+    return shutil.copytree(stopped_once, tmp_path / "stopped")
 
 
 def start_driver(*arguments: object) -> subprocess.Popen[str]:

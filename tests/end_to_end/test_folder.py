@@ -164,9 +164,8 @@ def test_a_folder_in_use_is_refused_at_once(world, same, tmp_path):
     assert caught.value.exit_code == 9
 
 
-def test_a_full_disk_leaves_nothing_half_written(world, table, stopped, tmp_path):
-    folder, limit_bytes = tmp_path / "out", 4096  # less than the artifact, which is all that is still to be made
-    shutil.copytree(stopped, folder)
+def test_a_full_disk_leaves_nothing_half_written(world, table, stopped):
+    folder, limit_bytes = stopped, 4096  # less than the artifact, which is all that is still to be made
     process = start_driver(world.place, folder, table, limit_bytes)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 8, err
