@@ -139,7 +139,9 @@ class _State:
         self.weight = consumer.weight.to(torch.float64).clone()
         factor, bad = torch.linalg.cholesky_ex(consumer.gram.to(torch.float64))
         if int(bad) != 0:
-            raise NumericsError(f"a second moment of {len(factor)} inputs is not positive definite at column {int(bad)}")
+            raise NumericsError(
+                f"a second moment of {len(factor)} inputs is not positive definite at column {int(bad)}"
+            )
         self.inverse = torch.cholesky_inverse(factor)
 
     def scores(self, alive: Tensor) -> Tensor:
