@@ -31,7 +31,7 @@ class LatencyTable(msgspec.Struct, frozen=True):
 
     `whole[regime]`: the whole model with every layer in that number format. `saved[regime][group][level]`: what is saved
     when that group alone has `level` channels. `extra[layer]`: what is added when that layer alone stays float in the
-    int8 model. `plans`: whole plans measured later, by hash, beside what had been predicted.
+    int8 model.
     """
 
     reference_s: Mapping[str, float]
@@ -42,14 +42,13 @@ class LatencyTable(msgspec.Struct, frozen=True):
     fingerprint: str
     runtime: str
     threads: int
-    plans: Mapping[str, Mapping[str, float]] = {}
     notes: tuple[Note, ...] = ()
     schema_version: int = 1
 
 
 def table_hash(table: LatencyTable) -> str:
-    """The hash that a plan made with this table carries; later measurements of whole plans do not count."""
-    bare = msgspec.structs.replace(table, plans={}, notes=())
+    """The hash that a plan made with this table carries; its notes do not count."""
+    bare = msgspec.structs.replace(table, notes=())
     return hashlib.sha256(to_json(bare).encode()).hexdigest()[:16]
 
 

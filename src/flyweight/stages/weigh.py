@@ -19,7 +19,6 @@ from flyweight.data import Batches
 from flyweight.deploy.answers import ask, distance, tolerance
 from flyweight.deploy.clock import Timings, compare
 from flyweight.deploy.formats.onnx import output_names
-from flyweight.numerics.divergence import main_output
 from flyweight.numerics.intervals import items_to_decide, mean_interval
 from flyweight.stages.setup import Inputs, shape_batch
 from flyweight.types import Behaviour, Budget, Claim, Interval, Limit
@@ -221,8 +220,3 @@ def quality_row(found: Evidence | None, yardstick: Yardstick, after: bool) -> di
         return {}
     scores = yardstick.scores(found.outputs if after else found.reference, found.labels)
     return {yardstick.metric_name: mean_interval(scores)}
-
-
-def main_rows(outputs: Any) -> int:
-    """How many samples some outputs hold."""
-    return len(main_output(outputs)[0])
