@@ -116,7 +116,9 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
         )
         for name, option in plan.choices.items()
     )
-    return quotes, Purchase(plan.choices, steps, solution, graph, notes, None, reference, (), made)
+    return quotes, Purchase(
+        plan.choices, steps, solution, graph, notes, None, reference, (), made, plan.predicted.weight_bytes
+    )  # fmt: skip
 
 
 def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Results:

@@ -37,6 +37,7 @@ from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Opti
 __all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "priced", "reference_of"]
 
 REFERENCE_FILE = "run/reference.onnx"
+UNPROVEN = 1e-6  # relative gaps below it are the solver's tolerance
 ROUNDS = 2  # corrections by what the delivered file really takes
 # The cheapest of several combinations that pass on tune is chosen for passing, and the test samples will judge it again. So
 # that it holds there with 95 % probability, its value must keep z(.975) + z(.95) standard errors from the limit, not z(.975).
@@ -57,6 +58,7 @@ class Purchase:
     reference: Reference
     frontier: tuple[FrontierPoint, ...]
     decisions: tuple[Decision, ...]
+    weight_bytes: int  # predicted
     file: bytes | None = None  # the exported graph, where it was timed already
 
 
@@ -71,9 +73,10 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     job.checkpoint("choosing")
     advance = stage("choose", 1)
     choice = choose(offers, limits, aim, attempt)
-    choice, file = _corrected(job, offers, reference, table, choice, aim, attempt, folder)
+    corrected, file = _corrected(job, offers, reference, table, choice, aim, attempt, folder)
     advance(1)
-    return replace(_purchase(quotes, reference, table, choice), file=file)
+    bought = _purchase(quotes, reference, table, corrected)
+    return replace(bought, notes=(*bought.notes, *_search_notes(choice, corrected)), file=file)
 
 
 def reference_of(job: Job, folder: Folder) -> Reference:
@@ -266,6 +269,18 @@ def _trial(job: Job, choice: Choice, folder: Folder, turn: int) -> tuple[dict[st
         return shares, file.read_bytes()
 
 
+def _search_notes(first: Choice, last: Choice) -> tuple[Note, ...]:
+    """What the search did beyond solving the budget once to the end."""
+    notes = []
+    if last is not first:
+        text = "the first choice took longer than the latency table said: chosen again under tighter limits"
+        notes.append(Note("latency.corrected", text))
+    if last.solution.gap > UNPROVEN:
+        text = f"the search ended by time: a better choice may exist, by at most {last.solution.gap:.1%}"
+        notes.append(Note("search.unproven", text, fix="run on a machine with less other work"))
+    return tuple(notes)
+
+
 def _purchase(quotes: Quotes, reference: Reference, table: LatencyTable | None, choice: Choice) -> Purchase:
     graph, notes = choice.outcome
     menu, built = choice.market.menu, choice.market.problem
@@ -283,7 +298,14 @@ def _purchase(quotes: Quotes, reference: Reference, table: LatencyTable | None, 
         reference=reference,
         frontier=frontier_points(points, choice.solution, reference.file_bytes, reference.macs, latency),
         decisions=made,
+        weight_bytes=round(choice.solution.costs["size"] - _overhead(choice)),
     )
+
+
+def _overhead(choice: Choice) -> float:
+    """The bytes of the chosen file that are no weights, as predicted."""
+    sizes, choices = choice.market.menu.sizes, choice.solution.choices
+    return sizes.overhead + sizes.per_int8_layer * sum(choices[len(choice.market.menu.ladders) :])
 
 
 def _refused(quotes: Quotes, menu: Menu) -> dict[str, str]:

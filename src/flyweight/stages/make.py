@@ -69,7 +69,7 @@ def plan_of(job: Job, quotes: Quotes, purchase: Purchase) -> Plan:
     latency = {s: solution.costs[f"latency@{s}"] * t for s, t in (table.reference_s if table else {}).items()}
     predicted = Cost(
         macs=round(solution.costs["macs"]),
-        weight_bytes=round(solution.costs["size"]),
+        weight_bytes=purchase.weight_bytes,
         file_bytes=round(solution.costs["size"]),
         latency_s=latency or None,
     )
