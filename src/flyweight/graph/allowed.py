@@ -17,6 +17,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 __all__ = ["name_of", "operator_named"]
 
 _ATEN = """
+__and__ __or__ __xor__
 _adaptive_avg_pool2d _fake_quantize_learnable_per_channel_affine _fake_quantize_learnable_per_tensor_affine _fft_c2c
 _fft_c2r _fft_r2c _log_softmax _softmax _to_copy _unsafe_view _weight_norm abs acos acosh adaptive_avg_pool1d
 adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d add addbmm addcdiv
