@@ -142,10 +142,10 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(right(model.eval(), images, labels).double().mean())
 
 
-def macs(model: nn.Module, example: Tensor) -> int:
+def macs(model: nn.Module, *example: Tensor) -> int:
     """Multiply-accumulates of convolutions and matrix products for one row, counted by torch while it runs."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(example[:1])
+        model.eval()(*(x[:1] for x in example))
     return counter.get_total_flops() // 2
 
 
