@@ -1,0 +1,128 @@
+"""What criteria see: a group in its network, and what was measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, fx, nn
+
+from flyweight.errors import UsageError
+from flyweight.graph.axes import Group, Use
+from flyweight.graph.measure import Stats
+from flyweight.graph.operators import NORMS, Layer, matrix
+from flyweight.methods.channels import gram_of
+from flyweight.numerics.moments import Moments
+from flyweight.numerics.obs import row_errors
+
+__all__ = ["Context", "Reader", "inputs_of", "norm_weights", "per_channel", "readers", "weights"]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """One group of channels and the evidence on it; a criterion reads what it needs and changes nothing.
+
+    `contributions`: layer -> "samples inputs", what `contributions` gives. `seed`: for criteria that draw.
+    """
+
+    graph: fx.GraphModule
+    group: Group
+    layers: Mapping[str, Layer]
+    stats: Stats | None = None
+    contributions: Mapping[str, Tensor] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer that reads the group: its matrix, the columns that read each channel, the moments of its inputs."""
+
+    layer: Layer
+    weights: Float[Tensor, "out in"]
+    columns: Int64[Tensor, "channels block"]
+    moments: Moments
+
+    @property
+    def power(self) -> float:
+        """The mean square of its outputs, summed over them (of their changes, where a constant can be given back)."""
+        return max(float(row_errors(self.weights, gram_of(self.layer, self.moments)).sum()), 1e-30)
+
+
+def weights(context: Context) -> Iterator[Float[Tensor, "channels entries"]]:
+    """The weights that go with each channel: of every layer that makes, carries or reads it what lies along the channel.
+
+    Source: Fang et al. 2023, arXiv:2301.12900, section 3.2: coupled parameters are scored together.
+    """
+    for module, tensor in _along(context):
+        if not isinstance(module, NORMS) and tensor.ndim > 1:
+            yield tensor.flatten(1)
+
+
+def norm_weights(context: Context) -> Iterator[Float[Tensor, "channels entries"]]:
+    """The scales of every batch norm that the channels pass."""
+    for module, tensor in _along(context):
+        if isinstance(module, NORMS):
+            yield tensor
+
+
+def per_channel(
+    values: Float[Tensor, "out in"], columns: Int64[Tensor, "channels block"]
+) -> Float[Tensor, "channels entries"]:
+    """The entries of `values` in each channel's columns."""
+    return values[:, columns].transpose(0, 1).flatten(1)
+
+
+def columns_of(use: Use, group: Group) -> Int64[Tensor, "channels block"]:
+    """The columns of the reader's matrix that read each channel."""
+    found: Any = getattr(use, "columns", None)
+    return torch.arange(group.size * use.block).reshape(group.size, use.block) if found is None else torch.tensor(found)
+
+
+def _along(context: Context) -> Iterator[tuple[nn.Module, Float[Tensor, "channels ..."]]]:
+    """Every weight of a module that shrinks with the group, the channels in front, with the module."""
+    group: Any = context.group
+    if not hasattr(group, "slices"):
+        yield from _along_old(context)
+        return
+    for part in group.slices:
+        if part.tensor:
+            module = context.graph.get_submodule(part.owner)
+            tensor = getattr(module, part.tensor).detach().double().movedim(part.dim, 0)
+            if part.tensor.startswith("weight"):
+                yield module, tensor[torch.tensor(part.entries)]
+
+
+def _along_old(context: Context) -> Iterator[tuple[nn.Module, Float[Tensor, "channels ..."]]]:
+    group: Any = context.group
+    for name in group.producers:
+        module = context.graph.get_submodule(name)
+        yield module, matrix(module)
+    for use in group.consumers:
+        module = context.graph.get_submodule(use.layer)
+        yield module, per_channel(matrix(module), columns_of(use, group))
+    for use in group.norms:
+        module = context.graph.get_submodule(use.layer)
+        if isinstance(module.weight, Tensor):
+            yield module, module.weight.detach().double().reshape(group.size, use.block)
+
+
+def readers(context: Context) -> Iterator[Reader]:
+    """The readers of the group. Raises UsageError without statistics."""
+    if context.stats is None:
+        raise UsageError("there are no statistics to score by", fix="measure some calibration data")
+    for use in context.group.consumers:
+        yield Reader(
+            context.layers[use.layer],
+            matrix(context.graph.get_submodule(use.layer)),
+            columns_of(use, context.group),
+            context.stats.inputs[use.layer],
+        )
+
+
+def inputs_of(use: Use, context: Context) -> Int64[Tensor, "channels inputs"]:
+    """The input channels of a reader that carry each channel of the group."""
+    taps = context.layers[use.layer].taps
+    return (columns_of(use, context.group) // taps).sort(1).values[:, ::taps]
