@@ -26,7 +26,18 @@ from flyweight.graph.trace import own_copy, trace
 from flyweight.numerics import divergence as div
 from flyweight.types import Budget, Note, Rule
 
-__all__ = ["METHODS", "Inputs", "Job", "Settings", "duration_s", "job_of", "joined", "shape_batch"]
+__all__ = [
+    "METHODS",
+    "Inputs",
+    "Job",
+    "Settings",
+    "check_call",
+    "duration_s",
+    "job_of",
+    "joined",
+    "shape_batch",
+    "yardstick_of",
+]
 
 METHODS = ("channels", "int8")
 Inputs = tuple[Tensor, ...]
@@ -163,10 +174,10 @@ def job_of(
     bound = bind_example(model, example) if example is not None else None
     found = roles(model, calib=calib, tune=tune, test=test, example=bound, seed=settings.seed)
     call = bound or first_batch(found.calib)
-    _check_call(model, call, "example" if bound else "calib, batch 0")
+    check_call(model, call, "example" if bound else "calib, batch 0")
     traced = trace(model, call.args, call.kwargs)
     rows = _two_rows(call.inputs)
-    yardstick, reason = _yardstick(traced.module, found, settings)
+    yardstick, reason = yardstick_of(traced.module, found, settings)
     metric = yardstick.metric_name or "accuracy"
     better: Any = "lower" if yardstick.lower_is_better else "higher"
     read = budgets.parse(settings.budget, settings.prefer, {**budgets.METRICS, metric: better})
@@ -194,7 +205,7 @@ def job_of(
     )
 
 
-def _check_call(model: nn.Module, call: Batch, where: str) -> None:
+def check_call(model: nn.Module, call: Batch, where: str) -> None:
     """Raises DataError where the model does not run on the inputs as they are given: tracing would blame the model."""
     check_weights(model)
     own, _ = own_copy(model)
@@ -286,7 +297,8 @@ def _two_rows(inputs: Inputs) -> Inputs:
     return tuple(x[torch.arange(2) % len(x)] for x in inputs)
 
 
-def _yardstick(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple[Yardstick, str]:
+def yardstick_of(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple[Yardstick, str]:
+    """How answers are judged, and why so. Raises UsageError for a custom task without its divergence."""
     judged = found.tune or found.calib
     batch = first_batch(judged)
     with torch.no_grad():
