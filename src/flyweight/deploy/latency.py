@@ -16,7 +16,7 @@ import onnx
 
 from flyweight.deploy.clock import Timings, compare
 from flyweight.deploy.variants import Width, patched, with_float_layer
-from flyweight.graph.axes import Group
+from flyweight.graph.axes import Group, rows_of
 from flyweight.graph.operators import Layer
 from flyweight.types import Interval, Note, to_json
 
@@ -58,10 +58,13 @@ def widths_of(layers: Mapping[str, Layer], counts: Mapping[str, int], groups: Se
     for group in groups:
         if group.name not in counts:
             continue
+        gone = group.size - counts[group.name]
         for name in group.producers:
-            width[name][1] = counts[group.name]
+            rows = rows_of(group, name)
+            if name in width and rows is not None:
+                width[name][1] -= gone * rows.shape[1]
         for use in group.consumers:
-            width[use.layer][0] = counts[group.name] * (use.block // layers[use.layer].taps)
+            width[use.layer][0] -= gone * (use.block // layers[use.layer].taps)
     return {name: Width(*pair) for name, pair in width.items()}
 
 
@@ -79,8 +82,12 @@ def measure_table(
     deadline_s: float | None = None,
     seconds_per_shape: float | None = None,
     advance: Callable[[int], None] = lambda variants: None,
+    narrowed: Callable[[Group, int], onnx.ModelProto] | None = None,
 ) -> LatencyTable:
     """Times every variant against `reference` and takes differences.
+
+    A group of plain layers is narrowed in the exported files. Any other (`is_plain`) is made by `narrowed` (the float
+    model with that group cut to a level); in int8 it is taken to save the same share of the whole.
 
     `bases` maps a number format ("float", "int8") to the exported model with all layers in it; `levels` are the channel
     counts to price per group; `float_layers` are priced one by one as float inside the int8 model.
@@ -92,6 +99,10 @@ def measure_table(
             model = onnx.load(base)
             for group in groups:
                 for level in levels.get(group.name, ()):
+                    if not is_plain(group, layers):
+                        if regime == FLOAT and narrowed is not None:
+                            files[f"{regime}|{group.name}|{level}"] = _saved(folder, narrowed(group, level), len(files))
+                        continue
                     widths = widths_of(layers, {group.name: level}, groups)
                     touched = {n: widths[n] for n in (*group.producers, *(u.layer for u in group.consumers))}
                     files[f"{regime}|{group.name}|{level}"] = _saved(folder, patched(model, touched), len(files))
@@ -99,6 +110,13 @@ def measure_table(
                 files[f"extra|{layer}"] = _saved(folder, with_float_layer(model, layer), len(files))
         timings = _timed(files, feeds, runtime, threads, deadline_s, seconds_per_shape, advance)
     return _table(timings, bases, groups, levels, float_layers)
+
+
+def is_plain(group: Group, layers: Mapping[str, Layer]) -> bool:
+    """Whether narrowing the named layers in an exported file is all that cutting the group takes."""
+    folded = {layer.norm for layer in layers.values()}
+    known = all(s.owner in layers or s.owner in folded for s in group.slices)
+    return known and all(len(one.path) == 2 and one.path[1] == 1 for one in group.literals) and group.kind != "heads"
 
 
 def _saved(folder: str, model: onnx.ModelProto, number: int) -> Path:
@@ -139,7 +157,7 @@ def _table(
         saved={
             regime: {
                 g.name: {
-                    str(level): {s: share[regime][s] - share[f"{regime}|{g.name}|{level}"][s] for s in shapes}
+                    str(level): {s: _difference(share, regime, f"{g.name}|{level}", s) for s in shapes}
                     for level in levels.get(g.name, ())
                 }
                 for g in groups
@@ -156,3 +174,11 @@ def _table(
         threads=timings.threads,
         notes=timings.notes,
     )
+
+
+def _difference(share: Mapping[str, Mapping[str, float]], regime: str, variant: str, shape: str) -> float:
+    """What a variant saves; where it exists in float only, the same part of the whole."""
+    if f"{regime}|{variant}" in share:
+        return share[regime][shape] - share[f"{regime}|{variant}"][shape]
+    saved = share[FLOAT][shape] - share[f"{FLOAT}|{variant}"][shape]
+    return saved * share[regime][shape] / share[FLOAT][shape]

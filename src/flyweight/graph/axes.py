@@ -1,354 +1,423 @@
 """Which channels must be kept or cut together, and why others are left alone.
 
-Every value that flows through the graph may carry one *axis*: a run of channels along one of its dimensions, each channel
-`block` neighbours wide (a flattened 8x8 map makes blocks of 64). Rules, one small function an operator, say what becomes
-of it; adding two values couples their axes. What no rule knows freezes the axes that touch it, with the reason.
+The graph runs once on an example while labels run beside it (`labels`, `rules`): every output channel of a layer gets a
+label, operators move labels about and tie those that must go together. Channels of one group are interchangeable: each
+holds as many entries of the same tensors as any other, so any choice of them leaves a regular network. Whatever no rule
+knows stays whole, with the reason.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from flyweight.graph.operators import CONVOLUTIONS, NORMS, module_of, sharers, sizes
+from flyweight.graph.functional import arguments_of
+from flyweight.graph.labels import FIXED, LARGEST_LOOSE, Held, Labels, Walk, numbers_along, seen
+from flyweight.graph.operators import Layer, layers, module_of, sharers
+from flyweight.graph.rules import FUNCTIONS, MODULES, Call, Result, operator_name, unknown
 
-__all__ = ["Group", "Literal", "Use", "groups"]
+__all__ = ["Group", "Literal", "Slice", "Use", "groups", "rows_of"]
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class Use(NamedTuple):
-    """A layer or norm that holds `block` neighbouring columns (or entries) for each channel of a group."""
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A layer that reads a group's channels: `columns[c]` are the columns of its matrix that read channel c."""
 
     layer: str
-    block: int
+    columns: Numbers  # [channels, block]
+
+    @property
+    def block(self) -> int:
+        """Columns a channel."""
+        return int(self.columns.shape[1])
 
 
-class Literal(NamedTuple):
-    """A size written into a reshape: argument `place` of the size list of `node` holds channels * block."""
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """A dimension that shrinks with a group: `entries[c]` are channel c's indices along `dim` of a tensor.
+
+    `owner` is a module's path, or with `tensor` "" the path of a loose tensor. `role`: writes, reads or carries.
+    """
+
+    owner: str
+    tensor: str
+    dim: int
+    role: str
+    entries: Numbers  # [channels, block]
+
+
+@dataclass(frozen=True, eq=False)
+class Literal:
+    """A number written into the graph: at `path` of the node's arguments; channel c takes `counts[c]` from it."""
 
     node: str
-    place: int
-    block: int
+    path: tuple[int, ...]
+    counts: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """Channels that live and die together. `frozen`: why nothing may be cut, "" if something may."""
+    """Channels that may be cut one by one, each with all that hangs on it. `frozen`: why nothing may be cut, or ""."""
 
     name: str
     size: int
-    producers: tuple[str, ...]  # layers whose output rows are the channels
-    norms: tuple[Use, ...]
-    consumers: tuple[Use, ...]  # layers whose input columns read the channels; block counts matrix columns
+    kind: str  # "channels" or "heads"
+    producers: tuple[str, ...]  # layers whose outputs are the channels
+    consumers: tuple[Use, ...]  # layers that read them and can make up for lost ones
+    slices: tuple[Slice, ...]
     literals: tuple[Literal, ...]
     frozen: str = ""
 
 
-class Tag(NamedTuple):
-    """The axis a value carries: `root` names it, it runs along `dim`, each channel is `block` entries."""
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """A number in the graph that counts the entries of `labels` along `dim`; `first` and `stop` bound them."""
 
-    root: int
+    node: str
+    path: tuple[int, ...]
+    labels: Labels
     dim: int
-    block: int
+    first: int = 0
+    stop: int | None = None
+    sign: int = 1
+
+
+def rows_of(group: Group, layer: str) -> Numbers | None:
+    """The output rows of `layer` that are the group's channels, [channels, block]; None if it writes none of them."""
+    return next((s.entries for s in group.slices if s.owner == layer and s.role == "writes"), None)
+
+
+def groups(graph: fx.GraphModule, example: Sequence[Any]) -> tuple[Group, ...]:
+    """All groups in graph order, frozen ones included with the reason. `example`: the placeholders' values, any batch."""
+    walker = _Walker(graph)
+    with torch.no_grad():
+        walker.run(*_small(example))
+    for name, names in sharers(graph).items():
+        for held in walker.walk.held.values():
+            if held.owner == name:
+                walker.walk.freeze(held.labels, f"weights are shared by {', '.join(names)}")
+    return _assembled(graph, walker)
+
+
+def _small(example: Sequence[Any]) -> list[Any]:
+    """Two rows are enough, and one would be taken for a size that broadcasts."""
+    rows = [x.shape[0] for x in example if isinstance(x, Tensor) and x.ndim]
+    batch = rows[0] if rows else 1
+    index = torch.arange(2) % batch
+    return [x[index] if isinstance(x, Tensor) and x.ndim and x.shape[0] == batch else x for x in example]
+
+
+class _Walker(fx.Interpreter):
+    """Runs values and labels side by side."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.graph_module = graph
+        self.walk = Walk()
+        self.labels: dict[fx.Node, Result] = {}
+        self.written: list[_Written] = []
+        self.even: list[tuple[str, list[Labels | None], int]] = []  # pieces that must shrink alike
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.labels[n] = self._visit(n, value)
+        return value
+
+    def _visit(self, node: fx.Node, value: Any) -> Result:
+        if node.op == "placeholder":
+            return None
+        if node.op == "get_attr":
+            return self._loose(str(node.target), value)
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                for labels in _flat(self.labels[source]):
+                    self.walk.freeze(labels, "it is an output of the model")
+            return None
+        if operator_name(node) == "getitem":
+            source, index = node.args[:2]
+            found = self.labels[source] if isinstance(source, fx.Node) else None
+            return found[index] if isinstance(found, list) and isinstance(index, int) else None
+        call = self._call(node, value)
+        if not isinstance(value, Tensor) and not isinstance(value, (tuple, list)):
+            return None  # a size: it is read from values, whatever they are
+        module = call.module
+        rule = MODULES.get(type(module)) if module is not None else FUNCTIONS.get(call.name)
+        if rule is None:
+            unknown(call)
+            return None
+        found = rule(call)
+        self._sizes(call, found)
+        return found
+
+    def _loose(self, target: str, value: Any) -> Labels | None:
+        usable = isinstance(value, Tensor) and value.is_floating_point() and 1 < value.numel() <= LARGEST_LOOSE
+        if not usable:
+            return None
+        if target not in self.walk.loose:
+            marks = self.walk.fresh(value.numel()).reshape(value.shape)
+            self.walk.loose[target] = Labels(marks, tuple(value.shape), weak=True)
+        return self.walk.loose[target]
+
+    def _call(self, node: fx.Node, value: Any) -> Call:
+        if isinstance(node.target, torch._ops.OpOverload):
+            arguments = arguments_of(node)
+        else:
+            arguments = {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+        values = {k: fx.map_arg(a, lambda n: self.env[n]) for k, a in arguments.items()}
+        labels = {k: _labels(a, self.labels) for k, a in arguments.items()}
+        module = module_of(self.graph_module, node)
+        name = type(module).__name__ if module is not None else operator_name(node)
+        return Call(self.walk, node, name, values, labels, value, module)
+
+    def _sizes(self, call: Call, found: Result) -> None:
+        """Remembers the numbers written into the call that count channels."""
+        rule = SIZES.get(call.name)
+        if rule is not None and call.module is None and call.first is not None and not call.first.weak:
+            rule(self, call, found)
+
+
+def _flat(found: Result) -> list[Labels]:
+    return [one for one in (found if isinstance(found, list) else [found]) if one is not None]
+
+
+def _labels(argument: Any, known: Mapping[fx.Node, Result]) -> Any:
+    if isinstance(argument, fx.Node):
+        return known[argument]
+    if isinstance(argument, (list, tuple)):
+        return [_labels(one, known) for one in argument]
+    return None
+
+
+# ---- numbers written into the graph
+
+
+def _list_of_sizes(walker: _Walker, call: Call, found: Result, place: int = 1, offset: int = 0) -> None:
+    sizes = call.node.args[place] if len(call.node.args) > place else None
+    if not isinstance(found, Labels) or not isinstance(sizes, (list, tuple)):
+        return
+    for i, size in enumerate(sizes):
+        if isinstance(size, fx.Node):
+            walker.written.append(_Written(call.node.name, (), found, i + offset))
+        elif isinstance(size, int) and size != -1:
+            walker.written.append(_Written(call.node.name, (place, i), found, i + offset))
+
+
+def _unflattened(walker: _Walker, call: Call, found: Result) -> None:
+    _list_of_sizes(walker, call, found, 2, int(call.args["dim"]) % len(call.first.shape))  # type: ignore[union-attr]
+
+
+def _pieces(walker: _Walker, call: Call, found: Result) -> None:
+    parts = found if isinstance(found, list) else []
+    dim = int(call.args.get("dim", 0))
+    sizes = call.node.args[1] if len(call.node.args) > 1 else None
+    if isinstance(sizes, (list, tuple)):
+        for i, part in enumerate(parts):
+            if part is not None and isinstance(sizes[i], int):
+                walker.written.append(_Written(call.node.name, (1, i), part, dim % len(part.shape)))
+        return
+    walker.even.append((call.node.name, list(parts), dim))
+    if "split" in call.name and parts and parts[0] is not None:
+        walker.written.append(_Written(call.node.name, (1,), parts[0], dim % len(parts[0].shape)))
+
+
+def _bounds(walker: _Walker, call: Call, found: Result) -> None:
+    first = call.first
+    assert first is not None
+    dim = int(call.args["dim"]) % len(first.shape)
+    size = first.shape[dim]
+    for place, name in ((2, "start"), (3, "end")):
+        if len(call.node.args) <= place:
+            continue
+        bound = call.node.args[place]
+        if isinstance(bound, fx.Node):
+            walker.written.append(_Written(call.node.name, (), first, dim))
+        elif isinstance(bound, int) and not (bound >= size and name == "end"):
+            if bound >= 0:
+                walker.written.append(_Written(call.node.name, (place,), first, dim, 0, bound))
+            else:
+                walker.written.append(_Written(call.node.name, (place,), first, dim, size + bound, None, -1))
+
+
+def _narrowed(walker: _Walker, call: Call, found: Result) -> None:
+    first, start, length = call.first, call.args["start"], call.args["length"]
+    assert first is not None
+    dim = int(call.args["dim"]) % len(first.shape)
+    if isinstance(start, int):
+        walker.written.append(_Written(call.node.name, (2,), first, dim, 0, start))
+        walker.written.append(_Written(call.node.name, (3,), first, dim, start, start + length))
+
+
+SIZES: Mapping[str, Callable[[_Walker, Call, Result], None]] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _list_of_sizes),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk"), _pieces),
+    "unflatten": _unflattened,
+    "slice": _bounds,
+    "narrow": _narrowed,
+}
+
+
+# ---- from labels to groups
 
 
 @dataclass
-class _Axis:
-    size: int
-    producers: list[str] = field(default_factory=list)
-    norms: list[Use] = field(default_factory=list)
-    consumers: list[Use] = field(default_factory=list)
-    literals: list[Literal] = field(default_factory=list)
+class _Channel:
+    """A class of labels: what it holds of which tensor, and why it may not go."""
+
+    entries: dict[int, list[int]] = field(default_factory=dict)  # number of the slice -> indices
     reasons: list[str] = field(default_factory=list)
+    heads: bool = False
 
 
-class _Walk:
-    """The axes found so far: a union-find, alive only inside `groups`."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.graph = graph
-        self.parent: list[int] = []
-        self.axes: dict[int, _Axis] = {}
-        self.tags: dict[str, Tag | None] = {}
-        self.written: dict[str, int] = {}  # layer -> root of its outputs
-        self.read: dict[str, int] = {}  # layer or norm -> root of its inputs
-        self.unknown: set[str] = set()  # layers and norms that read a value without an axis somewhere
-
-    def new(self, size: int) -> int:
-        root = len(self.parent)
-        self.parent.append(root)
-        self.axes[root] = _Axis(size)
-        return root
-
-    def find(self, root: int) -> int:
-        while self.parent[root] != root:
-            root = self.parent[root]
-        return root
-
-    def axis(self, root: int) -> _Axis:
-        return self.axes[self.find(root)]
-
-    def couple(self, a: int, b: int) -> None:
-        a, b = sorted((self.find(a), self.find(b)))
-        if a == b:
-            return
-        if self.axes[a].size != self.axes[b].size:
-            for axis in (self.axes[a], self.axes[b]):
-                axis.reasons.append("channels of different counts are read by one layer")
-            return
-        self.parent[b] = a
-        kept, gone = self.axes[a], self.axes.pop(b)
-        for name in ("producers", "norms", "consumers", "literals", "reasons"):
-            getattr(kept, name).extend(getattr(gone, name))
-
-    def freeze(self, tag: Tag | None, reason: str) -> None:
-        if tag is not None:
-            self.axis(tag.root).reasons.append(reason)
-
-    def tag(self, argument: object) -> Tag | None:
-        return self.tags.get(argument.name) if isinstance(argument, fx.Node) else None
+def _assembled(graph: fx.GraphModule, walker: _Walker) -> tuple[Group, ...]:
+    walk = walker.walk
+    roots = walk.settled()
+    held = list(walk.held.values())
+    lines = [np.where(h.labels.numpy() == FIXED, FIXED, roots[h.labels.numpy()]) for h in held]
+    written = [line for h, line in zip(held, lines, strict=True) if h.role == "writes"]
+    channels = {int(root): _Channel() for line in written for root in line if root != FIXED}
+    for one, line in _loose_held(walk, roots, channels):
+        held.append(one)
+        lines.append(line)
+    for i, line in enumerate(lines):
+        for index, root in enumerate(line.tolist()):
+            if root in channels:
+                channels[root].entries.setdefault(i, []).append(index)
+    numbers = _counted(walker, roots, channels)
+    for labels, reason in walk.reasons:
+        for root in np.unique(roots[labels]).tolist():
+            if root in channels and reason not in channels[root].reasons:
+                channels[root].reasons.append(reason)
+    for labels in walk.heads:
+        for root in np.unique(roots[labels]).tolist():
+            if root in channels:
+                channels[root].heads = True
+    return _grouped(graph, held, channels, numbers)
 
 
-Rule = Callable[[_Walk, fx.Node, Tag], Tag | None]
+def _loose_held(walk: Walk, roots: Numbers, channels: Mapping[int, _Channel]) -> list[tuple[Held, Numbers]]:
+    """The loose tensors that shrink, each with the classes along the dimension that does."""
+    live = torch.zeros(len(roots) + 1, dtype=torch.bool)
+    live[list(channels)] = True
+    found = []
+    for target, labels in walk.loose.items():
+        marks = torch.from_numpy(roots).long()[labels.full]
+        marks = torch.where(live[marks], marks, FIXED)
+        dim = _cut_dimension(marks)
+        if dim is not None:
+            line = marks.movedim(dim, 0).reshape(marks.shape[dim], -1).max(1).values
+            found.append((Held(target, "", dim, "carries", line), line.numpy()))
+    return found
 
 
-def groups(graph: fx.GraphModule) -> tuple[Group, ...]:
-    """All groups of coupled channels in graph order, frozen ones included with the reason.
-
-    Needs the sizes that tracing recorded (`node.meta["val"]`): call it on a traced graph before any surgery.
-    """
-    walk = _Walk(graph)
-    for node in graph.graph.nodes:
-        walk.tags[node.name] = _visit(walk, node)
-    for name in sorted(walk.unknown & set(walk.read)):
-        walk.axis(walk.read[name]).reasons.append(f"{name!r} also reads a value whose channels are not known")
-    _freeze_shared_weights(walk)
-    return tuple(_group(axis) for _, axis in sorted(walk.axes.items()) if axis.producers)
-
-
-def _group(axis: _Axis) -> Group:
-    reasons = list(dict.fromkeys(axis.reasons))
-    if not axis.consumers and not reasons:
-        reasons = ["no layer reads these channels"]
-    return Group(
-        name=axis.producers[0],
-        size=axis.size,
-        producers=tuple(dict.fromkeys(axis.producers)),
-        norms=tuple(dict.fromkeys(axis.norms)),
-        consumers=tuple(dict.fromkeys(axis.consumers)),
-        literals=tuple(dict.fromkeys(axis.literals)),
-        frozen="; ".join(reasons[:3]),
-    )
-
-
-def _visit(walk: _Walk, node: fx.Node) -> Tag | None:
-    if node.op == "placeholder":
+def _cut_dimension(marks: Tensor) -> int | None:
+    """The dimension along which a loose tensor shrinks: every index holds at most one class."""
+    if int(marks.max()) == FIXED:
         return None
-    if node.op == "output":
-        for source in node.all_input_nodes:
-            walk.freeze(walk.tag(source), "it is an output of the model")
-        return None
-    module = module_of(walk.graph, node)
-    if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-        return _linear_operator(walk, node, module)
-    tagged = [walk.tag(source) for source in node.all_input_nodes]
-    first = walk.tag(node.args[0]) if node.args else None
-    if isinstance(module, NORMS) and first is None:
-        walk.unknown.add(str(node.target))
-    if not any(tagged):
-        return None
-    rule = MODULE_RULES.get(type(module)) if module is not None else FUNCTION_RULES.get(_operator(node))
-    if rule is None or first is None:
-        what = type(module).__name__ if module is not None else _operator(node)
-        return _frozen(walk, node, f"no rule for {what} at {node.name!r}")
-    return rule(walk, node, first)
+    best, most = None, 0
+    for d in range(marks.ndim):
+        slabs = marks.movedim(d, 0).reshape(marks.shape[d], -1)
+        high = slabs.max(1).values
+        alike = (slabs == FIXED) | (slabs == high[:, None])
+        count = len(high[high != FIXED].unique())
+        if bool(alike.all()) and count > most:
+            best, most = d, count
+    return best
 
 
-def _frozen(walk: _Walk, node: fx.Node, reason: str) -> Tag | None:
-    """Freezes every axis that comes in; the value itself carries none."""
-    for source in node.all_input_nodes:
-        walk.freeze(walk.tag(source), reason)
-    return None
+def _counted(
+    walker: _Walker, roots: Numbers, channels: Mapping[int, _Channel]
+) -> list[tuple[_Written, dict[int, int]]]:
+    """How much every channel takes from each written number; numbers that cannot be rewritten freeze."""
+    classes = torch.from_numpy(roots).long()
+    found = []
+    for one in walker.written:
+        line = _line(one.labels, one.dim, classes)
+        if line is None:
+            continue
+        if not one.path:
+            walker.walk.freeze(one.labels, f"{one.node!r} holds a size that is computed")
+            continue
+        part = line[one.first : one.stop]
+        counts = {r: one.sign * n for r, n in zip(*(t.tolist() for t in part.unique(return_counts=True)), strict=True)}
+        found.append((one, {r: n for r, n in counts.items() if r in channels}))
+    for name, parts, dim in walker.even:
+        lines = [None if p is None else _line(p, dim % len(p.shape), classes) for p in parts]
+        known = [line for line in lines if line is not None]
+        bags = {tuple(line.sort().values.tolist()) for line in known}
+        if known and (len(bags) > 1 or len(known) < len(lines)):
+            for p in parts:
+                walker.walk.freeze(p, f"the pieces of {name!r} must stay equal")
+    return found
 
 
-def _operator(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket).removeprefix("aten.")
-    return getattr(target, "__name__", str(target))
+def _line(labels: Labels, dim: int, classes: Tensor) -> Tensor | None:
+    """The classes along `dim`, if that is where the value shrinks."""
+    now = seen(labels, classes)
+    return numbers_along(now, dim) if now is not None and now.varying == (dim,) else None
 
 
-def _linear_operator(walk: _Walk, node: fx.Node, module: nn.Module) -> Tag | None:
-    """A weight matrix: reads one axis, starts another."""
-    name = str(node.target)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    source, rank = walk.tag(node.args[0]), len(sizes(node))
-    linear = isinstance(module, nn.Linear)
-    if not linear and module.groups != 1:
-        walk.freeze(source, f"{name!r} is a grouped convolution, whose rule comes with a later version")
-        return None
-    dim = rank - 1 if linear else 1
-    if source is not None and (source.dim != dim or (source.block != 1 and not linear)):
-        walk.freeze(source, f"{name!r} does not read them as channels")
-        source = None
-    if source is None:
-        walk.unknown.add(name)
-    else:
-        walk.axis(source.root).consumers.append(Use(name, source.block * math.prod(weight.shape[2:])))
-        _read(walk, name, source)
-    if name not in walk.written:
-        walk.written[name] = walk.new(weight.shape[0])
-        walk.axis(walk.written[name]).producers.append(name)
-    return Tag(walk.written[name], dim, 1)
+def _grouped(
+    graph: fx.GraphModule,
+    held: Sequence[Held],
+    channels: Mapping[int, _Channel],
+    numbers: Sequence[tuple[_Written, Mapping[int, int]]],
+) -> tuple[Group, ...]:
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for root, channel in channels.items():
+        shape = tuple((i, len(indices)) for i, indices in channel.entries.items())
+        alike.setdefault((shape, tuple(channel.reasons)), []).append(root)
+    present = layers(graph)
+    taken: dict[str, int] = {}
+    made = []
+    for (_, reasons), roots in alike.items():
+        found = _group(held, [channels[r] for r in roots], reasons, present)
+        literals = tuple(
+            Literal(w.node, w.path, tuple(counts.get(r, 0) for r in roots))
+            for w, counts in numbers
+            if any(counts.get(r, 0) for r in roots)
+        )
+        number = taken[found["name"]] = taken.get(found["name"], -1) + 1
+        name = f"{found.pop('name')}[{number}]" if number else found.pop("name")
+        made.append(Group(name=name, size=len(roots), literals=literals, **found))
+    return tuple(made)
 
 
-def _read(walk: _Walk, name: str, tag: Tag) -> None:
-    """All values that one layer or norm reads have the same channels."""
-    if name in walk.read:
-        walk.couple(walk.read[name], tag.root)
-    walk.read[name] = tag.root
+def _group(
+    held: Sequence[Held], channels: Sequence[_Channel], reasons: Sequence[str], present: Mapping[str, Layer]
+) -> dict[str, Any]:
+    slices = []
+    for i in channels[0].entries:
+        h = held[i]
+        entries = np.array([c.entries[i] for c in channels], dtype=np.int64)
+        slices.append(Slice(h.owner, h.tensor, h.dim, h.role, entries))
+    readers = [s for s in slices if s.role == "reads"]
+    consumers = tuple(_use(s, present[s.owner]) for s in readers if s.owner in present)
+    frozen = list(reasons)
+    if not frozen and not readers:
+        frozen = ["no layer reads these channels"]
+    if not frozen and not consumers:
+        frozen = ["no layer that reads these channels could make up for lost ones"]
+    if not frozen and len(channels) == 1:
+        frozen = ["it is one channel alone"]
+    producers = tuple(dict.fromkeys(s.owner for s in slices if s.role == "writes"))
+    return {
+        "name": producers[0],
+        "kind": "heads" if any(c.heads for c in channels) else "channels",
+        "producers": producers,
+        "consumers": consumers,
+        "slices": tuple(slices),
+        "frozen": "; ".join(frozen[:3]),
+    }
 
 
-def _freeze_shared_weights(walk: _Walk) -> None:
-    """Layers and norms whose tensors something else reads too."""
-    for name, names in sharers(walk.graph).items():
-        for roots in (walk.written, walk.read):
-            if name in roots:
-                walk.axis(roots[name]).reasons.append(f"weights are shared by {', '.join(names)}")
-
-
-# ---- rules: one small function an operator; they return what the node's own value carries
-
-
-def _pointwise(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
-    """The same function of every entry; bounds that are values of their own may have channels."""
-    if len(node.all_input_nodes) > 1:
-        return _frozen(walk, node, f"no rule for {_operator(node)} of several values at {node.name!r}")
-    return tag
-
-
-def _norm(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
-    if tag.dim != 1:
-        return _frozen(walk, node, f"{node.target!r} normalises another dimension")
-    walk.axis(tag.root).norms.append(Use(str(node.target), tag.block))
-    _read(walk, str(node.target), tag)
-    return tag
-
-
-def _spatial(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
-    """Pooling over the dimensions behind the channels."""
-    if tag.dim != 1 or len(sizes(node)) < 3:
-        return _frozen(walk, node, f"{node.name!r} pools over the channels")
-    return tag
-
-
-def _sum(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
-    """Adding a number keeps the axis; adding a value of the same shape couples the two axes."""
-    other = node.args[1]
-    if not isinstance(other, fx.Node):
-        return tag
-    second = walk.tag(other)
-    left, right = node.args[0], other
-    assert isinstance(left, fx.Node)
-    if second is None or second[1:] != tag[1:] or sizes(left)[1:] != sizes(right)[1:]:
-        return _frozen(walk, node, f"{node.name!r} adds a value whose channels are not known")
-    walk.couple(tag.root, second.root)
-    return tag
-
-
-def _number_only(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
-    """Multiplying by a number keeps the axis."""
-    if isinstance(node.args[1], fx.Node):
-        return _frozen(walk, node, f"no rule for {_operator(node)} of two values at {node.name!r}")
-    return tag
-
-
-def _mean(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
-    """A mean over other dimensions; over the channels it would change its divisor."""
-    dims, keep = _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim"))
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    rank = len(sizes(source))
-    if not isinstance(dims, (list, tuple)) or tag.dim in {int(d) % rank for d in dims}:
-        return _frozen(walk, node, f"{node.name!r} averages over the channels")
-    gone = 0 if keep else sum(int(d) % rank < tag.dim for d in dims)
-    return Tag(tag.root, tag.dim - gone, tag.block)
-
-
-def _view(walk: _Walk, node: fx.Node, tag: Tag) -> Tag | None:
-    """A reshape that keeps each channel's entries together, whole, and in order."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    before, after = sizes(source), sizes(node)
-    place = _place(before, after, tag.dim)
-    if place is None:
-        return _frozen(walk, node, f"{node.name!r} takes the channels apart")
-    dim, factor = place
-    block = tag.block * factor
-    written = node.args[1] if len(node.args) > 1 else None
-    if isinstance(written, (list, tuple)) and isinstance(written[dim], int):
-        if written[dim] != after[dim]:
-            return _frozen(walk, node, f"{node.name!r} holds a size that cannot be rewritten")
-        walk.axis(tag.root).literals.append(Literal(node.name, dim, block))
-    return Tag(tag.root, dim, block)
-
-
-def _place(
-    before: tuple[int | torch.SymInt, ...], after: tuple[int | torch.SymInt, ...], dim: int
-) -> tuple[int, int] | None:
-    """Where dimension `dim` of `before` lies in `after`, and how many entries each of its indices became there."""
-    if not before or not after or str(before[0]) != str(after[0]) or dim == 0:
-        return None
-    if not all(isinstance(size, int) for size in (*before[1:], *after[1:])):
-        return None
-    old, new = [0, *(int(s) for s in before[1:])], [0, *(int(s) for s in after[1:])]
-    ahead, behind = math.prod(old[1:dim]), math.prod(old[dim + 1 :])
-    for e in range(1, len(new)):
-        rest = math.prod(new[e + 1 :])
-        if math.prod(new[1:e]) == ahead and behind % rest == 0 and new[e] == old[dim] * (behind // rest):
-            return e, behind // rest
-    return None
-
-
-def _argument(node: fx.Node, index: int, name: str) -> object:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
-
-
-POINTWISE_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU,
-    nn.Softplus, nn.Mish, nn.Hardsigmoid, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity,
-)  # fmt: skip
-POOL_MODULES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-)  # fmt: skip
-POINTWISE_FUNCTIONS = (
-    "relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "sigmoid", "tanh", "leaky_relu", "elu", "softplus", "mish",
-    "hardsigmoid", "clamp", "clamp_min", "dropout", "feature_dropout", "contiguous", "clone", "detach", "abs", "neg",
-    "exp", "to", "alias",
-)  # fmt: skip
-POOL_FUNCTIONS = (
-    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-)  # fmt: skip
-
-MODULE_RULES: Mapping[type[nn.Module] | None, Rule] = {
-    **dict.fromkeys(POINTWISE_MODULES, _pointwise),
-    **dict.fromkeys(POOL_MODULES, _spatial),
-    **dict.fromkeys(NORMS, _norm),
-    nn.Flatten: _view,
-}
-FUNCTION_RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(POINTWISE_FUNCTIONS, _pointwise),
-    **dict.fromkeys(POOL_FUNCTIONS, _spatial),
-    **dict.fromkeys(("add", "sub"), _sum),
-    **dict.fromkeys(("mul", "div"), _number_only),
-    **dict.fromkeys(("view", "reshape", "flatten", "_unsafe_view"), _view),
-    "mean": _mean,
-}
+def _use(one: Slice, layer: Layer) -> Use:
+    """The columns of the layer's matrix: an input channel has as many as the kernel has taps."""
+    columns = one.entries[:, :, None] * layer.taps + np.arange(layer.taps)
+    return Use(one.owner, columns.reshape(len(columns), -1))

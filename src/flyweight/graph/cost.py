@@ -2,9 +2,89 @@
 
 from __future__ import annotations
 
-from flyweight.graph.operators import Layer
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-__all__ = ["layer_macs", "weight_bytes"]
+from torch import Tensor, fx, nn
+
+from flyweight.graph.axes import Group
+from flyweight.graph.operators import Layer, layers, module_of, sizes
+
+__all__ = ["Other", "layer_macs", "others", "total_macs", "weight_bytes"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Other:
+    """A tensor outside of the layers that shrinks with groups: `shares[group]` is (dimension, part a channel takes)."""
+
+    owner: str
+    tensor: str
+    bytes: int
+    macs: int
+    shares: Mapping[str, tuple[int, float]]
+
+
+def others(graph: fx.GraphModule, groups: Sequence[Group], layers: Mapping[str, Layer]) -> tuple[Other, ...]:
+    """What shrinks with the groups beside the layers: depthwise and transposed convolutions, norms that no layer takes
+    in, embeddings, loose tensors."""
+    folded = {layer.norm for layer in layers.values()}
+    shares: dict[tuple[str, str], dict[str, tuple[int, float]]] = {}
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for group in groups:
+        for one in group.slices:
+            if one.owner in layers or one.owner in folded:
+                continue
+            tensor = _tensor(graph, one.owner, one.tensor)
+            key = (one.owner, one.tensor)
+            tensors[key] = tensor
+            shares.setdefault(key, {})[group.name] = (one.dim, one.entries.shape[1] / tensor.shape[one.dim])
+    work = _work(graph, layers)
+    return tuple(
+        Other(owner, name, tensors[owner, name].numel() * 4, work.get(owner, 0) if name == "weight" else 0, by)
+        for (owner, name), by in shares.items()
+    )
+
+
+def _tensor(graph: fx.GraphModule, owner: str, name: str) -> Tensor:
+    path = f"{owner}.{name}" if name else owner
+    holder, _, leaf = path.rpartition(".")
+    value = getattr(graph.get_submodule(holder), leaf)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _work(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str, int]:
+    """Multiply-accumulates per sample of the convolutions that are no `layers`, by module."""
+    work: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        module = module_of(graph, node)
+        if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) or node.target in layers:
+            continue
+        spread = sizes(node.all_input_nodes[0] if isinstance(module, TRANSPOSED) else node)[2:]
+        positions = math.prod(int(s) for s in spread)
+        work[str(node.target)] = work.get(str(node.target), 0) + module.weight.numel() * positions
+    return work
+
+
+def total_macs(graph: fx.GraphModule, weights: fx.GraphModule | None = None) -> int:
+    """Multiply-accumulates per sample of all convolutions and linear layers.
+
+    `weights`: a graph that was cut from this one, whose weights are counted; how often each is used stays.
+    """
+    present = layers(graph)
+    if weights is None:
+        return sum(layer.macs for layer in present.values()) + sum(_work(graph, present).values())
+    small = sum(_weight(weights, name).numel() * layer.positions for name, layer in present.items())
+    work, full = _work(graph, present), {name: _weight(graph, name).numel() for name in _work(graph, present)}
+    return small + sum(macs // full[name] * _weight(weights, name).numel() for name, macs in work.items())
+
+
+def _weight(graph: fx.GraphModule, name: str) -> Tensor:
+    return _tensor(graph, name, "weight")
 
 
 def layer_macs(layer: Layer, inputs: int, outputs: int) -> int:

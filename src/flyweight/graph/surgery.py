@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flyweight.graph.axes import Group
-from flyweight.graph.operators import Layer, layers, matrix, set_matrix
+from flyweight.graph.operators import Layer, layers
 
 __all__ = ["cut", "fold_norms", "folded", "prove", "silence"]
 
@@ -18,79 +18,90 @@ __all__ = ["cut", "fold_norms", "folded", "prove", "silence"]
 def cut(graph: fx.GraphModule, kept: Mapping[Group, Sequence[int]]) -> None:
     """Keeps only the channels `kept` of each group, in place: weights, norms, module attributes, written sizes.
 
-    Exact where the consumers' columns of the removed channels are zero. Run it on a copy that nobody else holds.
+    Exact where the readers' columns of the removed channels are zero. Run it on a copy that nobody else holds.
     """
-    for group, channels in kept.items():
-        for name in group.producers:
-            _keep_outputs(graph.get_submodule(name), channels)
-        for use in group.norms:
-            _keep_entries(graph.get_submodule(use.layer), _spread(channels, use.block))
-        for use in group.consumers:
-            _keep_inputs(graph.get_submodule(use.layer), channels, use.block)
-        _rewrite(graph, group, len(channels))
+    gone = {group: _others(group, channels) for group, channels in kept.items()}
+    entries: dict[tuple[str, str, int], set[int]] = {}
+    for group, channels in gone.items():
+        for one in group.slices:
+            entries.setdefault((one.owner, one.tensor, one.dim), set()).update(one.entries[channels].flatten().tolist())
+    owners = {owner: graph.get_submodule(owner) for owner, tensor, _ in entries if tensor}
+    ratios = {owner: _outputs_a_group(module) for owner, module in owners.items()}
+    for (owner, tensor, dim), indices in entries.items():
+        _drop(graph, f"{owner}.{tensor}" if tensor else owner, dim, indices)
+    for owner, module in owners.items():
+        _resize(module, ratios[owner])
+    _rewrite(graph, gone)
     graph.recompile()
 
 
+def _others(group: Group, channels: Sequence[int]) -> list[int]:
+    return sorted(set(range(group.size)) - set(channels))
+
+
 def silence(graph: fx.GraphModule, group: Group, channels: Sequence[int]) -> None:
-    """Zeroes the consumers' columns of `channels`, in place."""
-    for use in group.consumers:
-        module = graph.get_submodule(use.layer)
-        weights = matrix(module)
-        weights[:, _spread(channels, use.block)] = 0
-        set_matrix(module, weights)
+    """Zeroes what reads `channels`, in place."""
+    for one in group.slices:
+        if one.role == "reads":
+            weight = graph.get_submodule(one.owner).weight
+            assert isinstance(weight, Tensor)
+            with torch.no_grad():
+                weight.index_fill_(one.dim, torch.from_numpy(one.entries[channels].flatten()), 0.0)
 
 
-def _spread(channels: Sequence[int], block: int) -> list[int]:
-    return [c * block + i for c in channels for i in range(block)]
-
-
-def _parameter(module: nn.Module, name: str, values: Tensor) -> None:
-    old = getattr(module, name)
+def _drop(graph: fx.GraphModule, path: str, dim: int, indices: set[int]) -> None:
+    owner, _, leaf = path.rpartition(".")
+    module = graph.get_submodule(owner)
+    old = getattr(module, leaf)
+    left = [i for i in range(old.shape[dim]) if i not in indices]
+    values = old.detach().index_select(dim, torch.tensor(left, dtype=torch.long)).clone()
     if isinstance(old, nn.Parameter):
-        setattr(module, name, nn.Parameter(values.detach().clone(), requires_grad=old.requires_grad))
+        setattr(module, leaf, nn.Parameter(values, requires_grad=old.requires_grad))
     else:
-        module.register_buffer(name, values.detach().clone())
+        module.register_buffer(leaf, values, persistent=leaf not in module._non_persistent_buffers_set)
 
 
-def _keep_outputs(module: nn.Module, channels: Sequence[int]) -> None:
-    index = torch.as_tensor(channels)
-    for name in ("weight", "bias"):
-        if getattr(module, name) is not None:
-            _parameter(module, name, getattr(module, name)[index])
-    _set_size(module, ("out_channels", "out_features"), len(channels))
+def _outputs_a_group(module: nn.Module) -> float:
+    """Of a depthwise convolution the outputs an input makes, of a group norm the channels a group has; else 0."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels / module.num_groups
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == module.in_channels > 1:
+        return module.out_channels / module.groups
+    return 0.0
 
 
-def _keep_inputs(module: nn.Module, channels: Sequence[int], block: int) -> None:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    per_input = weight[0, 0].numel()  # taps
-    columns = torch.as_tensor(_spread(channels, block // per_input))
-    _parameter(module, "weight", weight[:, columns])
-    _set_size(module, ("in_channels", "in_features"), len(columns))
+def _resize(module: nn.Module, ratio: float) -> None:
+    """Brings the module's own numbers in line with its tensors. `ratio`: `_outputs_a_group` before the cut."""
+    made: Any = module
+    match module:
+        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
+            made.in_channels, made.out_channels = made.weight.shape[0], made.weight.shape[1] * made.groups
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            made.groups = round(made.weight.shape[0] / ratio) if ratio else made.groups
+            made.in_channels, made.out_channels = made.weight.shape[1] * made.groups, made.weight.shape[0]
+        case nn.Linear():
+            made.out_features, made.in_features = made.weight.shape
+        case nn.GroupNorm():
+            made.num_channels = made.weight.shape[0]
+            made.num_groups = round(made.num_channels / ratio)
+        case nn.Embedding():
+            made.embedding_dim = made.weight.shape[1]
+        case _ if hasattr(module, "num_features"):
+            made.num_features = (made.running_mean if made.weight is None else made.weight).shape[0]
 
 
-def _keep_entries(module: nn.Module, entries: Sequence[int]) -> None:
-    index = torch.as_tensor(entries)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if getattr(module, name) is not None:
-            _parameter(module, name, getattr(module, name)[index])
-    _set_size(module, ("num_features",), len(entries))
-
-
-def _set_size(module: nn.Module, names: Sequence[str], value: int) -> None:
-    for name in names:
-        if hasattr(module, name):
-            setattr(module, name, value)
-
-
-def _rewrite(graph: fx.GraphModule, group: Group, channels: int) -> None:
+def _rewrite(graph: fx.GraphModule, gone: Mapping[Group, Sequence[int]]) -> None:
     nodes = {n.name: n for n in graph.graph.nodes}
-    for literal in group.literals:
-        node = nodes[literal.node]
-        written = node.args[1]
-        assert isinstance(written, (list, tuple))
-        new = [channels * literal.block if i == literal.place else s for i, s in enumerate(written)]
-        node.update_arg(1, new)
+    for group, channels in gone.items():
+        for one in group.literals:
+            less = sum(one.counts[c] for c in channels)
+            node, place = nodes[one.node], one.path[0]
+            written = node.args[place]
+            if len(one.path) == 1:
+                node.update_arg(place, written - less)
+            else:
+                new = [s - less if i == one.path[1] else s for i, s in enumerate(written)]
+                node.update_arg(place, new)
 
 
 def prove(graph: fx.GraphModule, group: Group, inputs: Sequence[Tensor | object], seed: int = 0) -> str:

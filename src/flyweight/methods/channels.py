@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx
 
-from flyweight.graph.axes import Group
+from flyweight.graph.axes import Group, Use
 from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, set_matrix
 from flyweight.graph.surgery import cut
@@ -41,6 +41,7 @@ __all__ = [
     "order",
     "refit",
     "refit_readers",
+    "removed",
     "restructure",
     "step",
 ]
@@ -81,9 +82,10 @@ def held(layer: Layer, moments: Moments) -> Float[Tensor, "in in"]:
     return result
 
 
-def columns(channels: Sequence[int], block: int) -> list[int]:
-    """The matrix columns of `channels`."""
-    return [c * block + i for c in channels for i in range(block)]
+def columns(layer: Layer, gone: Iterable[tuple[Use, Sequence[int]]]) -> list[int]:
+    """The columns of the layer's matrix that stay when channels go: `gone` says through which use it read which."""
+    lost = {c for use, channels in gone for c in use.columns[list(channels)].flatten().tolist()}
+    return [c for c in range(layer.columns) if c not in lost]
 
 
 def levels(size: int, multiple: int = 1, count: int = 16, least: int = 1) -> tuple[int, ...]:
@@ -101,7 +103,8 @@ def order(graph: fx.GraphModule, group: Group, layers: Mapping[str, Layer], stat
         weights = matrix(graph.get_submodule(use.layer))
         gram = gram_of(layer, moments)
         power = float(row_errors(weights, gram).sum())
-        readers.append(Consumer(weights, held(layer, moments), use.block, 1 / max(power, 1e-30)))
+        columns = torch.from_numpy(use.columns)
+        readers.append(Consumer(weights, held(layer, moments), columns, 1 / max(power, 1e-30)))
     return removal_order(readers).order
 
 
@@ -114,6 +117,11 @@ def step(group: Group, kept: Sequence[int], compensate: bool = True) -> Step:
 def kept_channels(group: Group, gone: Sequence[int], level: int) -> list[int]:
     """The `level` channels left after the first ones of `gone` are removed, in their own order."""
     return sorted(set(range(group.size)) - set(gone[: group.size - level]))
+
+
+def removed(group: Group, kept: Sequence[int]) -> list[int]:
+    """The channels of a group that are not in `kept`."""
+    return sorted(set(range(group.size)) - set(kept))
 
 
 def refit(graph: fx.GraphModule, layer: Layer, moments: Moments, kept: Sequence[int], compensate: bool = True) -> Refit:
@@ -157,8 +165,11 @@ def refit_readers(
     compensate: bool = True,
 ) -> dict[str, Refit]:
     """The refit of every reader of a group when only `kept` remain, by layer name."""
+    gone = removed(group, kept)
     return {
-        use.layer: refit(graph, layers[use.layer], stats.inputs[use.layer], columns(kept, use.block), compensate)
+        use.layer: refit(
+            graph, layers[use.layer], stats.inputs[use.layer], columns(layers[use.layer], [(use, gone)]), compensate
+        )
         for use in group.consumers
     }
 
@@ -176,11 +187,17 @@ def restructure(
     """
     result = copy.deepcopy(graph)
     kept: dict[Group, list[int]] = {}
+    readers: dict[str, list[tuple[Use, list[int]]]] = {}
+    plain: set[str] = set()
     for one in steps:
         group = groups[one.target]
         kept[group] = [int(c) for c in one.setting["kept"]]
-        compensate = bool(one.setting.get("compensate", True))
-        for name, new in refit_readers(graph, group, layers, stats, kept[group], compensate).items():
-            apply(result, layers[name], new)
+        for use in group.consumers:
+            readers.setdefault(use.layer, []).append((use, removed(group, kept[group])))
+            if not one.setting.get("compensate", True):
+                plain.add(use.layer)
+    for name, gone in readers.items():  # once a layer: what it reads through several groups goes together
+        left = columns(layers[name], gone)
+        apply(result, layers[name], refit(graph, layers[name], stats.inputs[name], left, name not in plain))
     cut(result, kept)
     return result

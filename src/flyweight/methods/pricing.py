@@ -90,10 +90,12 @@ def ladder(
 def by_magnitude(graph: fx.GraphModule, group: Group) -> tuple[int, ...]:
     """Channels by the norm of the rows that make them: what plain pruning does."""
     power = torch.zeros(group.size, dtype=torch.float64)
-    for name in group.producers:
-        weight = graph.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        power += weight.detach().double().flatten(1).square().sum(1)
+    for one in group.slices:
+        if one.role == "writes":
+            weight = graph.get_submodule(one.owner).weight
+            assert isinstance(weight, Tensor)
+            rows = weight.detach().double().movedim(one.dim, 0).flatten(1).square().sum(1)
+            power += rows[torch.from_numpy(one.entries)].sum(1)
     return tuple(power.argsort(stable=True).tolist()[:-1])
 
 

@@ -16,6 +16,7 @@ from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.errors import DataError, UsageError, VerificationError
 from flyweight.graph.axes import groups
+from flyweight.graph.cost import total_macs
 from flyweight.graph.measure import measure
 from flyweight.graph.operators import layers
 from flyweight.graph.program import load_files
@@ -72,13 +73,13 @@ def inspected(model: nn.Module, example: Any) -> Inspection:
     rows = tuple(x[torch.arange(2) % len(x)] for x in call.inputs)
     found = layers(traced.module)
     looks = []
-    for group in groups(traced.module):
+    for group in groups(traced.module, rows):
         reason = group.frozen or prove(traced.module, group, rows)
         readers = tuple(use.layer for use in group.consumers)
         looks.append(GroupLook(group.name, group.size, group.producers, readers, reason))
     return Inspection(
         parameters=parameters(traced.module),
-        macs=sum(one.macs for one in found.values()),
+        macs=total_macs(traced.module),
         layers=tuple(
             LayerLook(n, one.kind, _shape(traced.module, n), math.prod(_shape(traced.module, n)), one.macs)
             for n, one in found.items()
@@ -97,7 +98,7 @@ def _shape(graph: nn.Module, name: str) -> tuple[int, ...]:
 def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes, Purchase]:
     """The quotes (statistics only) and the purchase of a plan made before."""
     present = layers(job.graph)
-    known = {g.name: g for g in groups(job.graph)}
+    known = {g.name: g for g in groups(job.graph, job.example)}
     steps = tuple(step for option in plan.choices.values() for step in option.steps)
     missing = [s.target for s in steps if s.target not in known and s.target not in present]
     if missing:

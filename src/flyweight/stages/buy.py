@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import onnx
 import torch
 from torch import fx
 
@@ -20,8 +22,10 @@ from flyweight.deploy.folder import Folder
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable, measure_table
 from flyweight.errors import UsageError
-from flyweight.graph.cost import weight_bytes
-from flyweight.graph.operators import layers
+from flyweight.graph.axes import Group
+from flyweight.graph.cost import total_macs, weight_bytes
+from flyweight.graph.rewrite import refresh
+from flyweight.graph.surgery import cut
 from flyweight.methods import int8
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
@@ -84,7 +88,7 @@ def reference_of(job: Job, folder: Folder) -> Reference:
     path = folder.path / REFERENCE_FILE
     if not path.is_file():
         folder.write(REFERENCE_FILE, lambda part: export(job.graph, job.example, part))
-    return Reference(path.stat().st_size, sum(layer.macs for layer in layers(job.graph).values()))
+    return Reference(path.stat().st_size, total_macs(job.graph))
 
 
 def priced(
@@ -173,7 +177,18 @@ def _measured_table(
         bases, folder.path / REFERENCE_FILE, menu.layers, menu.groups, levels,
         feeds_of(job.graph, job.judged, job.shapes, place), runtime=job.settings.target, threads=job.settings.threads,
         float_layers=float_layers, deadline_s=None if left is None else left / 3, advance=advance,
+        narrowed=lambda group, level: _narrowed(job, group, level, place),
     )  # fmt: skip
+
+
+def _narrowed(job: Job, group: Group, level: int, place: Path) -> onnx.ModelProto:
+    """The float model with the first `level` channels of one group, as a file's model: for the clock, not for use."""
+    graph = copy.deepcopy(job.graph)
+    cut(graph, {group: range(level)})
+    refresh(graph, job.example)
+    path = place / "narrowed.onnx"
+    export(graph, job.example, path)
+    return onnx.load(path)
 
 
 Outcome = tuple[fx.GraphModule, tuple[Note, ...]]

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx
 
 from flyweight.deploy.placement import Slot, slots
-from flyweight.graph.axes import Group
+from flyweight.graph.axes import Group, rows_of
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers
 from flyweight.graph.rewrite import pooled_means, refresh
 from flyweight.graph.surgery import fold_norms
 from flyweight.methods import channels, int8
+from flyweight.methods.channels import removed
 from flyweight.recover.normstats import reestimate
 from flyweight.recover.resolve import resolve
 from flyweight.types import Note, Step
@@ -69,10 +70,24 @@ def restructured(network: Network, steps: Collection[Step], calib: Callable[[], 
     refresh(graph, network.example)
     reestimate(graph, calib())
     if all(one.setting.get("compensate", True) for one in steps):
-        rows = {name: s.setting["kept"] for s in steps for name in network.groups[s.target].producers}
+        rows = _rows_left(network, steps)
         graph = resolve(graph, network.graph, rows, calib())
         reestimate(graph, calib())
     return graph
+
+
+def _rows_left(network: Network, steps: Collection[Step]) -> dict[str, list[int]]:
+    """The output rows that layers still have, for those that lost some."""
+    gone: dict[str, set[int]] = {}
+    for one in steps:
+        group = network.groups[one.target]
+        channels = removed(group, one.setting["kept"])
+        for name in group.producers:
+            rows = rows_of(group, name)
+            assert rows is not None
+            gone.setdefault(name, set()).update(rows[channels].flatten().tolist())
+    present = {name: network.layers[name].outputs for name in gone if name in network.layers}
+    return {name: [row for row in range(count) if row not in gone[name]] for name, count in present.items()}
 
 
 def prepared(

@@ -25,7 +25,7 @@ from flyweight.deploy.latency import table_hash
 from flyweight.deploy.runtimes import get
 from flyweight.errors import UsageError, VerificationError
 from flyweight.graph.measure import fingerprint
-from flyweight.graph.operators import layers
+from flyweight.graph.cost import total_macs
 from flyweight.stages.buy import REFERENCE_FILE, Purchase
 from flyweight.stages.quote import Quotes, Stage
 from flyweight.stages.setup import Job
@@ -130,21 +130,11 @@ def _set_aside_unless_proven(folder: Folder, file: Path, proofs: Sequence[Claim]
 
 
 def _costs(job: Job, purchase: Purchase, artifact: Artifact) -> dict[str, tuple[float, float]]:
-    after = _macs(job, purchase.graph)
+    after = total_macs(job.graph, purchase.graph)  # counted on the graph as it is, not on what the plan said
     return {
         "size": (float(purchase.reference.file_bytes), float(artifact.file_bytes)),
         "macs": (float(purchase.reference.macs), float(after)),
     }
-
-
-def _macs(job: Job, graph: fx.GraphModule) -> int:
-    """Counted on the graph as it is, not on what the plan said."""
-    total = 0
-    for name, layer in layers(job.graph).items():
-        weight = graph.get_submodule(name).weight
-        assert isinstance(weight, torch.Tensor)
-        total += weight.numel() * layer.positions
-    return total
 
 
 def _results(

@@ -15,8 +15,8 @@ from scipy.optimize import nnls
 from torch import fx
 
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
-from flyweight.graph.axes import Group
-from flyweight.graph.cost import layer_macs, weight_bytes
+from flyweight.graph.axes import Group, rows_of
+from flyweight.graph.cost import Other, layer_macs, weight_bytes
 from flyweight.graph.operators import Layer
 from flyweight.methods import channels, int8
 from flyweight.methods.pricing import Ladder
@@ -58,6 +58,8 @@ class Menu:
     combined: Mapping[str, float]
     neighbours: tuple[tuple[str, str], ...]
     sizes: Sizes
+    others: tuple[Other, ...] = ()
+    fixed_macs: int = 0  # of what no group touches and is no layer
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -110,24 +112,133 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
         factors.append(Factor((where[f.layer],), np.array(error)))
     regime = INT8 if menu.formats else FLOAT
     own = {shape: own_times(menu, table, shape, regime) for shape in table.reference_s} if table is not None else {}
-    factors += [_layer_factor(menu, layer, table, own) for layer in menu.layers.values()]
+    for layer in menu.layers.values():
+        factors += _layer_factors(menu, layer, table, own)
+    factors += [factor for other in menu.others for factor in _other_factors(menu, other)]
     factors += _combined_factors(menu)
-    base: dict[str, float] = {"size": menu.sizes.overhead, "macs": 0.0}
+    base: dict[str, float] = {"size": menu.sizes.overhead, "macs": menu.fixed_macs}
     if table is not None:
         base |= {f"latency@{s}": v for s, v in table.whole[INT8 if menu.formats else FLOAT].items()}
         factors += _boundaries(menu, table)
     return Problem(size, tuple(factors), base)
 
 
-def _layer_factor(
+def _layer_factors(
     menu: Menu, layer: Layer, table: LatencyTable | None, own: Mapping[str, Mapping[str, float]]
+) -> list[Factor]:
+    """Costs of one layer, as few factors as the groups that it reads and writes allow."""
+    into = [i for i, lad in enumerate(menu.ladders) if _reads(lad.group, layer)]
+    out = [i for i, lad in enumerate(menu.ladders) if layer.name in lad.group.producers]
+    if len(into) < 2 and len(out) < 2:
+        return [_layer_factor(menu, layer, table, own, next(iter(into), None), next(iter(out), None))]
+    return _joined_factors(menu, layer, table, own, into, out)
+
+
+def _joined_factors(
+    menu: Menu,
+    layer: Layer,
+    table: LatencyTable | None,
+    own: Mapping[str, Mapping[str, float]],
+    into: Sequence[int],
+    out: Sequence[int],
+) -> list[Factor]:
+    """Costs of a layer that reads or writes several groups: both products are sums over pairs of parts.
+
+    Savings of time add up, each split over the group's layers; what two cuts of one layer save twice stays unpriced.
+    """
+    form = menu.format_index().get(layer.name)
+    bits = [32, 8] if form is not None else [32]
+    unit = {width: weight_bytes(layer, 1, 1, width) - weight_bytes(layer, 0, 1, width) for width in bits}
+    each = {width: weight_bytes(layer, 0, 1, width) for width in bits}
+    extra = {32: 0.0, 8: menu.sizes.per_int8_layer}
+    parts_in = _parts(layer.inputs, {i: _input_counts(menu.ladders[i], layer) for i in into})
+    parts_out = _parts(layer.outputs, {o: _output_counts(menu.ladders[o], layer) for o in out})
+    tail = () if form is None else (form,)
+    factors = []
+    for a, inputs in parts_in:
+        for b, outputs in parts_out:
+            pairs = np.multiply.outer(np.array(inputs, dtype=float), np.array(outputs, dtype=float))
+            size = np.stack([pairs * unit[w] for w in bits], -1)
+            macs = np.stack([pairs * layer_macs(layer, 1, 1) for _ in bits], -1)
+            factors.append(_squeezed((a, b), tail, {"size": size, "macs": macs}))
+    for b, outputs in parts_out:
+        size = np.stack([np.array(outputs, dtype=float) * each[w] + (extra[w] if b is None else 0) for w in bits], -1)
+        factors.append(_squeezed((None, b), tail, {"size": size[None]}))
+    if table is not None:
+        for i in (*into, *out):
+            factors.append(_saving_factor(menu, layer, table, own, i))
+        if form is not None:
+            stays = {f"latency@{s}": np.array([table.extra.get(layer.name, {}).get(s, 0.0), 0.0]) for s in own}
+            factors.append(Factor((form,), np.zeros(2), stays))
+    return factors
+
+
+def _saving_factor(
+    menu: Menu, layer: Layer, table: LatencyTable, own: Mapping[str, Mapping[str, float]], index: int
+) -> Factor:
+    regime = INT8 if menu.formats else FLOAT
+    saved = {
+        f"latency@{s}": -np.array(_savings(menu, layer, table, s, regime, index, times)) for s, times in own.items()
+    }
+    return Factor((index,), np.zeros(len(menu.ladders[index].levels)), saved)
+
+
+def _parts(total: int, by_group: Mapping[int, Sequence[int]]) -> list[tuple[int | None, list[int]]]:
+    """A width as a fixed part and one part a group, each a table over the group's levels."""
+    lost = {i: [counts[0] - c for c in counts] for i, counts in by_group.items()}
+    owned = {i: max(by) for i, by in lost.items()}
+    fixed = total - sum(owned.values())
+    return [(None, [fixed]), *((i, [owned[i] - gone for gone in by]) for i, by in lost.items())]
+
+
+def _squeezed(pair: tuple[int | None, int | None], tail: tuple[int, ...], costs: Mapping[str, Floats]) -> Factor:
+    """A factor over the variables that there are; one over a group twice keeps the diagonal."""
+    if pair[0] is not None and pair[0] == pair[1]:
+        return _diagonal(costs, pair[0], tail[0] if tail else None)
+    variables = tuple(v for v in (*pair, *tail) if v is not None)
+    shape = next(iter(costs.values())).shape
+    present = tuple(n for n, v in zip(shape, (*pair, *(tail or (None,))), strict=True) if v is not None)
+    return Factor(variables, np.zeros(present), {n: t.reshape(present) for n, t in costs.items()})
+
+
+def _other_factors(menu: Menu, other: Other) -> list[Factor]:
+    """What a tensor outside of the layers loses with the groups that it belongs to."""
+    where = {lad.group.name: i for i, lad in enumerate(menu.ladders)}
+    by_dim: dict[int, dict[int, list[float]]] = {}
+    for name, (dim, part) in other.shares.items():
+        if name in where:
+            lad = menu.ladders[where[name]]
+            by_dim.setdefault(dim, {})[where[name]] = [(lad.group.size - level) * part for level in lad.levels]
+    dims = [_shares(parts) for parts in by_dim.values()]
+    if len(dims) == 1:
+        dims.append([(None, [1.0])])
+    factors = []
+    for a, first in dims[0] if dims else []:
+        for b, second in dims[1]:
+            left = np.multiply.outer(np.array(first), np.array(second))[..., None]
+            whole = float(left.flat[0])  # of the full width; the file's rest already holds it
+            costs = {"size": (left - whole) * other.bytes, "macs": left * other.macs}
+            factors.append(_squeezed((a, b), (), costs))
+    return factors
+
+
+def _shares(lost: Mapping[int, Sequence[float]]) -> list[tuple[int | None, list[float]]]:
+    owned = {i: max(by) for i, by in lost.items()}
+    return [(None, [1 - sum(owned.values())]), *((i, [owned[i] - gone for gone in by]) for i, by in lost.items())]
+
+
+def _layer_factor(
+    menu: Menu,
+    layer: Layer,
+    table: LatencyTable | None,
+    own: Mapping[str, Mapping[str, float]],
+    into: int | None,
+    out: int | None,
 ) -> Factor:
     """Costs of one layer over (channels in, channels out, number format); axes without a variable are dropped."""
-    into = next((i for i, lad in enumerate(menu.ladders) if _reads(lad.group, layer)), None)
-    out = next((i for i, lad in enumerate(menu.ladders) if layer.name in lad.group.producers), None)
     form = menu.format_index().get(layer.name)
     inputs = _input_counts(menu.ladders[into], layer) if into is not None else [layer.inputs]
-    outputs = list(menu.ladders[out].levels) if out is not None else [layer.outputs]
+    outputs = _output_counts(menu.ladders[out], layer) if out is not None else [layer.outputs]
     bits = [32, 8] if form is not None else [32]
     shape = (len(inputs), len(outputs), len(bits))
     costs: dict[str, Floats] = {"macs": np.zeros(shape), "size": np.zeros(shape)}
@@ -163,7 +274,13 @@ def _reads(group: Group, layer: Layer) -> bool:
 
 def _input_counts(ladder: Ladder, layer: Layer) -> list[int]:
     block = next(use.block for use in ladder.group.consumers if use.layer == layer.name)
-    return [level * (block // layer.taps) for level in ladder.levels]
+    return [layer.inputs - (ladder.group.size - level) * (block // layer.taps) for level in ladder.levels]
+
+
+def _output_counts(ladder: Ladder, layer: Layer) -> list[int]:
+    rows = rows_of(ladder.group, layer.name)
+    assert rows is not None
+    return [layer.outputs - (ladder.group.size - level) * rows.shape[1] for level in ladder.levels]
 
 
 def _latency(
@@ -233,7 +350,7 @@ def _savings(
     if index is None:
         return [0.0]
     ladder = menu.ladders[index]
-    members = _members(ladder)
+    members = _members(ladder) & set(times)
     total = sum(times[name] for name in members)
     share = times[layer.name] / total if total > 0 else 1 / len(members)
     measured = table.saved[regime].get(ladder.group.name, {})

@@ -15,6 +15,7 @@ from torch import fx, nn
 from flyweight.deploy.machine import has_vnni
 from flyweight.deploy.runtimes import get
 from flyweight.graph.axes import Group, groups
+from flyweight.graph.cost import others, total_macs
 from flyweight.graph.measure import from_tensors, measure, to_tensors
 from flyweight.graph.operators import Layer, layers, sharers
 from flyweight.graph.surgery import folded, prove
@@ -82,7 +83,9 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     job.checkpoint("pricing numbers")
     allowed, refused = _number_layers(job, present)
     formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
-    menu = Menu(present, ladders, formats, combined, edges(job.graph, present), Sizes(0, 0.0))
+    beside = others(job.graph, [lad.group for lad in ladders], present)
+    fixed = total_macs(job.graph) - sum(one.macs for one in present.values()) - sum(o.macs for o in beside)
+    menu = Menu(present, ladders, formats, combined, edges(job.graph, present), Sizes(0, 0.0), beside, fixed)
     few = _few_samples(job, network)
     return Quotes(network, menu, frozen, refused, (*notes, *few))
 
@@ -95,7 +98,7 @@ def largest_integer() -> int:
 def _groups(job: Job) -> tuple[tuple[Group, ...], tuple[Group, ...], tuple[Note, ...]]:
     """Groups that something is offered for, frozen ones, and notes on cuts that could not be proven."""
     found, frozen, notes = [], [], []
-    for group in groups(job.graph):
+    for group in groups(job.graph, job.example):
         reason = group.frozen or job.kept_reason((*group.producers, *(u.layer for u in group.consumers)))
         if not reason and "channels" not in job.methods:
             reason = "the method 'channels' was not asked for"

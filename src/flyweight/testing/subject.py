@@ -103,7 +103,7 @@ def subject(model: nn.Module, batches: Sequence[Batch]) -> Subject:
     """The model traced and measured on `batches` (tuples of inputs). Raises as `trace` does."""
     graph = trace(model, batches[0]).module
     example = tuple(x[:2] for x in batches[0])
-    found = {g.name: g for g in groups(graph) if not g.frozen and not prove(graph, g, example)}
+    found = {g.name: g for g in groups(graph, example) if not g.frozen and not prove(graph, g, example)}
     return _measured(graph, example, tuple(batches), found)
 
 
