@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from flyweight.errors import NumericsError
-from flyweight.numerics.obs import Consumer, damped, inverse_factor, polish, removal_order, row_errors, sweep
+from flyweight.numerics.obs import (
+    Consumer,
+    contiguous,
+    damped,
+    inverse_factor,
+    nest_weights,
+    nested,
+    polish,
+    removal_order,
+    row_errors,
+    sweep,
+)
 
 
 def layer(rows: int, width: int, count: int = 400, seed: int = 0):
@@ -82,7 +93,9 @@ def test_polish_with_every_column_kept_is_the_original():
 def remaining_error(consumers: list[Consumer], kept: list[int]) -> float:
     total = 0.0
     for c in consumers:
-        columns = [j * c.block + t for j in kept for t in range(c.block)]
+        columns = [j for j in c.columns[kept].flatten().tolist() if j >= 0]
+        owned = set(c.columns.flatten().tolist())
+        columns += [j for j in range(c.weight.shape[1]) if j not in owned]
         full = torch.zeros_like(c.weight)
         full[:, columns] = polish(c.weight, c.gram, columns)
         total += c.importance * float(row_errors(c.weight - full, c.gram).sum())
@@ -91,7 +104,7 @@ def remaining_error(consumers: list[Consumer], kept: list[int]) -> float:
 
 def two_consumers() -> list[Consumer]:
     (w1, g1, _), (w2, g2, _) = layer(5, 12, seed=3), layer(4, 6, seed=4)
-    return [Consumer(w1, g1, 2, 1.0), Consumer(w2, g2, 1, 0.3)]
+    return [Consumer(w1, g1, contiguous(6, 2), 1.0), Consumer(w2, g2, contiguous(6, 1), 0.3)]
 
 
 def test_the_rises_of_a_removal_sum_to_the_error_of_the_polished_weights():
@@ -110,7 +123,7 @@ def test_the_first_channel_removed_is_the_best_single_choice():
 
 def test_greedy_removal_is_near_the_best_subset_and_ahead_of_magnitude():
     weight, gram, _ = layer(8, 8, seed=5)
-    consumer = [Consumer(weight, gram, 1)]
+    consumer = [Consumer(weight, gram, contiguous(8, 1))]
     kept = sorted(set(range(8)) - set(removal_order(consumer).order[:4]))
     best = min(remaining_error(consumer, list(k)) for k in itertools.combinations(range(8), 4))
     largest = sorted(weight.square().sum(0).topk(4).indices.tolist())
@@ -119,3 +132,71 @@ def test_greedy_removal_is_near_the_best_subset_and_ahead_of_magnitude():
 
 def test_channels_named_first_go_first():
     assert removal_order(two_consumers(), start=(4, 1)).order[:2] == (4, 1)
+
+
+def test_columns_may_lie_anywhere_and_what_no_channel_owns_stays():
+    weight, gram, _ = layer(5, 13, seed=6)
+    columns = torch.tensor([[9, 2], [0, 11], [4, 5], [12, 1]])  # 3, 6, 7, 8, 10 are read through another group
+    consumer = [Consumer(weight, gram, columns)]
+    removal = removal_order(consumer, least=0)
+    for gone in range(1, 5):
+        kept = [j for j in range(4) if j not in removal.order[:gone]]
+        assert sum(removal.rises[:gone]) == pytest.approx(remaining_error(consumer, kept), rel=1e-9)
+
+
+def test_channels_partly_or_wholly_elsewhere_count_with_what_is_here():
+    weight, gram, _ = layer(5, 7, seed=7)
+    columns = torch.tensor([[-1, 0], [1, 2], [3, 4], [5, 6], [-1, -1]])
+    consumer = [Consumer(weight, gram, columns)]
+    removal = removal_order(consumer, least=0)
+    assert removal.order[0] == 4  # not read here: it costs nothing
+    assert removal.rises[0] == 0
+    for gone in range(1, 6):
+        kept = [j for j in range(5) if j not in removal.order[:gone]]
+        assert sum(removal.rises[:gone]) == pytest.approx(remaining_error(consumer, kept), rel=1e-9)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_hundreds_of_removals_do_not_drift(block: int):
+    """Long enough for changes to wait, to be worked in and for the matrices to shrink, several times."""
+    weight, gram, _ = layer(7, 600, 1300, seed=8)
+    consumer = [Consumer(weight, gram, contiguous(600 // block, block))]
+    removal = removal_order(consumer)
+    for gone in (100, 599 // block):
+        kept = [j for j in range(600 // block) if j not in removal.order[:gone]]
+        assert sum(removal.rises[:gone]) == pytest.approx(remaining_error(consumer, kept), rel=1e-6)
+
+
+def test_more_outputs_than_inputs_change_nothing_but_the_time():
+    weight, gram, _ = layer(40, 6, seed=9)
+    consumer = [Consumer(weight, gram, contiguous(3, 2))]
+    removal = removal_order(consumer)
+    assert removal.rises[0] == pytest.approx(remaining_error(consumer, sorted(set(range(3)) - {removal.order[0]})))
+
+
+def test_one_factorisation_holds_the_polish_of_every_beginning():
+    weight, gram, _ = layer(4, 9, seed=10)
+    order = torch.tensor([4, 0, 8, 2, 1, 7, 3, 6, 5])
+    family = nested(weight, gram, order)
+    for count in range(1, 10):
+        kept = order[:count].tolist()
+        expected = polish(weight, gram, kept)
+        assert torch.allclose(nest_weights(family, count), expected, rtol=1e-8, atol=1e-9)
+        change = weight.clone()
+        change[:, kept] -= expected
+        # at full count both are rounding
+        assert torch.allclose(family.errors(count), row_errors(change, gram), rtol=1e-8, atol=1e-10)
+
+
+def test_stacked_problems_are_the_problems_one_by_one():
+    alone = [layer(3, 5, seed=s)[:2] for s in (11, 12, 13)]
+    weight, gram = torch.stack([w for w, _ in alone]), torch.stack([g for _, g in alone])
+    kept, order = [3, 0], torch.tensor([3, 0, 1, 4, 2])
+    swept, errors = sweep(weight, inverse_factor(gram), lambda column, j: column.round(), block=2)
+    for i, (w, g) in enumerate(alone):
+        assert torch.allclose(row_errors(weight, gram)[i], row_errors(w, g), rtol=1e-12)
+        assert torch.allclose(polish(weight, gram, kept)[i], polish(w, g, kept), rtol=1e-9)
+        assert torch.allclose(nest_weights(nested(weight, gram, order), 2)[i], polish(w, g, kept), rtol=1e-9)
+        one, quoted = sweep(w, inverse_factor(g), lambda column, j: column.round())
+        assert torch.equal(swept[i], one)
+        assert torch.allclose(errors[i], quoted, rtol=1e-10)

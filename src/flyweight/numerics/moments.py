@@ -5,68 +5,232 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-__all__ = ["Histogram", "Moments", "add_rows", "add_values", "empty_histogram", "empty_moments", "shrunk"]
+from flyweight.numerics.forms import Blocks, Form, mapped
+from flyweight.numerics.kronecker import Kronecker
+
+__all__ = [
+    "WIDE",
+    "WIDEST",
+    "Histogram",
+    "Moments",
+    "add_patches",
+    "add_rows",
+    "add_values",
+    "empty_histogram",
+    "empty_kronecker",
+    "empty_moments",
+    "enough",
+    "shrunk",
+]
 
 BINS = 4096  # bins of a Histogram; even, so that doubling the range merges them pairwise
+WIDE = 4096  # columns above which a second moment is kept in float32
+WIDEST = 8192  # columns above which it is not kept whole
+BLOCK = 2048  # columns of one part of a moment in blocks
+PANEL = 1024  # columns of a product of which only one triangle is computed
+GATHERED = 1 << 22  # numbers of patches that are alive at once
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean and centred second moment of the rows seen: `mean` is E[x], `gram` is E[(x-mean)(x-mean)^T], float64."""
+    """Mean and centred second moment of the rows seen: `mean` is E[x], `gram` is E[(x-mean)(x-mean)^T] in its form.
+
+    `mean` is float64, "groups in" beside a stacked gram. `count` is in rows (patches, vectors).
+    """
 
     count: int
-    mean: Float[Tensor, " in"]
-    gram: Float[Tensor, "in in"]
+    mean: Float[Tensor, "*groups in"]
+    gram: Form
 
     @property
-    def raw(self) -> Float[Tensor, "in in"]:
-        """The uncentred second moment E[x x^T]."""
-        return self.gram + torch.outer(self.mean, self.mean)
+    def raw(self) -> Form:
+        """The uncentred second moment E[x x^T], in the same form."""
+        if isinstance(self.gram, Kronecker):
+            mean = self.mean.view(len(self.gram.channels), -1)
+            over_channels, over_taps = _margins(self.gram)
+            return _product(over_channels + mean @ mean.T, over_taps + mean.T @ mean)
+        if isinstance(self.gram, Blocks):
+            pairs = zip(self.gram.spans(), self.gram.parts, strict=True)
+            return Blocks(tuple(_with_mean(part, self.mean[span]) for span, part in pairs))
+        return _with_mean(self.gram, self.mean)
 
 
-def empty_moments(width: int) -> Moments:
-    """Moments of no rows."""
-    return Moments(0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64))
+def _with_mean(gram: Tensor, mean: Tensor) -> Tensor:
+    mean = mean.to(gram.dtype)
+    return torch.addcmul(gram, mean[..., :, None], mean[..., None, :])
+
+
+def empty_moments(width: int, groups: int = 1) -> Moments:
+    """Moments of no rows of `groups` * `width` columns: stacked with groups, in blocks above WIDEST columns."""
+    if groups > 1:
+        mean = torch.zeros(groups, width, dtype=torch.float64)
+        return Moments(0, mean, torch.zeros(groups, width, width, dtype=_precision(width)))
+    mean = torch.zeros(width, dtype=torch.float64)
+    if width <= WIDEST:
+        return Moments(0, mean, torch.zeros(width, width, dtype=_precision(width)))
+    sizes = [min(BLOCK, width - start) for start in range(0, width, BLOCK)]
+    return Moments(0, mean, Blocks(tuple(torch.zeros(n, n, dtype=torch.float64) for n in sizes)))
+
+
+def _precision(width: int) -> torch.dtype:
+    return torch.float64 if width <= WIDE else torch.float32
 
 
 def add_rows(moments: Moments, rows: Float[Tensor, "rows in"]) -> Moments:
-    """Moments of everything seen before and `rows`.
+    """Moments of everything seen before and `rows` ("rows in", the columns of a stack group by group).
 
     The batch's own product runs in the rows' precision on centred values (float32 keeps 24 bits of them), the merge in
-    float64. Source: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1.
+    the moment's. Source: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1.
     """
     new = rows.shape[0]
     if new == 0:
         return moments
-    mean = rows.mean(0, dtype=torch.float64)
-    centred = rows - mean.to(rows.dtype)
-    rest = mean - mean.to(rows.dtype).to(torch.float64)  # what the cast above lost
-    gram = (centred.T @ centred).to(torch.float64).div_(new).sub_(torch.outer(rest, rest))
-    if moments.count == 0:
-        return Moments(new, mean, gram)
     total = moments.count + new
-    share = new / total
-    shift = mean - moments.mean
-    merged = gram.mul_(share).add_(moments.gram, alpha=1 - share)
-    merged.addr_(shift, shift, alpha=share * (1 - share))
-    return Moments(total, moments.mean + shift * share, merged)
+    shape = moments.mean.shape
+    mean = rows.mean(0, dtype=torch.float64).view(shape)
+    shift, share = mean - moments.mean, new / total
+    if isinstance(moments.gram, Blocks):
+        spans = moments.gram.spans()
+        grams = [_covariance(rows[:, s], mean[s], torch.float64) for s in spans]
+        both = zip(moments.gram.parts, grams, spans, strict=True)
+        gram: Form = Blocks(tuple(_merged(old, one, shift[s], share) for old, one, s in both))
+    elif isinstance(moments.gram, Kronecker):
+        raise TypeError("moments in Kronecker form take patches, not rows")
+    elif len(shape) == 2:
+        parts = zip(moments.gram, rows.reshape(new, *shape).unbind(1), mean, shift, strict=True)
+        kind = moments.gram.dtype
+        gram = torch.stack([_merged(old, _covariance(x, m, kind), d, share) for old, x, m, d in parts])
+    else:
+        gram = _merged(moments.gram, _covariance(rows, mean, moments.gram.dtype), shift, share)
+    return Moments(total, moments.mean + shift * share, gram)
 
 
-def shrunk(gram: Float[Tensor, "in in"], count: int, floor: float = 0.0) -> Float[Tensor, "in in"]:
+def _covariance(rows: Tensor, mean: Tensor, kind: torch.dtype) -> Tensor:
+    centred = rows - mean.to(rows.dtype)
+    rest = (mean - mean.to(rows.dtype).to(torch.float64)).to(kind)  # what the cast above lost
+    return _square(centred).to(kind).div_(len(rows)).addr_(rest, rest, alpha=-1)
+
+
+def _square(rows: Float[Tensor, "rows in"]) -> Float[Tensor, "in in"]:
+    """X^T X; of wide ones only one triangle is computed, in panels, and mirrored."""
+    width = rows.shape[1]
+    if width < 2 * PANEL:
+        return rows.T @ rows
+    result = torch.empty(width, width, dtype=rows.dtype)
+    for start in range(0, width, PANEL):
+        stop = min(start + PANEL, width)
+        result[start:, start:stop] = rows[:, start:].T @ rows[:, start:stop]
+        result[start:stop, stop:] = result[stop:, start:stop].T
+    return result
+
+
+def _merged(old: Tensor, new: Tensor, shift: Tensor, share: float) -> Tensor:
+    """Two covariances as one, `share` of the rows being new; in the memory of `new`."""
+    shift = shift.to(new.dtype)
+    return new.mul_(share).add_(old, alpha=1 - share).addr_(shift, shift, alpha=share * (1 - share))
+
+
+def empty_kronecker(channels: int, taps: int) -> Moments:
+    """Moments of no patches, in Kronecker form."""
+    identity = torch.eye(taps, dtype=torch.float64)
+    nothing = torch.zeros(channels, channels, dtype=torch.float64)
+    return Moments(0, torch.zeros(channels * taps, dtype=torch.float64), Kronecker(nothing, identity))
+
+
+def add_patches(
+    moments: Moments, values: Float[Tensor, "samples channels places"], places: Int64[Tensor, "samples patches taps"]
+) -> Moments:
+    """Moments in Kronecker form of everything seen before and the patches X ("channels taps") found at `places`.
+
+    With M = E[X], C = E[(X-M)(X-M)^T] and T = E[(X-M)^T (X-M)] are the sums of the full second moment over equal taps
+    and over equal channels; C (x) T / trace is that moment where it is a Kronecker product at all, and one alternating
+    step from T = I towards the nearest one elsewhere. Overlapping patches see a value several times, so C is summed over
+    values with the number of times each was seen. Memory: O(channels^2 + taps^2) and the values given.
+    """
+    count = places.shape[0] * places.shape[1]
+    if count == 0:
+        return moments
+    assert isinstance(moments.gram, Kronecker)
+    mean, over_channels, over_taps = _patch_margins(values, places)
+    total = moments.count + count
+    share = count / total
+    old_channels, old_taps = _margins(moments.gram)
+    old = moments.mean.view(mean.shape)
+    shift, both = mean - old, share * (1 - share)
+    over_channels = share * over_channels + (1 - share) * old_channels + both * shift @ shift.T
+    over_taps = share * over_taps + (1 - share) * old_taps + both * shift.T @ shift
+    return Moments(total, (old + shift * share).flatten(), _product(over_channels, over_taps))
+
+
+def _patch_margins(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean patch, and the centred second moment summed over equal taps and over equal channels; float64."""
+    samples, patches, taps = places.shape
+    channels, count = values.shape[1], samples * patches
+    centre = values.mean((0, 2), dtype=torch.float64).to(values.dtype)  # any centre would do; this one saves digits
+    values = values - centre[:, None]
+    mean = torch.zeros(channels, taps, dtype=torch.float64)
+    over_channels, over_taps = torch.zeros(channels, channels).double(), torch.zeros(taps, taps).double()
+    step = max(1, GATHERED // (channels * patches * taps))
+    for start in range(0, samples, step):
+        part, where = values[start : start + step], places[start : start + step].flatten(1)
+        seen = torch.zeros(part.shape[0], part.shape[2], dtype=part.dtype)
+        seen.scatter_add_(1, where, torch.ones_like(where, dtype=part.dtype))
+        rows = (part * seen.sqrt()[:, None]).transpose(0, 1).flatten(1)
+        over_channels += rows @ rows.T
+        found = part.gather(2, where[:, None].expand(-1, channels, -1)).view(-1, channels, patches, taps)
+        over_taps += found.flatten(0, 2).T @ found.flatten(0, 2)
+        mean += found.sum((0, 2), dtype=torch.float64)
+    mean /= count
+    over_channels = over_channels / count - mean @ mean.T
+    over_taps = over_taps / count - mean.T @ mean
+    return mean + centre[:, None].to(torch.float64), over_channels, over_taps
+
+
+def _product(over_channels: Tensor, over_taps: Tensor) -> Kronecker:
+    """The form with these sums over equal taps and channels: T with a mean diagonal of 1, C in units of one column."""
+    taps, trace = len(over_taps), float(over_taps.trace())
+    if trace <= 0:
+        return Kronecker(over_channels / taps, torch.eye(taps, dtype=over_taps.dtype))
+    return Kronecker(over_channels / taps, over_taps * (taps / trace))
+
+
+def _margins(form: Kronecker) -> tuple[Tensor, Tensor]:
+    """The sums that `_product` made the form of."""
+    return form.channels * len(form.taps), form.taps * form.channels.trace()
+
+
+def enough(moments: Moments) -> bool:
+    """Whether there are four rows for each column of the widest problem solved with them (METHODS 2.0)."""
+    form = moments.gram
+    if isinstance(form, Kronecker):
+        return moments.count >= 4 * max(len(form.channels), len(form.taps))
+    width = max(len(p) for p in form.parts) if isinstance(form, Blocks) else form.shape[-1]
+    return moments.count >= 4 * width
+
+
+def shrunk(gram: Form, count: int, floor: float = 0.0) -> Form:
     """`gram` with its off-diagonal part scaled by 1 - rho, rho the oracle-approximating shrinkage for `count` rows.
 
     Works on the correlation matrix, so that the units of the inputs do not matter; never below `floor`. Columns never
     seen (zero diagonal) get a unit diagonal. With few rows an unshrunk matrix promises errors that new data breaks.
+    Of forms made of several matrices each is shrunk by itself.
     Source: Chen, Wiesel, Eldar, Hero 2010, arXiv:0907.4698, eq. 23 (target: the identity, here of the correlations).
     """
+    return mapped(gram, lambda one: _shrunk(one, count, floor))
+
+
+def _shrunk(gram: Float[Tensor, "in in"], count: int, floor: float) -> Float[Tensor, "in in"]:
     diagonal = gram.diagonal()
     dead = diagonal <= 0
-    scale = torch.where(dead, torch.ones_like(diagonal), diagonal).sqrt()
+    scale = torch.where(dead, torch.ones_like(diagonal), diagonal).to(torch.float64).rsqrt().to(gram.dtype)
     width = int((~dead).sum())
-    square = float((gram / scale[:, None] / scale[None, :]).square().sum())
+    square = 0.0  # of the correlations, in panels: no copy of a wide matrix
+    for start in range(0, len(gram), PANEL):
+        rows = gram[start : start + PANEL] * scale * scale[start : start + PANEL, None]
+        square += float(rows.square_().sum(1).sum(dtype=torch.float64))
     spread = (count + 1 - 2 / max(width, 1)) * (square - width)
     rho = 1.0 if spread <= 0 else min(1.0, ((1 - 2 / width) * square + width**2) / spread)
     result = gram * (1 - max(rho, floor))
