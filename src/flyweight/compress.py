@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from safetensors.torch import save as save_tensors
 from torch import fx, nn
 
+from flyweight.data import bind_example
+from flyweight.deploy.atomic import write_atomic
 from flyweight.deploy.folder import Folder, commit, open_folder, read_manifest
 from flyweight.deploy.latency import LatencyTable
 from flyweight.errors import UnsafeFileError, UsageError
 from flyweight.face.progress import Progress
 from flyweight.graph.program import load_files
-from flyweight.stages.again import Inspection, inspected, replayed, reweighed
+from flyweight.graph.source import source
+from flyweight.graph.transplant import transplanted
+from flyweight.stages.again import replayed, reweighed
 from flyweight.stages.buy import Purchase, buy
+from flyweight.stages.look import Inspection, inspected
 from flyweight.stages.make import make, plan_of
 from flyweight.stages.quote import Quotes, Stage, quote
 from flyweight.stages.setup import Job, Settings, duration_s, job_of
@@ -52,6 +58,30 @@ class Result:
     def exit_code(self) -> int:
         """0 if proof and promise hold, 1 if a promise fails or is undecided."""
         return 0 if self.budget_met else 1
+
+    def into(self, net: nn.Module, *, example: Any = None) -> nn.Module:
+        """A copy of your own network with the smaller layers in it, proven equal to `model` by running both.
+
+        `net` is the network that was compressed; it is not changed. `example`: one batch, as given to `compress`;
+        default: random inputs of the recorded sizes. Tied weights stay tied; sizes that forward reads from attributes
+        (`self.num_heads`) are set. Raises ModelError, naming the layer or line, where your class cannot say what
+        `model` computes: a size written into forward, or int8. Then use `model` itself or `save_source`.
+        """
+        call = None if example is None else bind_example(net, example)
+        return transplanted(self.model, net, None if call is None else (call.args, call.kwargs))
+
+    def save_source(self, path: str | Path) -> Path:
+        """A readable PyTorch file of `model` at `path` ("net.py"), and its weights beside it ("net.safetensors").
+
+        `load()` in the file gives the network; it needs torch and safetensors alone, and trains. Raises UsageError
+        for a path that does not end in .py, ModelError for what has no exact spelling.
+        """
+        place = Path(path)
+        if place.suffix != ".py":
+            raise UsageError(f"{place.name!r} is no Python file", where=str(place), fix='save_source("net.py")')
+        text, tensors = source(self.model, place.stem)
+        write_atomic(place.with_suffix(".safetensors"), save_tensors(tensors))
+        return write_atomic(place, text)
 
     def __str__(self) -> str:
         return f"{self.results.summary}\n{self.folder / 'report.html'}"
@@ -177,9 +207,29 @@ def verify(folder: str | Path, *, test: Any = None, threads: int | None = None, 
         return reweighed(Path(folder), test, threads, stage)
 
 
-def inspect(model: nn.Module, *, example: Any) -> Inspection:
-    """What can be cut and rounded in `model`, and why the rest cannot; nothing is measured but proofs of the cuts."""
-    return inspected(model, example)
+def inspect(
+    model: nn.Module,
+    *,
+    example: Any = None,
+    calib: Any = None,
+    sensitivity: bool = False,
+    task: str = "auto",
+    divergence: Callable[..., Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Inspection:
+    """What can be cut in `model`, and why the rest cannot; every cut is proven, `model` is not changed.
+
+    `example`: what a call looks like; default the first batch of `calib`. With `sensitivity` and `calib` (inputs; labels
+    are ignored) also what each group of channels can lose: the errors of its readers and the divergence of the outputs
+    at a few levels, and what every criterion of `flyweight.methods.criteria` would lose at half the channels. Raises
+    UsageError if neither example nor calib is given, and the errors of tracing and data.
+    """
+    with _progress(progress) as stage:
+        return inspected(
+            model, example=example, calib=calib, sensitivity=sensitivity, task=task, divergence=divergence, seed=seed,
+            stage=stage,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
