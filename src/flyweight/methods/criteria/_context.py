@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -75,38 +74,13 @@ def per_channel(
     return values[:, columns].transpose(0, 1).flatten(1)
 
 
-def columns_of(use: Use, group: Group) -> Int64[Tensor, "channels block"]:
-    """The columns of the reader's matrix that read each channel."""
-    found: Any = getattr(use, "columns", None)
-    return torch.arange(group.size * use.block).reshape(group.size, use.block) if found is None else torch.tensor(found)
-
-
-def _along(context: Context) -> Iterator[tuple[nn.Module, Float[Tensor, "channels ..."]]]:
+def _along(context: Context) -> Iterator[tuple[nn.Module, Float[Tensor, "channels block ..."]]]:
     """Every weight of a module that shrinks with the group, the channels in front, with the module."""
-    group: Any = context.group
-    if not hasattr(group, "slices"):
-        yield from _along_old(context)
-        return
-    for part in group.slices:
-        if part.tensor:
+    for part in context.group.slices:
+        if part.tensor.startswith("weight"):  # the LSTM's are called weight_ih_l0, …
             module = context.graph.get_submodule(part.owner)
             tensor = getattr(module, part.tensor).detach().double().movedim(part.dim, 0)
-            if part.tensor.startswith("weight"):
-                yield module, tensor[torch.tensor(part.entries)]
-
-
-def _along_old(context: Context) -> Iterator[tuple[nn.Module, Float[Tensor, "channels ..."]]]:
-    group: Any = context.group
-    for name in group.producers:
-        module = context.graph.get_submodule(name)
-        yield module, matrix(module)
-    for use in group.consumers:
-        module = context.graph.get_submodule(use.layer)
-        yield module, per_channel(matrix(module), columns_of(use, group))
-    for use in group.norms:
-        module = context.graph.get_submodule(use.layer)
-        if isinstance(module.weight, Tensor):
-            yield module, module.weight.detach().double().reshape(group.size, use.block)
+            yield module, tensor[torch.from_numpy(part.entries)]
 
 
 def readers(context: Context) -> Iterator[Reader]:
@@ -117,7 +91,7 @@ def readers(context: Context) -> Iterator[Reader]:
         yield Reader(
             context.layers[use.layer],
             matrix(context.graph.get_submodule(use.layer)),
-            columns_of(use, context.group),
+            torch.from_numpy(use.columns),
             context.stats.inputs[use.layer],
         )
 
@@ -125,4 +99,4 @@ def readers(context: Context) -> Iterator[Reader]:
 def inputs_of(use: Use, context: Context) -> Int64[Tensor, "channels inputs"]:
     """The input channels of a reader that carry each channel of the group."""
     taps = context.layers[use.layer].taps
-    return (columns_of(use, context.group) // taps).sort(1).values[:, ::taps]
+    return (torch.from_numpy(use.columns) // taps).sort(1).values[:, ::taps]

@@ -1,0 +1,212 @@
+"""How much each group of channels can lose, and what every criterion would lose: measured, without a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor, fx
+
+from flyweight.data import Roles
+from flyweight.errors import UsageError
+from flyweight.graph.axes import Group
+from flyweight.graph.measure import Stats, measure
+from flyweight.graph.operators import Layer, layers, matrix
+from flyweight.methods import channels, criteria
+from flyweight.methods.pricing import Judge, ladder, outputs_of
+from flyweight.numerics.obs import row_errors
+from flyweight.stages.quote import JUDGE_SAMPLES, Stage
+from flyweight.stages.setup import Settings, yardstick_of
+from flyweight.types import Note
+
+__all__ = ["CriterionLook", "Evidence", "LevelLook", "Sensitivity", "evidence_of", "mean_agreement", "sensitivity_of"]
+
+SHARES = (7 / 8, 3 / 4, 1 / 2, 1 / 4)  # of the channels, that are looked at
+GRADIENT_SAMPLES = 256
+
+
+class LevelLook(msgspec.Struct, frozen=True):
+    """A group with `channels` left, its readers refitted.
+
+    `errors`: reader -> mean squared change of its outputs as a share of their power; `layer_error`: the squares themselves,
+    summed over readers; `divergence`: measured at the model's outputs, mean over samples.
+    """
+
+    channels: int
+    layer_error: float
+    errors: Mapping[str, float]
+    divergence: float
+
+
+class CriterionLook(msgspec.Struct, frozen=True):
+    """A criterion's choice of half the channels: the mean over readers of the squared change as a share of their power.
+
+    `dropped`: nothing else changed; `refitted`: with the readers' best weights on what is left. `agreement`: rank
+    correlation (Spearman) of its order with that of `full`. All None where it cannot score: `missing` says why.
+    """
+
+    name: str
+    dropped: float | None = None
+    refitted: float | None = None
+    agreement: float | None = None
+    missing: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What all groups are judged by."""
+
+    graph: fx.GraphModule
+    layers: Mapping[str, Layer]
+    groups: Sequence[Group]
+    stats: Stats
+    contributions: Mapping[str, Tensor] | None
+    judge: Judge
+    judged: int  # samples
+    task: str
+    seed: int
+    notes: tuple[Note, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """One group: its levels, its criteria, and the scores of those that could score."""
+
+    levels: tuple[LevelLook, ...]
+    criteria: tuple[CriterionLook, ...]
+    scores: Mapping[str, Tensor]
+
+
+def evidence_of(
+    graph: fx.GraphModule,
+    found: Roles,
+    open_groups: Sequence[Group],
+    task: str,
+    divergence: Callable[..., Any] | None,
+    seed: int,
+    stage: Stage,
+) -> Evidence:
+    """Second moments on all of calib, gradients on a part of it, outputs to compare with on what was set aside."""
+    yardstick, reason = yardstick_of(graph, found, Settings("", task=task, divergence=divergence))
+    present = layers(graph)
+    stats = measure(graph, (b.inputs for b in found.calib), present, advance=stage("measure", found.calib.samples))
+    readers = {use.layer for group in open_groups for use in group.consumers}
+    slopes, notes = _slopes(graph, _first(found.calib, GRADIENT_SAMPLES), readers, yardstick.task, seed, stage)
+    batches = _first(found.tune or found.calib, JUDGE_SAMPLES)
+    judge = Judge(batches, outputs_of(graph, batches), yardstick.divergences)
+    few = _few_rows(present, stats, readers)
+    return Evidence(
+        graph, present, open_groups, stats, slopes, judge, sum(len(b[0]) for b in batches),
+        f"{yardstick.task} ({reason})", seed, (*notes, *few),
+    )  # fmt: skip
+
+
+def _first(batches: Any, samples: int) -> list[tuple[Tensor, ...]]:
+    """The first batches of a role, until there are as many samples."""
+    found: list[tuple[Tensor, ...]] = []
+    seen = 0
+    for batch in batches:
+        found.append(batch.inputs)
+        seen += batch.rows
+        if seen >= samples:
+            break
+    return found
+
+
+def _slopes(
+    graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], readers: set[str], task: str, seed: int, stage: Stage
+) -> tuple[dict[str, Tensor] | None, tuple[Note, ...]]:
+    """First-order contributions, or None and a Note where the model has no gradients."""
+    if not readers:
+        return None, ()
+    advance = stage("gradients", sum(len(b[0]) for b in batches))
+    try:
+        found = criteria.contributions(graph, batches, readers, task=task, seed=seed, advance=advance)
+    except UsageError as error:
+        return None, (Note("inspect.no-gradients", f"taylor could not be scored: {error.what}"),)
+    return found, ()
+
+
+def _few_rows(present: Mapping[str, Layer], stats: Stats, readers: set[str]) -> tuple[Note, ...]:
+    """A note where the readers' second moments rest on few rows."""
+    poor = [n for n in present if n in readers and stats.inputs[n].count < 4 * present[n].columns]
+    if not poor:
+        return ()
+    text = f"{stats.samples} calibration samples are few for {len(poor)} layer(s): errors there are too hopeful"
+    return (Note("measure.few-rows", text, where=", ".join(poor[:4]), fix="give more calibration samples"),)
+
+
+def sensitivity_of(evidence: Evidence, group: Group) -> Sensitivity:
+    """What the group loses at a few levels, and what every criterion would lose at half."""
+    counts = sorted({max(1, round(group.size * share)) for share in SHARES} - {group.size}, reverse=True)
+    found = ladder(evidence.graph, group, evidence.layers, evidence.stats, counts, evidence.judge, measured=len(counts))
+    levels = tuple(
+        LevelLook(level, error, _shares(evidence, group, found.kept(level), True), rise)
+        for level, error, rise in list(zip(found.levels, found.layer_errors, found.errors, strict=True))[1:]
+    )
+    scores, missing = _scored(evidence, group)
+    looks = tuple(
+        _criterion(evidence, group, name, scores) if name in scores else CriterionLook(name, missing=missing[name])
+        for name in criteria.ALL
+    )
+    return Sensitivity(levels, looks, scores)
+
+
+def _scored(evidence: Evidence, group: Group) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The scores of every criterion that can score, and why the others cannot."""
+    seen = criteria.Context(
+        evidence.graph, group, evidence.layers, evidence.stats, evidence.contributions, evidence.seed
+    )
+    scores, missing = {}, {}
+    for name, criterion in criteria.ALL.items():
+        try:
+            scores[name] = criterion(seen)
+        except UsageError as error:
+            missing[name] = error.what
+    return scores, missing
+
+
+def _criterion(evidence: Evidence, group: Group, name: str, scores: Mapping[str, Tensor]) -> CriterionLook:
+    kept = channels.kept_channels(group, criteria.gone(scores[name]), max(1, group.size // 2))
+    dropped, refitted = (list(_shares(evidence, group, kept, how).values()) for how in (False, True))
+    return CriterionLook(
+        name,
+        dropped=sum(dropped) / len(dropped),
+        refitted=sum(refitted) / len(refitted),
+        agreement=agreement(scores[name], scores["full"]),
+    )
+
+
+def _shares(evidence: Evidence, group: Group, kept: Sequence[int], compensate: bool) -> dict[str, float]:
+    """The squared change of every reader's outputs as a share of their power."""
+    refits = channels.refit_readers(evidence.graph, group, evidence.layers, evidence.stats, kept, compensate)
+    return {name: one.error / _power(evidence, name) for name, one in refits.items()}
+
+
+def _power(evidence: Evidence, name: str) -> float:
+    weights = matrix(evidence.graph.get_submodule(name))
+    gram = channels.gram_of(evidence.layers[name], evidence.stats.inputs[name])
+    return max(float(row_errors(weights, gram).sum()), 1e-30)
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two scores, ties at their mean rank; 0 where one of them says nothing."""
+    ranks = [rankdata(x.numpy()) - (len(x) + 1) / 2 for x in (a, b)]
+    size = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
+    return float((ranks[0] * ranks[1]).sum()) / size if size > 0 else 0.0
+
+
+def mean_agreement(scores: Sequence[Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
+    """The agreement of every two criteria, mean over the groups that both could score."""
+    result: dict[str, dict[str, float]] = {}
+    for a in criteria.ALL:
+        for b in criteria.ALL:
+            found = [agreement(one[a], one[b]) for one in scores if a in one and b in one]
+            if found:
+                result.setdefault(a, {})[b] = float(torch.tensor(found).mean())
+    return result
