@@ -26,6 +26,7 @@ from flyweight.face.options import (
     GOAL,
     JSON,
     JUDGE,
+    LOOK,
     MODEL,
     PLAN,
     QUIET,
@@ -34,7 +35,6 @@ from flyweight.face.options import (
     TARGET,
     WEIGHTS,
     folder_option,
-    only_example,
     only_test,
     options,
 )
@@ -80,16 +80,23 @@ def demo(session: Session, workdir: str, seed: int, fresh: bool, as_json: bool, 
     return _shown(result.results, session.folder, as_json)
 
 
-@cli.command(short_help="Says what can be cut and rounded in MODEL, and why not.")
-@options(MODEL, WEIGHTS, only_example, JSON)
-def inspect(model: str, weights: str | None, example: str, as_json: bool) -> int:
-    """Says what can be cut and rounded in MODEL, and why the rest cannot; changes nothing."""
+@cli.command(short_help="Says what can be cut in MODEL, why not, and what it costs.")
+@options(MODEL, WEIGHTS, *LOOK, JSON, QUIET)
+def inspect(model: str, weights: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
+    """Says what can be cut in MODEL, and why the rest cannot; changes nothing and needs no budget.
+
+    With --sensitivity and --calib also what it costs: the divergence when each group of channels shrinks, and what every
+    criterion of choosing channels would lose.
+    """
     from flyweight.compress import inspect as look
-    from flyweight.data import load_model
+    from flyweight.data import load_data, load_model
     from flyweight.face.printing import show
 
     network = load_model(model, weights)
-    found = look(network, example=_first_call(network, example))
+    given["example"] = None if given["example"] is None else _first_call(network, given["example"])
+    given["calib"] = None if given["calib"] is None else load_data(given["calib"])
+    given["divergence"] = _function(given["divergence"])
+    found = look(network, **given, progress=not quiet)
     _print_json(found) if as_json else show(found)
     return 0
 

@@ -19,6 +19,7 @@ __all__ = [
     "GOAL",
     "JSON",
     "JUDGE",
+    "LOOK",
     "MODEL",
     "PLAN",
     "QUIET",
@@ -27,7 +28,6 @@ __all__ = [
     "TARGET",
     "WEIGHTS",
     "folder_option",
-    "only_example",
     "only_test",
     "options",
 ]
@@ -88,7 +88,6 @@ VERBOSE = _option(
     "-v", "--verbose", count=True, expose_value=False, callback=_verbose, help="-vv shows the traceback of an error."
 )
 ANY_THREADS = _option("--threads", type=click.IntRange(min=1), help="Threads to time with.  [default: as in the run]")
-only_example = _option("--example", metavar="DATA", required=True, help="What a call looks like: its first batch.")
 only_test = _option("--test", metavar="DATA", help="Data to weigh the quality on.")
 
 DATA = (
@@ -96,6 +95,14 @@ DATA = (
     _option("--tune", metavar="DATA", help="Data that choose between candidates."),
     _option("--test", metavar="DATA", help="Data that are read once, at the end."),
     _option("--example", metavar="DATA", help="What a call looks like: its first batch.  [default: of --calib]"),
+)
+LOOK = (
+    _option("--example", metavar="DATA", help="What a call looks like: its first batch.  [default: of --calib]"),
+    _option("--calib", "--data", "calib", metavar="DATA", help="Inputs to measure on; labels are ignored."),
+    _option("--sensitivity", is_flag=True, help="Also what each group of channels can lose, by every criterion."),
+    _shown("--task", type=click.Choice(TASKS), default="auto", help="What the model does; decides the divergence."),
+    _option("--divergence", metavar="REF", help="package.module:function(reference_outputs, outputs)."),
+    _shown("--seed", type=int, default=0, help="Decides what is drawn: random order, labels, the split of the data."),
 )
 GOAL = (
     _option("--budget", metavar="TEXT", required=True, help='The limits: "latency<=50%, size<=25%, drop<=1pt".'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,8 @@ from flyweight.face import tables
 from flyweight.types import Note, Plan, Results
 
 if TYPE_CHECKING:
-    from flyweight.stages.again import Inspection
+    from flyweight.stages.look import GroupLook, Inspection
+    from flyweight.stages.sensitivity import LevelLook
 
 __all__ = ["show", "show_plan", "show_results"]
 
@@ -59,19 +61,73 @@ def _predicted(plan: Plan) -> str:
 
 
 def show(found: Inspection) -> None:
-    """The layers of a model, and which of its channels can be cut together."""
+    """The layers of a model, which of its channels can be cut together, and what that would cost where it was measured."""
     count = tables.format_count
-    layers = [(x.name, x.kind, "×".join(map(str, x.shape)), count(x.parameters), count(x.macs)) for x in found.layers]
+    layers = [
+        (x.name, x.kind, "×".join(map(str, x.shape)), count(x.parameters), count(x.macs), f"{x.l1:.3g}", f"{x.l2:.3g}")
+        for x in found.layers
+    ]
     groups = [
-        (group.name, str(group.channels), ", ".join(group.consumers), group.frozen or "can be cut")
+        (group.name, f"{group.channels} {group.kind}", ", ".join(group.consumers), group.frozen or "can be cut")
         for group in found.groups
     ]
     with _stdout() as console:
         total = f"{count(found.parameters)} parameters, {count(found.macs)} MACs a row"
         console.print(_text(total, "bold"))
-        console.print(_table(["layer", "kind", "weight", "parameters", "MACs"], layers))
-        console.print(_table(["channels of", "count", "read by", "verdict"], groups))
+        console.print(_table(["layer", "kind", "weight", "parameters", "MACs", "L1", "L2"], layers))
+        console.print(_table(["group", "count", "read by", "verdict"], groups))
+        if found.agreement:
+            _sensitivity(console, found)
         _notes(console, found.notes)
+
+
+_SHARES = (7 / 8, 3 / 4, 1 / 2, 1 / 4)  # of a group's channels; the levels of `inspect` that lie next to them are shown
+
+
+def _sensitivity(console: Console, found: Inspection) -> None:
+    measured = [group for group in found.groups if group.levels]
+    shares = [tables.format_share(share, 0) for share in _SHARES]
+    console.print(_text(f"Divergence when a group keeps that share of its channels; task {found.task}", "bold"))
+    rises = [(g.name, str(g.channels), *(f"{level.divergence:.2g}" for level in _near(g))) for g in measured]
+    console.print(_table(["group", "channels", *shares], rises))
+    console.print(_text("Squared change of what reads the group, refitted, as a share of its power", "bold"))
+    errors = [
+        (name, g.name, *(tables.format_share(level.errors[name]) for level in _near(g)))
+        for g in measured
+        for name in g.consumers
+    ]
+    console.print(_table(["reader", "group", *shares], errors))
+    console.print(_text("The same at half the channels, chosen by each criterion: mean over groups", "bold"))
+    console.print(_table(["criterion", "dropped", "refitted", "groups"], _criteria(measured)))
+    names = list(found.agreement)
+    console.print(_text("Agreement of their orders: 100 × Spearman's rank correlation, mean over groups", "bold"))
+    pairs = [
+        (f"{i} {a}", *(f"{100 * found.agreement[a][b]:.0f}" if b in found.agreement[a] else "" for b in names))
+        for i, a in enumerate(names, start=1)
+    ]
+    console.print(_table(["", *(str(i) for i in range(1, len(names) + 1))], pairs))
+
+
+def _near(group: GroupLook) -> list[LevelLook]:
+    wanted = [round(group.channels * share) for share in _SHARES]
+    return [min(group.levels, key=lambda level: abs(level.channels - count)) for count in wanted]
+
+
+def _criteria(groups: Sequence[GroupLook]) -> list[tuple[str, str, str, str]]:
+    """Name, mean error dropped and refitted, groups that it could score; the least error comes first."""
+    rows = []
+    for name in [one.name for one in groups[0].criteria] if groups else []:
+        looks = [one for group in groups for one in group.criteria if one.name == name]
+        pairs = [(one.dropped, one.refitted) for one in looks if one.dropped is not None and one.refitted is not None]
+        dropped, refitted = (
+            [sum(values) / len(pairs) for values in zip(*pairs, strict=True)] if pairs else [math.inf] * 2
+        )
+        rows.append((refitted, dropped, name, f"{len(pairs)} of {len(groups)}"))
+    share = tables.format_share
+    return [
+        (n, share(d) if math.isfinite(d) else "-", share(r) if math.isfinite(r) else "-", c)
+        for r, d, n, c in sorted(rows)
+    ]
 
 
 def _notes(console: Console, notes: Sequence[Note]) -> None:
