@@ -1,6 +1,7 @@
 """One streamed pass over the calibration data: second moments of every layer's inputs, histograms of values.
 
-Memory does not depend on the number of batches, and the result does not depend on how the data was batched.
+Memory does not depend on the number of batches, and the result does not depend on how the data was batched. Layers that
+read the very same rows (queries, keys and values; gate and up) share one second moment.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from flyweight.graph.operators import Layer, input_rows
+from flyweight.graph.operators import Layer, input_rows, patches_at
+from flyweight.numerics.forms import Blocks
+from flyweight.numerics.kronecker import Kronecker
 from flyweight.numerics.moments import (
+    WIDE,
+    WIDEST,
     Histogram,
     Moments,
+    add_patches,
     add_rows,
     add_values,
     empty_histogram,
+    empty_kronecker,
     empty_moments,
 )
 
 __all__ = ["Stats", "fingerprint", "from_tensors", "measure", "to_tensors"]
 
 POSITIONS = 64  # patches of each sample that a convolution's second moment looks at
+MOST = 1024  # of them where samples are few
+WAITING = 2048  # rows that wait to be multiplied together
+PATCHES = 1 << 20  # numbers in a sample's patches, for moments in Kronecker form: their taps see every value many times
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,49 +53,93 @@ def measure(
     ranges: Collection[str] = (),
     *,
     advance: Callable[[int], None] = lambda samples: None,
-    positions: int = POSITIONS,
+    positions: int | None = None,
+    samples: int | None = None,
 ) -> Stats:
     """The statistics of `layers` (input moments) and of the nodes named in `ranges`, over all `batches`.
 
-    Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each batch.
+    Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each batch. `samples`: how many
+    are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (four
+    above WIDE columns, whose products are dear). `positions` sets the number of patches for every convolution.
     """
-    recorder = _Recorder(graph, layers, ranges, positions)
+    looks = {name: positions or _positions(layer, samples) for name, layer in layers.items()}
+    recorder = _Recorder(graph, layers, ranges, looks)
     with torch.no_grad():
         for batch in batches:
             recorder.run(*batch)
             recorder.samples += len(batch[0])
             advance(len(batch[0]))
-        for name in layers:
+        for name in recorder.moments:
             recorder.settle(name)
-    return Stats(recorder.samples, recorder.moments, recorder.histograms)
+    inputs = {name: recorder.moments[owner] for name, owner in recorder.owners.items()}
+    return Stats(recorder.samples, inputs, recorder.histograms)
+
+
+def _positions(layer: Layer, samples: int | None) -> int:
+    """Patches of each sample that a layer's moment looks at, unless it is told."""
+    if _is_product(layer):
+        return max(4, PATCHES // layer.columns)
+    if samples is None:
+        return POSITIONS
+    wide = layer.columns > WIDE
+    wanted = -(-(4 if wide else 12) * layer.columns // samples)
+    return min(MOST, max(8 if wide else POSITIONS, wanted))
+
+
+def _is_product(layer: Layer) -> bool:
+    """Whether its second moment is kept in Kronecker form."""
+    return layer.kind != "Linear" and layer.columns > WIDEST and layer.taps > 1 and layer.inputs <= WIDEST
+
+
+def _owners(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """For every layer the first layer that reads the very same rows."""
+    nodes = {n.name: n for n in graph.graph.nodes}
+    first: dict[object, str] = {}
+    return {
+        name: first.setdefault((tuple(nodes[n].args[0] for n in layer.nodes), _way(graph.get_submodule(name))), name)
+        for name, layer in layers.items()
+    }
+
+
+def _way(module: nn.Module) -> tuple[object, ...]:
+    """How a layer makes rows of its input."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return ()
+    return (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
 
 
 class _Recorder(fx.Interpreter):
     """Runs the graph and keeps the running statistics."""
 
     def __init__(
-        self, graph: fx.GraphModule, layers: Mapping[str, Layer], ranges: Collection[str], positions: int
+        self, graph: fx.GraphModule, layers: Mapping[str, Layer], ranges: Collection[str], looks: Mapping[str, int]
     ) -> None:
         super().__init__(graph)
-        self.samples, self.positions = 0, positions
-        self.moments = {name: empty_moments(layer.columns) for name, layer in layers.items()}
-        self.waiting: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self.samples, self.looks = 0, looks
+        self.owners = _owners(graph, layers)
+        self.moments = {name: _empty(layers[name]) for name in dict.fromkeys(self.owners.values())}
+        self.waiting: dict[str, list[Tensor]] = {name: [] for name in self.moments}
         self.histograms = {name: empty_histogram() for name in ranges}
 
     def run_node(self, n: fx.Node) -> object:
         if n.op == "call_module" and n.target in self.moments:
-            x = self.fetch_args_kwargs_from_env(n)[0][0]
-            self.add(str(n.target), input_rows(self.fetch_attr(str(n.target)), x, self.samples, self.positions))
+            self.look(str(n.target), self.fetch_args_kwargs_from_env(n)[0][0])
         value = super().run_node(n)
         if n.name in self.histograms:
             assert isinstance(value, Tensor)
             self.histograms[n.name] = add_values(self.histograms[n.name], value)
         return value
 
-    def add(self, layer: str, rows: Tensor) -> None:
-        """Rows wait until there are as many as columns: merging a wide moment costs more than the product itself."""
+    def look(self, layer: str, x: Tensor) -> None:
+        """What one call adds to the layer's moments."""
+        module, moments = self.fetch_attr(layer), self.moments[layer]
+        if isinstance(moments.gram, Kronecker):
+            self.moments[layer] = add_patches(moments, *patches_at(module, x, self.samples, self.looks[layer]))
+            return
+        rows = input_rows(module, x, self.samples, self.looks[layer])
         self.waiting[layer].append(rows)
-        if sum(len(part) for part in self.waiting[layer]) >= rows.shape[1]:
+        # merging a wide moment costs more than the product itself
+        if sum(len(part) for part in self.waiting[layer]) >= min(rows.shape[1], WAITING):
             self.settle(layer)
 
     def settle(self, layer: str) -> None:
@@ -94,15 +148,23 @@ class _Recorder(fx.Interpreter):
             self.waiting[layer] = []
 
 
+def _empty(layer: Layer) -> Moments:
+    if _is_product(layer):
+        return empty_kronecker(layer.inputs, layer.taps)
+    return empty_moments(layer.columns, layer.groups)
+
+
 def to_tensors(stats: Stats) -> dict[str, Tensor]:
-    """The statistics as named tensors, ready for safetensors."""
+    """The statistics as named tensors, ready for safetensors; shared moments are there once."""
     tensors = {"samples": torch.tensor([stats.samples])}
+    owners: dict[int, str] = {}
     for name, moments in stats.inputs.items():
-        tensors |= {
-            f"input/{name}/count": torch.tensor([moments.count]),
-            f"input/{name}/mean": moments.mean,
-            f"input/{name}/gram": moments.gram.contiguous(),
-        }
+        owner = owners.setdefault(id(moments), name)
+        if owner != name:
+            tensors[f"input/{name}/like"] = torch.tensor(list(owner.encode()), dtype=torch.uint8)
+            continue
+        tensors |= {f"input/{name}/count": torch.tensor([moments.count]), f"input/{name}/mean": moments.mean}
+        tensors |= {f"input/{name}/{part}": values.contiguous() for part, values in _parts(moments).items()}
     for name, histogram in stats.ranges.items():
         ends = [histogram.reach, histogram.low, histogram.high]
         tensors[f"range/{name}/ends"] = torch.tensor(ends, dtype=torch.float64)
@@ -110,19 +172,41 @@ def to_tensors(stats: Stats) -> dict[str, Tensor]:
     return tensors
 
 
+def _parts(moments: Moments) -> dict[str, Tensor]:
+    form = moments.gram
+    if isinstance(form, Kronecker):
+        return {"channels": form.channels, "taps": form.taps}
+    if isinstance(form, Blocks):
+        return {f"block{i}": part for i, part in enumerate(form.parts)}
+    return {"gram": form}
+
+
 def from_tensors(tensors: Mapping[str, Tensor]) -> Stats:
     """What `to_tensors` wrote."""
-    inputs, ranges = {}, {}
+    inputs: dict[str, Moments] = {}
+    ranges, like = {}, {}
     for key in tensors:
         kind, _, rest = key.partition("/")
         name, _, last = rest.rpartition("/")
-        if kind == "input" and last == "gram":
-            mean, count = tensors[f"input/{name}/mean"], int(tensors[f"input/{name}/count"])
-            inputs[name] = Moments(count, mean, tensors[key])
+        if kind == "input" and last == "count":
+            inputs[name] = _moments(tensors, f"input/{name}")
+        if kind == "input" and last == "like":
+            like[name] = bytes(tensors[key].tolist()).decode()
         if kind == "range" and last == "ends":
             reach, low, high = tensors[key].tolist()
             ranges[name] = Histogram(reach, tensors[f"range/{name}/counts"], low, high)
+    inputs |= {name: inputs[owner] for name, owner in like.items()}
     return Stats(int(tensors["samples"]), inputs, ranges)
+
+
+def _moments(tensors: Mapping[str, Tensor], place: str) -> Moments:
+    count, mean = int(tensors[f"{place}/count"]), tensors[f"{place}/mean"]
+    if f"{place}/channels" in tensors:
+        return Moments(count, mean, Kronecker(tensors[f"{place}/channels"], tensors[f"{place}/taps"]))
+    if f"{place}/block0" in tensors:
+        last = max(i for i in range(len(mean)) if f"{place}/block{i}" in tensors)
+        return Moments(count, mean, Blocks(tuple(tensors[f"{place}/block{i}"] for i in range(last + 1))))
+    return Moments(count, mean, tensors[f"{place}/gram"])
 
 
 def fingerprint(stats: Stats) -> str:

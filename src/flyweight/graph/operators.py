@@ -2,18 +2,21 @@
 
 A layer's matrix is `"out in"` with columns in the order (input channel, tap), so channel j of the input is the columns
 [j * taps, (j + 1) * taps). Rows are the vectors that the matrix multiplies: patches of a convolution, vectors of a
-linear layer.
+linear layer. A convolution with channel groups is one small problem a group: its matrix is "out in", in being the columns
+of one group, and its rows hold the columns of all groups, group by group.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, fx, nn
+
+from flyweight.numerics.moments import WIDEST
 
 __all__ = [
     "CONVOLUTIONS",
@@ -23,6 +26,7 @@ __all__ = [
     "matrix",
     "module_of",
     "norm_behind",
+    "patches_at",
     "set_matrix",
     "sharers",
     "sizes",
@@ -34,7 +38,10 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution (one group of channels) or linear layer. `positions`: outputs per sample and channel, all calls."""
+    """A convolution or linear layer. `positions`: outputs per sample and channel, all calls.
+
+    `inputs` are those that one output reads: of a convolution with channel groups, the channels of one group.
+    """
 
     name: str
     kind: str
@@ -45,6 +52,7 @@ class Layer:
     positions: int
     bias: bool
     norm: str = ""  # the batch norm that alone reads its output
+    groups: int = 1
 
     @property
     def columns(self) -> int:
@@ -69,14 +77,21 @@ def sizes(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
 
 
 def layers(graph: fx.GraphModule) -> dict[str, Layer]:
-    """Every convolution without channel groups and every linear layer, by module name, in graph order."""
+    """Every linear layer and every convolution that mixes channels, by module name, in graph order.
+
+    Depthwise convolutions, one input channel an output, have nothing to choose from: channels pass through them.
+    """
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.graph.nodes:
         module = module_of(graph, node)
-        plain = isinstance(module, CONVOLUTIONS) and module.groups == 1
-        if plain or isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and _mixes(module)):
             calls.setdefault(str(node.target), []).append(node)
     return {name: _layer(graph, name, nodes) for name, nodes in calls.items()}
+
+
+def _mixes(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    columns = module.weight[0].numel()
+    return module.groups == 1 or (module.weight.shape[1] > 1 and columns <= WIDEST)
 
 
 def _layer(graph: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> Layer:
@@ -93,6 +108,7 @@ def _layer(graph: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> Layer:
         positions=sum(_positions(module, n) for n in nodes),
         bias=module.bias is not None,
         norm=norm_behind(graph, nodes),
+        groups=getattr(module, "groups", 1),
     )
 
 
@@ -144,9 +160,7 @@ def set_matrix(module: nn.Module, values: Float[Tensor, "out in"]) -> None:
         weight.copy_(values.reshape(weight.shape))
 
 
-def input_rows(
-    module: nn.Module, x: Tensor, first_sample: int, positions: int, order: Mapping[int, Tensor] | None = None
-) -> Float[Tensor, "rows in"]:
+def input_rows(module: nn.Module, x: Tensor, first_sample: int, positions: int) -> Float[Tensor, "rows in"]:
     """The rows of one call: at most `positions` patches of each sample, which ones depends on its number in the data.
 
     Sample i looks at positions i * p … i * p + p - 1 of one fixed random order, so over the samples all positions are
@@ -155,26 +169,49 @@ def input_rows(
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     assert isinstance(module, CONVOLUTIONS)
-    patches = _patches(module, x)
+    patches = _unfolded(module, _padded(module, x))
     dims = len(module.kernel_size)
-    spatial = patches.shape[2 : 2 + dims]
+    chosen = _chosen(patches.shape[2 : 2 + dims], x.shape[0], first_sample, positions)
+    rows = patches.movedim(1, 1 + dims)[(torch.arange(x.shape[0])[:, None], *chosen)]  # sample position channel taps…
+    return rows.reshape(rows.shape[0] * rows.shape[1], -1)
+
+
+def patches_at(
+    module: nn.Module, x: Tensor, first_sample: int, positions: int
+) -> tuple[Float[Tensor, "samples channels places"], Int64[Tensor, "samples patches taps"]]:
+    """The rows of one call of a convolution without copies: its padded input, and where in it each patch's taps lie.
+
+    The same patches as `input_rows` names; row (sample, patch), column (channel, tap) is values[sample, channel, place].
+    """
+    assert isinstance(module, CONVOLUTIONS)
+    values = _padded(module, x)
+    spatial = values.shape[2:]
+    numbers = torch.arange(math.prod(spatial)).reshape(1, 1, *spatial)
+    places = _unfolded(module, numbers)[0, 0]
+    chosen = _chosen(places.shape[: len(spatial)], x.shape[0], first_sample, positions)
+    return values.flatten(2), places[chosen].flatten(2)
+
+
+def _chosen(spatial: Sequence[int], samples: int, first_sample: int, positions: int) -> tuple[Tensor, ...]:
+    """Output positions "samples positions" that each sample looks at, one index tensor a dimension."""
     total = math.prod(spatial)
     count = min(total, positions)
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(total))
-    samples = torch.arange(x.shape[0])
-    chosen = shuffled[((first_sample + samples)[:, None] * count + torch.arange(count)) % total]
-    index = torch.unravel_index(chosen, spatial)
-    rows = patches.movedim(1, 1 + dims)[(samples[:, None], *index)]  # sample position channel taps…
-    return rows.reshape(x.shape[0] * count, -1)
+    number = first_sample + torch.arange(samples)
+    chosen = shuffled[(number[:, None] * count + torch.arange(count)) % total]
+    return torch.unravel_index(chosen, tuple(spatial))
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """A view of all patches: sample, channel, output positions…, taps…"""
+def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     if isinstance(module.padding, str):
         padding = [s for pair in zip(*[iter(module._reversed_padding_repeated_twice)] * 2, strict=True) for s in pair]
     else:
         padding = [p for p in reversed(module.padding) for _ in range(2)]
-    x = nn.functional.pad(x, padding)
+    return nn.functional.pad(x, padding)
+
+
+def _unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """A view of all patches of a padded value: sample, channel, output positions…, taps…"""
     for i, (kernel, stride, dilation) in enumerate(
         zip(module.kernel_size, module.stride, module.dilation, strict=True)
     ):
