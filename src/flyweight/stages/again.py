@@ -1,27 +1,21 @@
-"""Verbs that start from something made before: replay a plan, weigh a folder again, look at a model."""
+"""Verbs that start from something made before: replay a plan, weigh a folder again."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
-from torch import nn
 
 from flyweight.audit.quality import Yardstick
-from flyweight.data import bind_example, role
+from flyweight.data import role
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.errors import DataError, UsageError, VerificationError
 from flyweight.graph.axes import groups
-from flyweight.graph.cost import total_macs
 from flyweight.graph.measure import measure
 from flyweight.graph.operators import layers
 from flyweight.graph.program import load_files
-from flyweight.graph.surgery import prove
-from flyweight.graph.trace import trace
 from flyweight.search.problem import Solution
 from flyweight.stages.buy import REFERENCE_FILE, Purchase, delivered, reference_of
 from flyweight.stages.deliver import Network
@@ -29,70 +23,10 @@ from flyweight.stages.make import ARTIFACT_FILE
 from flyweight.stages.price import Menu, Sizes
 from flyweight.stages.quote import Quotes, Stage
 from flyweight.stages.setup import Job
-from flyweight.stages.tell import parameters
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, behaviour_of, clocked, evidence, parity, promises, quality_row
-from flyweight.types import Decision, Note, Plan, Results, Site, from_json
+from flyweight.types import Decision, Plan, Results, Site, from_json
 
-__all__ = ["GroupLook", "Inspection", "LayerLook", "inspected", "replayed", "reweighed"]
-
-
-class LayerLook(msgspec.Struct, frozen=True):
-    """A layer as `inspect` sees it."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
-    macs: int
-
-
-class GroupLook(msgspec.Struct, frozen=True):
-    """A group of coupled channels; `frozen` says why nothing can be cut, "" if the cut is proven."""
-
-    name: str
-    channels: int
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
-    frozen: str
-
-
-class Inspection(msgspec.Struct, frozen=True):
-    """What `inspect` found."""
-
-    parameters: int
-    macs: int
-    layers: tuple[LayerLook, ...]
-    groups: tuple[GroupLook, ...]
-    notes: tuple[Note, ...]
-
-
-def inspected(model: nn.Module, example: Any) -> Inspection:
-    """The layers and groups of a model, every cut proven or refused with the reason."""
-    call = bind_example(model, example)
-    traced = trace(model, call.args, call.kwargs)
-    rows = tuple(x[torch.arange(2) % len(x)] for x in call.inputs)
-    found = layers(traced.module)
-    looks = []
-    for group in groups(traced.module, rows):
-        reason = group.frozen or prove(traced.module, group, rows)
-        readers = tuple(use.layer for use in group.consumers)
-        looks.append(GroupLook(group.name, group.size, group.producers, readers, reason))
-    return Inspection(
-        parameters=parameters(traced.module),
-        macs=total_macs(traced.module),
-        layers=tuple(
-            LayerLook(n, one.kind, _shape(traced.module, n), math.prod(_shape(traced.module, n)), one.macs)
-            for n, one in found.items()
-        ),
-        groups=tuple(looks),
-        notes=traced.notes,
-    )
-
-
-def _shape(graph: nn.Module, name: str) -> tuple[int, ...]:
-    weight = graph.get_submodule(name).weight
-    assert isinstance(weight, torch.Tensor)
-    return tuple(weight.shape)
+__all__ = ["replayed", "reweighed"]
 
 
 def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes, Purchase]:

@@ -13,17 +13,17 @@ from torch import nn
 from flyweight.data import Batch, Roles, bind_example, first_batch, role, roles
 from flyweight.errors import UsageError
 from flyweight.graph.axes import Group, groups
+from flyweight.graph.cost import total_macs
 from flyweight.graph.operators import layers
 from flyweight.graph.surgery import prove
 from flyweight.graph.trace import Traced, trace
+from flyweight.stages.quote import Stage
 from flyweight.stages.sensitivity import CriterionLook, Evidence, LevelLook, evidence_of, mean_agreement, sensitivity_of
 from flyweight.stages.setup import check_call
 from flyweight.stages.tell import parameters
 from flyweight.types import Note
 
 __all__ = ["GroupLook", "Inspection", "LayerLook", "inspected"]
-
-Stage = Callable[[str, int], Callable[[int], None]]
 
 
 class LayerLook(msgspec.Struct, frozen=True):
@@ -144,7 +144,7 @@ def _structure(traced: Traced, looks: tuple[GroupLook, ...]) -> Inspection:
     found = layers(traced.module)
     return Inspection(
         parameters=parameters(traced.module),
-        macs=sum(one.macs for one in found.values()),
+        macs=total_macs(traced.module),
         layers=tuple(_layer(traced.module, name, one.kind, one.macs) for name, one in found.items()),
         groups=looks,
         notes=traced.notes,
