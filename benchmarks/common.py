@@ -154,12 +154,17 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@torch.no_grad()
 def reestimated(model: nn.Module, images: Tensor, size: int = 256) -> nn.Module:
     """A copy whose BatchNorm statistics are the means over the batches of `images` (torch's own momentum=None).
 
     Only the BatchNorms are in training mode, so nothing else changes; needs no labels.
     """
+    return reestimated_on(model, [(x,) for x in batches(images, size=size)])
+
+
+@torch.no_grad()
+def reestimated_on(model: nn.Module, inputs: Iterable[Sequence[Tensor]]) -> nn.Module:
+    """The same for any batches of inputs."""
     model = copy.deepcopy(model).eval()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -167,8 +172,8 @@ def reestimated(model: nn.Module, images: Tensor, size: int = 256) -> nn.Module:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    for x in batches(images, size=size):
-        model(x)
+    for batch in inputs if norms else ():
+        model(*batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()

@@ -21,7 +21,7 @@ from networks import FRAME, TOKENS, folder_of, minilm_folder
 RATE = 16_000  # samples a second
 LOWEST_CENTS = 1997.379  # of the first pitch bin, above 10 Hz
 CENTS_PER_BIN = 20.0
-LOW_HZ, HIGH_HZ = 50.0, 1_500.0
+LOW_HZ, HIGH_HZ = 32.7, 1_975.5  # the range of CREPE: C1 to B6
 SHARES = {"calib": 0.5, "choose": 0.15, "test": 0.35}
 SHINGLE = 8  # words in a row that make two mails kin
 

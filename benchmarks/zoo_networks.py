@@ -163,9 +163,10 @@ def main() -> None:
     for name in options.only:
         with torch.no_grad():
             rows.append(checked(NETWORKS[name], options.divide))
+        rows[-1] |= {key: f"{rows[-1][key]:.1e}" for key in ("zeroed", "onnx") if key in rows[-1]}
         print({key: rows[-1].get(key) for key in COLUMNS}, flush=True)
     print()
-    print_table(rows, COLUMNS)
+    print_table([row | {"why": row.get("why", "")[:80]} for row in rows], COLUMNS)
     if options.only == list(NETWORKS):
         write_csv(RESULTS / "zoo_networks.csv", rows, facts(options.threads))
 
