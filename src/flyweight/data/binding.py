@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flyweight.data.records import Batch
 from flyweight.data.sources import as_tensor, is_array
 from flyweight.errors import DataError, UsageError
+from flyweight.graph.wrappers import unwrapped
 from flyweight.types import Note
 
 __all__ = ["Signature", "Spec", "bind_example", "bind_raw", "data", "names_of", "signature_of"]
@@ -61,7 +62,7 @@ def signature_of(model: Any) -> Signature:
     if isinstance(model, inspect.Signature):
         found = model
     else:
-        found = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+        found = inspect.signature(unwrapped(model).forward if isinstance(model, nn.Module) else model)
     every = found.parameters.values()
     plain = [p for p in every if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     optional = [p for p in plain if p.default is not p.empty]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 
 from ..errors import TraceError
 from ..types import Note
@@ -21,6 +21,7 @@ __all__ = [
     "explicit_sizes",
     "functionalise",
     "inline_regions",
+    "plain_spelling",
     "refuse_unknown",
 ]
 
@@ -158,12 +159,21 @@ def refuse_unknown(graph: fx.Graph) -> None:
     """Raises TraceError, with the user's line, for an operator that no stored program may name."""
     for node in graph.nodes:
         if node.op == "call_function" and name_of(node.target) is None:
-            raise TraceError(
+            raise _region_error(node) if isinstance(node.target, HigherOrderOperator) else TraceError(
                 f"operator {node.target} is not supported",
                 where=source_line(node),
                 why="it is not on the list of pure operators that a program may hold",
                 fix="write it with other operators of torch, or take it out of forward",
             )
+
+
+def _region_error(node: fx.Node) -> TraceError:
+    return TraceError(
+        f"the graph operator `{node.target}` (a branch or a loop inside the graph) is not supported",
+        where=source_line(node),
+        why="what runs depends on values, so no layer can be measured or cut for all samples",
+        fix="compute both sides and choose with torch.where, or decide outside of forward",
+    )
 
 
 def _functional(node: fx.Node) -> OpOverload:
@@ -197,6 +207,14 @@ def _family(node: fx.Node) -> list[fx.Node]:
 
 def _used_after(node: fx.Node, position: dict[fx.Node, int], at: fx.Node) -> bool:
     return any(position[user] > position[at] for user in node.users)
+
+
+def plain_spelling(graph: fx.Graph) -> None:
+    """Writes `x.mT` as the transpose that it is, in place: runtimes and rules know only that one."""
+    for node in graph.nodes:
+        if node.target is aten.mT.default:
+            node.target = aten.transpose.int
+            node.args = (*node.args, -2, -1)
 
 
 def explicit_sizes(graph: fx.Graph) -> tuple[Note, ...]:

@@ -215,12 +215,16 @@ def rebuild(graph: fx.Graph, user: nn.Module, attribute: Callable[[str], Tensor]
     A weight that is computed, or that lives under another name than the calling module, leaves an aten node.
     """
     owners = dict(user.named_modules(remove_duplicate=False))
+    holders = _holders(owners)
     specs: dict[str, Spec] = {}
     modules: dict[str, nn.Module] = {}
     notes: list[Note] = []
     for node in list(graph.nodes):
         path = module_path(node)
         found = _spec_of(node, path, owners, attribute) if isinstance(node.target, OpOverload) else None
+        if found is None:  # forward may have called a layer as a function of its weight
+            path = _holder(node, holders, attribute)
+            found = _spec_of(node, path, owners, attribute) if path else None
         if found is None:
             notes += _loose_notes(node)
             continue
@@ -236,6 +240,25 @@ def rebuild(graph: fx.Graph, user: nn.Module, attribute: Callable[[str], Tensor]
             modules[path] = _filled(spec, owned, owners.get(path))
         _call(graph, node, path)
     return Rebuilt(modules, tuple(notes))
+
+
+def _holders(owners: Mapping[str, nn.Module]) -> dict[tuple[Any, ...], list[str]]:
+    """Paths of the modules of torch.nn that hold a weight, by the weight."""
+    kinds = tuple(getattr(nn, name) for name in PARAMETRIZED)
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for path, part in owners.items():
+        if isinstance(part, kinds) and isinstance(part.weight, Tensor):
+            found.setdefault(tensor_key(part.weight), []).append(path)
+    return found
+
+
+def _holder(node: fx.Node, holders: Mapping[tuple[Any, ...], list[str]], attribute: Callable[[str], Tensor]) -> str:
+    """The path of the one module whose weight the node computes with, "" where none or several hold it."""
+    weight = arguments_of(node).get("weight") if node.target in WEIGHTED else None
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return ""
+    found = holders.get(tensor_key(attribute(str(weight.target))), [])
+    return found[0] if len(found) == 1 else ""
 
 
 def module_path(node: fx.Node) -> str:
@@ -301,8 +324,9 @@ def _filled(spec: Spec, owned: Owned, owner: nn.Module | None) -> nn.Module:
 
 def _call(graph: fx.Graph, node: fx.Node, path: str) -> None:
     value = arguments_of(node)["indices"] if node.target is aten.embedding.default else node.args[0]
+    name = path.replace(".", "_")
     with graph.inserting_before(node):
-        made = graph.create_node("call_module", path, (value,), name=path.replace(".", "_"))
+        made = graph.create_node("call_module", path, (value,), name="layer_self" if name == "self" else name)
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
     graph.erase_node(node)

@@ -14,25 +14,25 @@ from torch.utils import _pytree as pytree
 from ..errors import ModelError
 from ..types import Note
 from .exporting import exported, quiet, refuse_fixed_batch
-from .functional import erase_checks, explicit_sizes, functionalise, inline_regions, refuse_unknown
+from .functional import (
+    erase_checks,
+    explicit_sizes,
+    functionalise,
+    inline_regions,
+    plain_spelling,
+    refuse_unknown,
+)
+from .hooks import hooks_on, isolated_hooks, prove_hooks, strip_hooks
 from .modules import rebuild
 from .portable import follow_device
 from .proofs import check_weights, first_line, prove_batches, prove_repeats, prove_rows
 from .shapes import shapes
 from .signature import Call, batch_rows, bind, plain, with_rows
+from .wrappers import unwrapped, wrapper_note
 
 __all__ = ["Traced", "shapes", "trace"]
 
 KEPT_META = ("val", "stack_trace", "nn_module_stack")
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     Raises ModelError for weights that are NaN, infinite or missing, and TraceError for a model that cannot be
     exported, whose outputs are not led by the batch, or whose rows influence each other.
     """
+    around = wrapper_note(model)
+    model = unwrapped(model)
     check_weights(model)
     own, notes = own_copy(model)
     state = {name: buffer.clone() for name, buffer in own.named_buffers()}
@@ -58,18 +60,20 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     two = with_rows(call, 2)
     with torch.random.fork_rng(devices=[]):
         program = exported(own, two)
+        notes += _hooks_only_look(model, own, two)
         prove_repeats(own, call, len(program.graph.nodes))
         module, more = _as_graph(own, program, two)
         prove_batches(own, module, call)
         prove_rows(own, call, len(module.graph.nodes))
     for name, buffer in own.named_buffers():
         buffer.copy_(state[name])  # a forward that counts its calls has counted ours
-    return Traced(module, (*notes, *call.notes, *more, *lost_dropout(own, module)))
+    return Traced(module, (*around, *notes, *call.notes, *more, *lost_dropout(own, module)))
 
 
 def own_copy(model: nn.Module) -> tuple[nn.Module, tuple[Note, ...]]:
     """A copy in eval mode, float32, on the CPU, without hooks; raises ModelError where it cannot be copied."""
     notes: list[Note] = []
+    model = unwrapped(model)
     try:
         own = copy.deepcopy(model)
     except Exception as error:
@@ -78,25 +82,34 @@ def own_copy(model: nn.Module) -> tuple[nn.Module, tuple[Note, ...]]:
             why="weights that a hook computes (old weight_norm, spectral_norm or prune) are no leaf tensors",
             fix="use torch.nn.utils.parametrizations, or make the weights permanent (remove_weight_norm, prune.remove)",
         ) from error
-    hooks = sum(_strip_hooks(part) for part in own.modules())
+    hooks = hooks_on(own)
+    strip_hooks(own)
     if hooks:
         notes.append(Note("trace.hooks", f"{hooks} hooks on the model are not part of the graph"))
     floats = {tensor.dtype for tensor in own.parameters() if tensor.is_floating_point()} - {torch.float32}
     if floats:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in floats))
         notes.append(Note("trace.dtype", f"weights in {names} were converted to float32"))
+    return _plain(own), tuple(notes)
+
+
+def _plain(own: nn.Module) -> nn.Module:
     own = own.cpu().float().eval()
     for parameter in own.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
-    return own, tuple(notes)
+    return own
 
 
-def _strip_hooks(part: nn.Module) -> int:
-    count = len(part._forward_hooks) + len(part._forward_pre_hooks)
-    for name in HOOKS:
-        getattr(part, name, {}).clear()
-    return count
+def _hooks_only_look(model: nn.Module, own: nn.Module, call: Call) -> tuple[Note, ...]:
+    if not hooks_on(model):
+        return ()
+    hooked = _plain(copy.deepcopy(model))
+    if isolated_hooks(hooked):
+        prove_hooks(hooked, own, call)
+        return ()
+    text = "a hook could not be tried apart from what it writes into: if it changes an output, the graph does not"
+    return (Note("trace.hooks-untried", text),)
 
 
 def _as_graph(own: nn.Module, program: torch.export.ExportedProgram, call: Call) -> tuple[fx.GraphModule, list[Note]]:
@@ -110,6 +123,7 @@ def _as_graph(own: nn.Module, program: torch.export.ExportedProgram, call: Call)
     notes += _plain_interface(graph, program, call)
     refuse_fixed_batch(graph, call)
     notes += explicit_sizes(graph)
+    plain_spelling(graph)
     graph.eliminate_dead_code()
     refuse_unknown(graph)
     notes += follow_device(raw, graph)
