@@ -38,7 +38,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
     integers (`methods.int8`). Raises ModelError when an operator has no ONNX form.
     """
     lowered = lower(graph, inputs)
-    batch = {0: torch.export.Dim.DYNAMIC}
+    batch = {0: torch.export.Dim("batch")}  # one name for all inputs: two symbols would be compared by guards
     dynamic = tuple(batch if x.ndim and x.shape[0] == inputs[0].shape[0] else None for x in inputs)
     names = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
     try:
