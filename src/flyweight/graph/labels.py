@@ -152,7 +152,7 @@ class Walk:
         ones = np.ones(len(pairs), dtype=np.int8)
         matrix = coo_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(self.count, self.count))
         _, classes = connected_components(matrix, directed=False)
-        return np.asarray(classes)
+        return np.asarray(classes, dtype=np.int64)
 
     def settled(self) -> np.ndarray:
         """The classes once every value is rectangular and everything pending is decided."""
