@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
+from flyweight.graph.axes import Use
 from flyweight.graph.measure import measure
 from flyweight.graph.operators import matrix
 from flyweight.methods import channels
@@ -47,8 +49,18 @@ def test_levels_fall_stay_below_the_size_and_are_multiples(size: int, multiple: 
     assert channels.levels(size, multiple, least=9) == tuple(k for k in found if k >= 9)
 
 
-def test_columns_are_blocks():
-    assert channels.columns([0, 2], 3) == [0, 1, 2, 6, 7, 8]
+def columns(kept, block: int) -> list[int]:
+    """The columns of channels that lie side by side."""
+    return [c * block + i for c in kept for i in range(block)]
+
+
+def test_columns_left_are_those_that_no_channel_gone_was_read_by(one: Subject):
+    layer = one.layers["inner"]  # 32 columns
+    first = Use("inner", np.arange(12).reshape(4, 3))
+    second = Use("inner", np.array([[30, 15], [12, 31]]))  # through another group, and out of order
+    assert channels.columns(layer, [(first, [0, 2])]) == [3, 4, 5, *range(9, 32)]
+    assert channels.columns(layer, [(first, [0, 2]), (second, [1])]) == [3, 4, 5, 9, 10, 11, *range(13, 31)]
+    assert channels.columns(layer, []) == list(range(32))
 
 
 def test_channels_kept_are_those_not_yet_gone_in_their_own_order(one: Subject):
@@ -101,7 +113,7 @@ def test_half_the_channels_are_nearly_the_best_half(one: Subject, name: str):
 def test_a_refit_is_least_squares_on_what_is_left(one: Subject, name: str):
     layer, moments = one.layers[name], one.stats.inputs[name]
     many = Moments(10**9, moments.mean, moments.gram)  # so many rows that nothing is shrunk but the floor
-    kept = channels.columns(range(0, layer.inputs, 2), layer.taps)
+    kept = columns(range(0, layer.inputs, 2), layer.taps)
     found = channels.refit(one.graph, layer, many, kept)
     weights = matrix(one.graph.get_submodule(name))
     assert float(found.weights[:, [c for c in range(layer.columns) if c not in kept]].abs().max()) == 0
@@ -115,7 +127,7 @@ def test_a_refit_is_least_squares_on_what_is_left(one: Subject, name: str):
 def test_compensation_never_errs_more_than_dropping(one: Subject, name: str):
     layer, moments = one.layers[name], one.stats.inputs[name]
     for step in (2, 3):
-        kept = channels.columns(range(0, layer.inputs, step), layer.taps)
+        kept = columns(range(0, layer.inputs, step), layer.taps)
         with_it = channels.refit(one.graph, layer, moments, kept)
         without = channels.refit(one.graph, layer, moments, kept, compensate=False)
         assert 0 < with_it.error < without.error
@@ -136,7 +148,7 @@ def test_the_mean_of_the_outputs_is_kept(one: Subject, name: str):
     """By the bias (last) or the norm behind (block.conv1)."""
     layer, moments = one.layers[name], one.stats.inputs[name]
     graph = copy.deepcopy(one.graph)
-    found = channels.refit(graph, layer, moments, channels.columns([0, 2], layer.taps))
+    found = channels.refit(graph, layer, moments, columns([0, 2], layer.taps))
     before = matrix(graph.get_submodule(name)) @ moments.mean
     channels.apply(graph, layer, found)
     after = matrix(graph.get_submodule(name)) @ moments.mean
@@ -161,9 +173,7 @@ def test_obs_errs_less_than_the_diagonal_and_the_diagonal_less_than_magnitude(on
         gone = channels.order(one.graph, group, one.layers, one.stats)
 
         def error(kept, compensate, layer=layer, moments=moments, use=use):
-            return channels.refit(
-                one.graph, layer, moments, channels.columns(sorted(kept), use.block), compensate
-            ).error
+            return channels.refit(one.graph, layer, moments, columns(sorted(kept), use.block), compensate).error
 
         full = error(channels.kept_channels(group, gone, keep), True)
         diagonal = error(power.topk(keep).indices.tolist(), False)

@@ -55,7 +55,8 @@ def test_measured_levels_are_priced_by_what_they_do_to_the_outputs(one: Subject)
         refits = channels.refit_readers(one.graph, group, one.layers, one.stats, found.kept(level))
         for name, new in refits.items():
             channels.apply(changed, one.layers[name], new)
-        assert layer_error == sum(r.error for r in refits.values())
+        # one factorisation for all levels against one a level: the same doubles in another order
+        assert layer_error == pytest.approx(sum(r.error for r in refits.values()), rel=1e-9)
         assert error == pytest.approx(one.judge(changed), rel=1e-6)
 
 

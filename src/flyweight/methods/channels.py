@@ -27,14 +27,18 @@ from flyweight.graph.axes import Group, Use
 from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, set_matrix
 from flyweight.graph.surgery import cut
+from flyweight.numerics import forms
+from flyweight.numerics.forms import Form, Nested
 from flyweight.numerics.moments import Moments, shrunk
-from flyweight.numerics.obs import Consumer, polish, removal_order, row_errors
+from flyweight.numerics.obs import removal_order
 from flyweight.types import Step
 
 __all__ = [
+    "Family",
     "Refit",
     "apply",
     "columns",
+    "families",
     "gram_of",
     "kept_channels",
     "levels",
@@ -65,21 +69,28 @@ def absorbs(layer: Layer) -> bool:
     return layer.bias or bool(layer.norm)
 
 
-def gram_of(layer: Layer, moments: Moments) -> Float[Tensor, "in in"]:
+def gram_of(layer: Layer, moments: Moments) -> Form:
     """The second moment that the layer's error is measured in: centred where a constant can be given back."""
     return moments.gram if absorbs(layer) else moments.raw
 
 
-@functools.lru_cache(maxsize=4)  # every level of a group solves with the same matrix, and a wide one is dear to make
-def held(layer: Layer, moments: Moments) -> Float[Tensor, "in in"]:
+def held(layer: Layer, moments: Moments) -> Form:
     """The layer's second moment, shrunk as much as its number of rows demands."""
-    gram = gram_of(layer, moments)
-    result, power = shrunk(gram, moments.count, FLOOR), gram.diagonal()
-    # `shrunk` keeps columns without power (constant inputs) as they are by a unit diagonal: right for rounding. Here
-    # they are what should go first, so they weigh next to nothing; still something, or nothing could be solved
-    least = NOTHING * float(power.clamp(min=0).mean()) or 1.0
-    result.diagonal().copy_(torch.where(power <= 0, least, result.diagonal()))
-    return result
+    return _held(moments, absorbs(layer))
+
+
+@functools.lru_cache(maxsize=2)  # wide ones are dear to make, and dear to keep
+def _held(moments: Moments, centred: bool) -> Form:
+    def lowered(gram: Tensor) -> Tensor:
+        result, power = shrunk(gram, moments.count, FLOOR), gram.diagonal()
+        assert isinstance(result, Tensor)
+        # `shrunk` keeps columns without power (constant inputs) as they are by a unit diagonal: right for rounding. Here
+        # they are what should go first, so they weigh next to nothing; still something, or nothing could be solved
+        least = NOTHING * float(power.clamp(min=0).mean()) or 1.0
+        result.diagonal().copy_(torch.where(power <= 0, least, result.diagonal()))
+        return result
+
+    return forms.mapped(moments.gram if centred else moments.raw, lowered)
 
 
 def columns(layer: Layer, gone: Iterable[tuple[Use, Sequence[int]]]) -> list[int]:
@@ -101,10 +112,9 @@ def order(graph: fx.GraphModule, group: Group, layers: Mapping[str, Layer], stat
     for use in group.consumers:
         layer, moments = layers[use.layer], stats.inputs[use.layer]
         weights = matrix(graph.get_submodule(use.layer))
-        gram = gram_of(layer, moments)
-        power = float(row_errors(weights, gram).sum())
-        columns = torch.from_numpy(use.columns)
-        readers.append(Consumer(weights, held(layer, moments), columns, 1 / max(power, 1e-30)))
+        power = float(forms.row_errors(weights, gram_of(layer, moments)).sum())
+        importance = 1 / max(power, 1e-30)
+        readers += forms.consumers(weights, held(layer, moments), torch.from_numpy(use.columns), importance)
     return removal_order(readers).order
 
 
@@ -127,18 +137,59 @@ def removed(group: Group, kept: Sequence[int]) -> list[int]:
 def refit(graph: fx.GraphModule, layer: Layer, moments: Moments, kept: Sequence[int], compensate: bool = True) -> Refit:
     """The layer's best weights when only the columns `kept` remain; without `compensate` the others are just dropped."""
     weights = matrix(graph.get_submodule(layer.name))
-    gram = gram_of(layer, moments)
     new = torch.zeros_like(weights)
     if len(kept) == weights.shape[1]:
         new = weights.clone()
     elif compensate:
-        new[:, kept] = polish(weights, held(layer, moments), kept)
+        new[:, kept] = forms.polish(weights, held(layer, moments), kept)
     else:
         new[:, kept] = weights[:, kept]
+    return _weighed(weights, new, layer, moments, compensate)
+
+
+def _weighed(weights: Tensor, new: Tensor, layer: Layer, moments: Moments, compensate: bool = True) -> Refit:
+    """What the new weights lose: the mean is given back where it can be, the rest is error."""
     change = weights - new
-    lost = change @ moments.mean if absorbs(layer) and compensate else torch.zeros(len(weights), dtype=weights.dtype)
-    measured = gram if compensate or not absorbs(layer) else moments.raw
-    return Refit(new, lost, float(row_errors(change, measured).sum()))
+    absorbed = absorbs(layer)
+    lost = torch.zeros(len(weights), dtype=weights.dtype)
+    if absorbed and compensate:
+        lost = forms.mean_outputs(change, moments.mean)
+    measured = moments.gram if compensate and absorbed else moments.raw
+    return Refit(new, lost, float(forms.row_errors(change, measured).sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One reader's refits for every level of a group, out of one factorisation."""
+
+    layer: Layer
+    moments: Moments
+    weights: Float[Tensor, "out in"]
+    nested: Nested
+    others: int  # columns of other groups, which stay
+    block: int
+
+    def refit(self, level: int) -> Refit:
+        """As `channels.refit` when the last `level` channels of the order remain."""
+        new = self.nested.weights(self.others + level * self.block)
+        return _weighed(self.weights, new, self.layer, self.moments)
+
+
+def families(
+    graph: fx.GraphModule, group: Group, layers: Mapping[str, Layer], stats: Stats, gone: Sequence[int]
+) -> dict[str, Family]:
+    """The refits of every reader of a group along one order of going, by layer name."""
+    stay = torch.tensor([*removed(group, gone), *reversed(gone)], dtype=torch.int64)
+    found = {}
+    for use in group.consumers:
+        layer, moments = layers[use.layer], stats.inputs[use.layer]
+        weights, own = matrix(graph.get_submodule(use.layer)), torch.from_numpy(use.columns)
+        elsewhere = torch.ones(layer.columns, dtype=torch.bool)
+        elsewhere[own.flatten()] = False
+        order = torch.cat([elsewhere.nonzero()[:, 0], own[stay].flatten()])
+        nested = forms.nest(weights, held(layer, moments), order)
+        found[use.layer] = Family(layer, moments, weights, nested, int(elsewhere.sum()), use.block)
+    return found
 
 
 def apply(graph: fx.GraphModule, layer: Layer, new: Refit) -> None:

@@ -74,9 +74,12 @@ def ladder(
     trial = copy.deepcopy(graph)
     points = _spread(len(levels), measured)
     errors, found = [0.0], {0.0: 0.0}
+    family = channels.families(graph, group, layers, stats, gone) if compensate else {}
     for i, level in enumerate(levels):
-        kept = channels.kept_channels(group, gone, level)
-        refits = channels.refit_readers(graph, group, layers, stats, kept, compensate)
+        refits = {name: one.refit(level) for name, one in family.items()}
+        if not compensate:
+            kept = channels.kept_channels(group, gone, level)
+            refits = channels.refit_readers(graph, group, layers, stats, kept, compensate)
         errors.append(sum(r.error for r in refits.values()))
         if i in points:
             for name, new in refits.items():

@@ -87,9 +87,7 @@ def row_errors(change: Float[Tensor, "out in"], form: Form) -> Float[Tensor, " o
     if isinstance(form, Blocks):
         pairs = zip(form.spans(), form.parts, strict=True)
         return torch.stack([obs.row_errors(change[:, span], part) for span, part in pairs]).sum(0)
-    # products in the precision of the moment, sums over columns in that of the weights
-    moved = (_stack(change, form).to(form.dtype) @ form).reshape(change.shape)
-    return (moved.to(change.dtype) * change).sum(1)
+    return obs.row_errors(_stack(change, form), form).flatten()
 
 
 def output_moment(weight: Float[Tensor, "out in"], form: Form) -> Float[Tensor, "out out"]:
@@ -167,7 +165,7 @@ def polish(weight: Float[Tensor, "out in"], form: Form, kept: Sequence[int]) -> 
             if bool(inside.any()):
                 result[:, inside] = obs.polish(weight[:, span], part, (index[inside] - span.start).tolist())
         return result
-    return obs.polish(_stack(weight, form).to(form.dtype), form, kept).to(weight.dtype).flatten(0, -2)
+    return obs.polish(_stack(weight, form), form, kept).flatten(0, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,14 +179,14 @@ class Nested:
     def weights(self, count: int) -> Float[Tensor, "out in"]:
         """The weights with the first `count` columns of the order kept and zeros elsewhere, columns in place."""
         result = [self._part(places, one, int((places < count).sum())) for places, one in self.parts]
-        whole = torch.zeros(len(result[0]), len(self.order), dtype=torch.float64)
+        whole = torch.zeros(len(result[0]), len(self.order), dtype=result[0].dtype)
         for (places, _), values in zip(self.parts, result, strict=True):
             whole[:, self.order[places[: values.shape[1]]]] = values
         return whole
 
     def _part(self, places: Tensor, one: Nest, count: int) -> Tensor:
         if not isinstance(self.form, Kronecker):
-            return obs.nest_weights(one, count).flatten(0, -2).to(torch.float64)
+            return obs.nest_weights(one, count).flatten(0, -2)
         taps = len(self.form.taps)
         return obs.nest_weights(one, count // taps).reshape(-1, taps, count // taps).transpose(1, 2).flatten(1)
 
@@ -205,7 +203,7 @@ def nest(weight: Float[Tensor, "out in"], form: Form, order: Int64[Tensor, " in"
             places = ((order >= span.start) & (order < span.stop)).nonzero()[:, 0]
             made.append((places, obs.nested(weight[:, span], part, order[places] - span.start)))
         return Nested(order, form, tuple(made))
-    return Nested(order, form, ((everywhere, obs.nested(_stack(weight, form).to(form.dtype), form, order)),))
+    return Nested(order, form, ((everywhere, obs.nested(_stack(weight, form), form, order)),))
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +222,7 @@ def rounding(form: Form) -> Rounding:
     else:
         pieces = form.parts if isinstance(form, Blocks) else (form,)
     orders = tuple(_descending(piece) for piece in pieces)
-    factors = tuple(obs.inverse_factor(_ordered(p, o)) for p, o in zip(pieces, orders, strict=True))
+    factors = tuple(obs.inverse_factor(_ordered(p, o).to(torch.float64)) for p, o in zip(pieces, orders, strict=True))
     return Rounding(orders, factors, form)
 
 
@@ -256,8 +254,5 @@ def rounded(
 def _swept(weight: Tensor, order: Tensor, factor: Tensor, snap: Callable[[Tensor], Tensor]) -> Tensor:
     stacked = weight.reshape(len(order), -1, weight.shape[1]) if order.ndim == 2 else weight
     index = order[..., None, :].expand(stacked.shape)
-    # the sweep's own arithmetic stays in the weights' precision: its errors are what it is about
-    new, _ = obs.sweep(
-        stacked.gather(-1, index), factor.to(weight.dtype), lambda column, _: snap(column.flatten()).view(column.shape)
-    )
+    new, _ = obs.sweep(stacked.gather(-1, index), factor, lambda column, _: snap(column.flatten()).view(column.shape))
     return torch.empty_like(stacked).scatter_(-1, index, new).reshape(weight.shape)

@@ -32,12 +32,21 @@ __all__ = [
     "sweep",
 ]
 
+PANEL = 1024  # columns of a float32 matrix that are float64 at once
+
 Snap = Callable[[Tensor, int], Tensor]
 
 
 def row_errors(change: Float[Tensor, "... out in"], gram: Float[Tensor, "... in in"]) -> Float[Tensor, "... out"]:
     """The error d^T G d of each row d of `change`: the mean over inputs of (d x)^2."""
-    return ((change @ gram) * change).sum(-1)
+    if gram.dtype == change.dtype:
+        return ((change @ gram) * change).sum(-1)
+    # kept in float32, summed in float64: what compensation leaves lies where G is small beside its largest eigenvalue
+    result = torch.zeros(change.shape[:-1], dtype=change.dtype)
+    for start in range(0, gram.shape[-1], PANEL):
+        own = slice(start, start + PANEL)
+        result += ((change @ gram[..., own].to(change.dtype)) * change[..., own]).sum(-1)
+    return result
 
 
 def damped(gram: Float[Tensor, "in in"], share: float) -> Float[Tensor, "in in"]:
@@ -106,8 +115,8 @@ def polish(
     """
     index = torch.as_tensor(kept, dtype=torch.int64)
     seen = gram[..., index]
-    factor = lower_factor(seen[..., index, :])
-    return torch.cholesky_solve((weight @ seen).mT, factor).mT
+    factor = lower_factor(seen[..., index, :].to(weight.dtype))
+    return torch.cholesky_solve((weight.to(seen.dtype) @ seen).to(weight.dtype).mT, factor).mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +138,7 @@ class Nest:
 
 def nested(weight: Float[Tensor, "... out in"], gram: Float[Tensor, "... in in"], order: Int64[Tensor, " in"]) -> Nest:
     """The family of polished weights along `order` (columns that stay longest come first); raises as `polish`."""
-    factor = lower_factor(gram[..., order, :][..., order])
+    factor = lower_factor(gram[..., order, :][..., order].to(weight.dtype))
     return Nest(order, factor, weight[..., order] @ factor)
 
 
