@@ -300,7 +300,7 @@ ATTENTION: dict[str, Case] = {
         torch_encoder, sequence(), {"inp": "norm", "encoder.layers.0.linear1": 48, "encoder.layers.1.linear1": 48}
     ),
     "torch attention": Case(torch_attention, sequence(), {"inp": 48, "mid": ""}),
-    "non local": Case(non_local, image(), {"stem": 16, "theta": "no layer", "g": 24}),
+    "non local": Case(non_local, image(), {"stem": 16, "theta": "multiplies", "g": 24}),
     "lstm": Case(recurrent(lambda: nn.LSTM(16, 24, batch_first=True), 24), sequence(), {"pre": 64, "proj": "lstm"}),
     "gru": Case(
         recurrent(lambda: nn.GRU(16, 12, 2, batch_first=True, bidirectional=True), 24), sequence(),

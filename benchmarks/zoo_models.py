@@ -321,7 +321,7 @@ LAYERS: dict[str, Case] = {
     "depthwise": Case(depthwise, image(), {"stem": 16, "pw": 32}),
     "inverted residual": Case(inverted_residual, image(), {"stem": 16, "expand": 64}),
     "depth multiplier": Case(depth_multiplier, image(), {"a": 16, "b": 32}),
-    "transposed 1d": Case(transposed_1d, signal(), {"down": 16, "up": 24, "mid": 24, "out": OUTPUT}),
+    "transposed 1d": Case(transposed_1d, signal(), {"down": 16, "up": 24, "mid": 24}),
     "transposed 2d": Case(transposed_2d, vector(), {"lin": 32, "lin2": 16, "up1": 24, "mid": 24, "out": OUTPUT}),
     "transposed 3d": Case(transposed_3d, lambda n: (torch.randn(n, 1, 4, 4, 4),), {"a": 16, "up": 16, "b": 16}),
     "causal 1d": Case(causal_1d, signal(), {"inp": 16, "a": 32}),
@@ -341,5 +341,5 @@ LAYERS: dict[str, Case] = {
     "squeeze-excite linear": Case(squeeze_excite_linear, image(), {"a": 16, "down": 8, "b": 24}),
     "channel scale": Case(channel_scale, image(), {"a": 16, "b": 24}),
     "prelu": Case(prelu, image(), {"a": 16, "b": 24}),
-    "spatial gate": Case(spatial_gate, image(), {"a": "over the channels", "g": "", "b": 32, "c": 16}),
+    "spatial gate": Case(spatial_gate, image(), {"a": "over the channels", "b": 32, "c": 16}),
 }

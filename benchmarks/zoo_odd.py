@@ -374,8 +374,9 @@ ODD: dict[str, Case] = {
     "whole number output": Case(answers(lambda self, y, h: {"logits": y, "label": y.argmax(1)}), vector(), MLP),
     "two inputs": Case(two_inputs, lambda n: (torch.randn(n, 3, 8, 8), torch.randn(n, 12)), {"a": 16, "b": 24, "c": 32}),
     "keywords only": Case(keywords_only, lambda n: {"x": torch.randn(n, 12), "weight": torch.rand(n)}, MLP),
-    "optional inputs": Case(
-        optional_inputs, lambda n: {"x": torch.randn(n, 12), "mask": (torch.rand(n, 24) > 0.3).float()}, MLP
+    "optional inputs": Case(  # the mask has a number for every one of b's outputs
+        optional_inputs, lambda n: {"x": torch.randn(n, 12), "mask": (torch.rand(n, 24) > 0.3).float()},
+        {"a": 32, "b": "not known"},
     ),
     "bag of words": Case(bag_of_words, tokens(), MLP),
     "steps as a batch": Case(
@@ -410,6 +411,7 @@ REFUSED: dict[str, Case] = {
         lambda: mlp(lambda self, x: self.fc(F.dropout(inner(self, x)))), vector(), refused="two equal calls"
     ),
     "loss": Case(lambda: mlp(lambda self, x: self.fc(inner(self, x)).square().mean()), vector(), refused="one number"),
-    "empty": Case(nn.Identity, vector(), refused="no layer"),
-    "no rows": Case(mlp, lambda n: (torch.randn(0, 12),), refused="no rows"),
+    "a layer alone": Case(lambda: nn.Linear(12, 5), vector(), refused="Budget not met"),
+    "empty": Case(nn.Identity, vector(), refused="Budget not met"),
+    "no rows": Case(mlp, lambda n: (torch.randn(0, 12),), refused="is empty"),
 }  # fmt: skip

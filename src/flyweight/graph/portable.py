@@ -1,7 +1,8 @@
-"""Tensors that forward makes out of nothing: on the device of the input instead of the device of the trace."""
+"""Devices and number formats that are written into a graph: those of the trace, made to follow what is wanted now."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..types import Note
 from .functional import arguments_of
 from .places import source_line
 
-__all__ = ["follow_device"]
+__all__ = ["doubled", "follow_device"]
 
 aten = torch.ops.aten
 # value-free factories become methods of the first input, which is where the data is
@@ -57,6 +58,29 @@ def follow_device(root: nn.Module, graph: fx.Graph) -> tuple[Note, ...]:
             text = f"{node.target} makes a tensor on the CPU whatever the device of the input"
             notes.append(Note("trace.device", text, source_line(node)))
     return tuple(notes)
+
+
+WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def doubled(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy that computes in float64: its tensors, and the number formats that are written into its calls."""
+    made = copy.deepcopy(graph).double()
+    for tensor in (*made.parameters(), *made.buffers()):
+        if tensor.is_complex():  # `double` leaves them
+            tensor.data = tensor.data.to(torch.complex128)
+    for node in made.graph.nodes:
+        node.args, node.kwargs = _wider(node.args), _wider(node.kwargs)
+    made.recompile()
+    return made
+
+
+def _wider(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_wider(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _wider(item) for key, item in value.items()}
+    return WIDER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 def _as_method(graph: fx.Graph, node: fx.Node, anchor: fx.Node) -> None:
