@@ -24,9 +24,10 @@ from torch import Tensor, fx
 from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, set_matrix
 from flyweight.methods.channels import gram_of
+from flyweight.numerics import forms
 from flyweight.numerics.affine import Grid, activation_grid, weight_scales
+from flyweight.numerics.forms import Rounding
 from flyweight.numerics.moments import Moments, shrunk
-from flyweight.numerics.obs import inverse_factor, row_errors, sweep
 from flyweight.types import Step
 
 __all__ = ["NAME", "apply", "grids", "round_weights", "step"]
@@ -90,37 +91,35 @@ def round_weights(
         scale = (torch.where(peak > 0, peak, torch.ones_like(peak)) / largest).float().double()
         new = (weights / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
     else:
-        scale = weight_scales(weights, gram.diagonal(), largest)
-        new = _swept(weights, *_factored(layer, moments), scale, largest)
+        scale = _scales(weights, forms.diagonal(gram).to(weights.dtype), largest)
+        new = forms.rounded(
+            weights, _factored(layer, moments), lambda column: (column / scale).round().clamp(-largest, largest) * scale
+        )
     change = weights - new
     set_matrix(module, new)
     if module.bias is not None and compensate:
         with torch.no_grad():
-            module.bias.add_((change @ moments.mean).to(module.bias.dtype))  # type: ignore[operator,arg-type]
-    return scale.float(), float(row_errors(change, gram if compensate else moments.raw).sum())
+            module.bias.add_(forms.mean_outputs(change, moments.mean).to(module.bias.dtype))  # type: ignore[operator,arg-type]
+    return scale.float(), float(forms.row_errors(change, gram if compensate else moments.raw).sum())
 
 
-def _factored(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:
+def _scales(weights: Tensor, power: Tensor, largest: int) -> Tensor:
+    """The scale of every row; rows of a convolution with channel groups see inputs of their own."""
+    parts = weights.chunk(len(power)) if power.ndim == 2 else [weights]
+    powers = power.unbind() if power.ndim == 2 else [power]
+    return torch.cat([weight_scales(part, one, largest) for part, one in zip(parts, powers, strict=True)])
+
+
+def _factored(layer: Layer, moments: Moments) -> Rounding:
     """As `_factor`; remembered for wide layers, which are rounded several times while prices are asked for."""
     return (_remembered_factor if layer.columns >= WIDE else _factor)(layer, moments)
 
 
-def _factor(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:
-    """The order of columns, large inputs first (what comes last has nothing left to make up for it), and the factor."""
-    gram = shrunk(gram_of(layer, moments), moments.count, FLOOR)
-    ahead = gram.diagonal().argsort(descending=True, stable=True)
-    return ahead, inverse_factor(gram[ahead][:, ahead])
+def _factor(layer: Layer, moments: Moments) -> Rounding:
+    return forms.rounding(shrunk(gram_of(layer, moments), moments.count, FLOOR))
 
 
 _remembered_factor = functools.lru_cache(maxsize=2)(_factor)
-
-
-def _swept(weights: Tensor, ahead: Tensor, factor: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """The compensated rounding."""
-    new, _ = sweep(
-        weights[:, ahead], factor, lambda column, _: (column / scale).round().clamp(-largest, largest) * scale
-    )
-    return new[:, ahead.argsort()]
 
 
 def apply(

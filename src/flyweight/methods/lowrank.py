@@ -30,9 +30,9 @@ from flyweight.graph.operators import CONVOLUTIONS, Layer, matrix, sharers
 from flyweight.graph.specs import Spec, build, spec_of
 from flyweight.methods import channels
 from flyweight.methods.pricing import Judge, fitted
+from flyweight.numerics import forms
 from flyweight.numerics.lowrank import Components, components, factors, paying_rank
 from flyweight.numerics.moments import Moments, shrunk
-from flyweight.numerics.obs import row_errors
 from flyweight.types import Step
 
 __all__ = [
@@ -112,10 +112,15 @@ def principal(graph: fx.GraphModule, layer: Layer, moments: Moments) -> Componen
 
     Unshrunk, directions that a few rows did not happen to show would be thrown away for nothing.
     """
-    gram = channels.gram_of(layer, moments)
-    second = shrunk(gram, moments.count)
-    second.diagonal().copy_(gram.diagonal())  # an input never seen has no power here: nothing is solved, all may be 0
-    return components(matrix(graph.get_submodule(layer.name)), lambda rows: rows @ second @ rows.T)
+
+    def lowered(gram: Tensor) -> Tensor:
+        second = shrunk(gram, moments.count)
+        assert isinstance(second, Tensor)
+        second.diagonal().copy_(gram.diagonal())  # an input never seen has no power: nothing is solved, all may be 0
+        return second
+
+    second = forms.mapped(channels.gram_of(layer, moments), lowered)
+    return components(matrix(graph.get_submodule(layer.name)), lambda rows: forms.output_moment(rows, second))
 
 
 def factor(graph: fx.GraphModule, layer: Layer, moments: Moments, found: Components, rank: int) -> Factored:
@@ -125,7 +130,7 @@ def factor(graph: fx.GraphModule, layer: Layer, moments: Moments, found: Compone
     lost = weights - second @ first
     absorbed = channels.absorbs(layer)
     shift = lost @ moments.mean if absorbed else torch.zeros(layer.outputs, dtype=weights.dtype)
-    return Factored(first, second, shift, float(row_errors(lost, channels.gram_of(layer, moments)).sum()))
+    return Factored(first, second, shift, float(forms.row_errors(lost, channels.gram_of(layer, moments)).sum()))
 
 
 def change(graph: fx.GraphModule, layer: Layer, new: Factored) -> None:
