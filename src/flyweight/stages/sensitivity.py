@@ -19,7 +19,7 @@ from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers, matrix
 from flyweight.methods import channels, criteria
 from flyweight.methods.pricing import Judge, ladder, outputs_of
-from flyweight.numerics.obs import row_errors
+from flyweight.numerics.forms import row_errors
 from flyweight.stages.quote import JUDGE_SAMPLES, Stage
 from flyweight.stages.setup import Settings, yardstick_of
 from flyweight.types import Note

@@ -14,8 +14,8 @@ from flyweight.graph.axes import Group, Use
 from flyweight.graph.measure import Stats
 from flyweight.graph.operators import NORMS, Layer, matrix
 from flyweight.methods.channels import gram_of
+from flyweight.numerics.forms import row_errors
 from flyweight.numerics.moments import Moments
-from flyweight.numerics.obs import row_errors
 
 __all__ = ["Context", "Reader", "inputs_of", "norm_weights", "per_channel", "readers", "weights"]
 
@@ -48,6 +48,12 @@ class Reader:
     def power(self) -> float:
         """The mean square of its outputs, summed over them (of their changes, where a constant can be given back)."""
         return max(float(row_errors(self.weights, gram_of(self.layer, self.moments)).sum()), 1e-30)
+
+    def by_input(self, values: Float[Tensor, "*groups in"]) -> Float[Tensor, "out in"]:
+        """Numbers of the inputs where the weights stand that read them; each group of channels has inputs of its own."""
+        if values.ndim == 1:
+            return values.expand(self.weights.shape)
+        return values.repeat_interleave(len(self.weights) // len(values), 0)
 
 
 def weights(context: Context) -> Iterator[Float[Tensor, "channels entries"]]:
@@ -98,5 +104,7 @@ def readers(context: Context) -> Iterator[Reader]:
 
 def inputs_of(use: Use, context: Context) -> Int64[Tensor, "channels inputs"]:
     """The input channels of a reader that carry each channel of the group."""
-    taps = context.layers[use.layer].taps
-    return (torch.from_numpy(use.columns) // taps).sort(1).values[:, ::taps]
+    layer = context.layers[use.layer]
+    inputs = (torch.from_numpy(use.columns) // layer.taps).sort(1).values[:, :: layer.taps]
+    starts = torch.arange(layer.groups) * layer.inputs  # `inputs` counts those of one group of channels
+    return (inputs[:, None] + starts[:, None]).flatten(1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flyweight.methods.channels import gram_of
 from flyweight.methods.criteria._context import Context, per_channel, readers
+from flyweight.numerics import forms
 
 __all__ = ["diagonal"]
 
@@ -22,6 +23,7 @@ def diagonal(context: Context) -> Float[Tensor, " channels"]:
     """
     parts = []
     for reader in readers(context):
-        power = gram_of(reader.layer, reader.moments).diagonal().clamp(min=0)
-        parts.append(per_channel(reader.weights.square() * power, reader.columns).sum(1) / reader.power)
+        power = forms.diagonal(gram_of(reader.layer, reader.moments)).clamp(min=0).double()
+        weighed = reader.weights.square() * reader.by_input(power)
+        parts.append(per_channel(weighed, reader.columns).sum(1) / reader.power)
     return torch.stack(parts).sum(0)

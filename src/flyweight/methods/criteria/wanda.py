@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flyweight.methods.criteria._context import Context, per_channel, readers
+from flyweight.numerics import forms
 
 __all__ = ["wanda"]
 
@@ -18,6 +19,6 @@ def wanda(context: Context) -> Float[Tensor, " channels"]:
     """
     parts = []
     for reader in readers(context):
-        size = (reader.moments.gram.diagonal() + reader.moments.mean.square()).clamp(min=0).sqrt()
-        parts.append(per_channel(reader.weights.abs() * size, reader.columns).sum(1))
+        size = (forms.diagonal(reader.moments.gram) + reader.moments.mean.square()).clamp(min=0).sqrt()
+        parts.append(per_channel(reader.weights.abs() * reader.by_input(size), reader.columns).sum(1))
     return torch.stack(parts).sum(0)
