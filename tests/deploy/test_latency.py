@@ -35,7 +35,7 @@ def measured(folder: Path) -> LatencyTable:
         a=conv(3, 64), b=conv(64, 64), c=conv(64, 48), fc=nn.Linear(48, 10),
     )  # fmt: skip
     graph = trace(seeded(lambda: model).eval(), EXAMPLE).module
-    present, found = layers(graph), [g for g in groups(graph) if g.name in LEVELS]
+    present, found = layers(graph), [g for g in groups(graph, EXAMPLE) if g.name in LEVELS]
     batch = (torch.randn(8, 3, 24, 24),)
     ready = prepared(graph, EXAMPLE, list(present), lambda: iter([batch]))
     files = {"float": folder / "float.onnx", "int8": folder / "int8.onnx"}
@@ -113,7 +113,7 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     export(ready("mlp with dropout")[2].graph, one.example, path)
     np.savez(tmp_path / "kept.npz", x=one.example[0][:1].numpy())
     told: list[int] = []
-    group = next(g for g in groups(ready("mlp with dropout")[1]) if not g.frozen)
+    group = next(g for g in groups(ready("mlp with dropout")[1], one.example) if not g.frozen)
     measure_table(
         {"float": path}, path, one.layers, [group], {group.name: (3,)}, {"batch=1": tmp_path / "kept.npz"},
         runtime="onnxruntime", threads=1, seconds_per_shape=0.06, advance=told.append,

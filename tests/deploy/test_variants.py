@@ -45,7 +45,7 @@ def base(folder: Path, name: str, regime: str) -> onnx.ModelProto:
 
 
 def group_of(name: str, key: str) -> Group:
-    return next(g for g in groups(ready(name)[1]) if g.name == key)
+    return next(g for g in groups(ready(name)[1], ready(name)[3]) if g.name == key)
 
 
 def variant(folder: Path, name: str, regime: str, key: str, level: int) -> onnx.ModelProto:
@@ -102,7 +102,7 @@ def stored(model: onnx.ModelProto) -> list[str]:
 def test_a_variant_has_the_shapes_of_a_real_cut(folder: Path, name: str, key: str, level: int):
     _, _, prepared_graph, example, _ = ready(name)
     smaller = copy.deepcopy(prepared_graph.graph)
-    group = next(g for g in groups(prepared_graph.graph) if g.name == key)  # after folding: no norms
+    group = next(g for g in groups(prepared_graph.graph, example) if g.name == key)  # after folding: no norms
     cut(smaller, {group: range(level)})
     refresh(smaller, example)
     export(smaller, example, folder / "cut.onnx")
@@ -166,7 +166,7 @@ def test_rows_of_torch_are_rows_of_the_variant(folder: Path):
     """The first channels are the ones kept: the variant answers what the graph cut to them answers."""
     _, _, prepared_graph, example, _ = ready("cnn")
     smaller = copy.deepcopy(prepared_graph.graph)
-    group = next(g for g in groups(prepared_graph.graph) if g.name == "b")
+    group = next(g for g in groups(prepared_graph.graph, example) if g.name == "b")
     cut(smaller, {group: range(4)})
     path = folder / "first.onnx"
     onnx.save(variant(folder, "cnn", FLOAT, "fc1", 16), path)  # every channel: nothing cut

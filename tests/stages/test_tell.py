@@ -84,7 +84,7 @@ def test_histograms_hold_every_weight_of_changed_layers_only(after):
 
 
 def test_every_site_has_its_decision_and_reason():
-    frozen = Group("odd", 4, ("odd",), (), (), (), "it is an output of the model")
+    frozen = Group("odd", 4, "channels", ("odd",), (), (), (), "it is an output of the model")
     offered = options(menu(), problem(menu(), table()), table())
     made = decisions(menu(), solution(CHOICES), offered, [frozen], {"late": "a rule keeps it at 32 bits"})
     sites = {d.site.name: d for d in made}
