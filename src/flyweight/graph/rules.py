@@ -565,14 +565,15 @@ def _attention(call: Call) -> Result:
     query, key, value = (call.labels.get(name) for name in ("query", "key", "value"))
     if query is None and key is None and value is None:
         return None
-    mask = call.args.get("attn_mask")
-    if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[-3] != 1:
+    mask, own = call.args.get("attn_mask"), call.labels.get("attn_mask")
+    masked = isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[-3] != 1
+    if masked and (own is None or own.weak):
         return unknown(call, f"{call.node.name!r} adds a mask of its own to every head")
     if call.args["query"].ndim < 4:
         return unknown(call, f"{call.node.name!r} has no dimension of heads")
     heads = call.args["query"].shape[-3]
     operands = []
-    for labels in (query, key, value):
+    for labels in (query, key, value, *([own] if masked else [])):
         if isinstance(labels, Labels) and labels.shape[-3] not in (1, heads):
             marks = labels.full.repeat_interleave(heads // labels.shape[-3], -3)
             labels = compact(marks, labels.weak)

@@ -18,7 +18,7 @@ from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
 from flyweight.graph.measure import from_tensors, measure, to_tensors
 from flyweight.graph.operators import Layer, layers, sharers
-from flyweight.graph.surgery import folded, prove
+from flyweight.graph.surgery import folded, prove_all
 from flyweight.methods import channels, int8
 from flyweight.methods.pricing import Judge, Ladder, ladder, outputs_of
 from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
@@ -29,6 +29,8 @@ from flyweight.types import Note
 __all__ = ["Quotes", "Store", "largest_integer", "quote"]
 
 JUDGE_SAMPLES = 512
+LEAST_SAMPLES = 32
+JUDGE_MACS = 4e12  # for all prices together, a minute or two: a large network is judged on fewer samples
 
 
 class Store(Protocol):
@@ -77,7 +79,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     else:
         stats = from_tensors(load(kept))
     network = Network(job.graph, present, {g.name: g for g in open_groups}, stats, job.example)
-    judge = _judge(job)
+    judge = _judge(job, passes=4 * len(open_groups) + len(present))
     job.checkpoint("pricing channels")
     ladders = _ladders(job, network, open_groups, judge, store, stage)
     job.checkpoint("pricing numbers")
@@ -97,28 +99,33 @@ def largest_integer() -> int:
 
 def _groups(job: Job) -> tuple[tuple[Group, ...], tuple[Group, ...], tuple[Note, ...]]:
     """Groups that something is offered for, frozen ones, and notes on cuts that could not be proven."""
-    found, frozen, notes = [], [], []
+    open_groups, frozen, notes = [], [], []
     for group in groups(job.graph, job.example):
         reason = group.frozen or job.kept_reason((*group.producers, *(u.layer for u in group.consumers)))
         if not reason and "channels" not in job.methods:
             reason = "the method 'channels' was not asked for"
-        if not reason and (failed := prove(job.graph, group, job.example, job.settings.seed)):
-            reason = f"the cut could not be proven: {failed}"
-            notes.append(Note("axes.unproven", reason, where=group.name, fix="please report the model"))
         if reason:
             frozen.append(replace(group, frozen=reason))
         else:
-            found.append(group)
-    return tuple(found), tuple(frozen), tuple(notes)
+            open_groups.append(group)
+    failed = prove_all(job.graph, open_groups, job.example, job.settings.seed)
+    for group in [g for g in open_groups if g.name in failed]:
+        reason = f"the cut could not be proven: {failed[group.name]}"
+        notes.append(Note("axes.unproven", reason, where=group.name, fix="please report the model"))
+        frozen.append(replace(group, frozen=reason))
+    return tuple(g for g in open_groups if g.name not in failed), tuple(frozen), tuple(notes)
 
 
-def _judge(job: Job) -> Judge:
+def _judge(job: Job, passes: int) -> Judge:
+    """Divergence on the samples that choose, on as many as the network's size allows."""
+    affordable = JUDGE_MACS / max(1, passes * total_macs(job.graph))
+    samples = int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable)))
     batches: list[Inputs] = []
     seen = 0
     for batch in job.judged:
         batches.append(batch.inputs)
         seen += batch.rows
-        if seen >= JUDGE_SAMPLES:
+        if seen >= samples:
             break
     return Judge(batches, outputs_of(job.graph, batches), job.yardstick.divergences)
 
