@@ -156,6 +156,46 @@ def test_numbers_of_heads_are_sought_in_attributes_block_by_block():
     assert_same(made, graph, torch.randn(3, 5, 12))
 
 
+def test_a_wrong_number_of_heads_is_no_answer_however_small_the_difference():
+    """Two heads of three and one head of six differ by less than float32 can tell behind a factor of 1e-7."""
+
+    class Faint(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1e-7 * self.attention(x)
+
+    net, x = Faint().eval(), torch.randn(2, 5, 12)
+    graph = trace(net, (x,)).module
+    assert cuts.sizes(graph, [2, 6], [2, 3]) == 3
+    assert cuts.sizes(graph, [5, 12], [5, 6]) == 1
+    for node in graph.graph.nodes:
+        if "split" in str(node.target):
+            node.update_arg(1, 6)
+    graph.recompile()
+    kept = [0, 1, 2, 6, 7, 8]
+    cuts.rows(graph.get_submodule("attention.qkv"), [part * 12 + c for part in range(3) for c in kept])
+    cuts.columns(graph.get_submodule("attention.out"), kept)
+    made = transplanted(graph, net, None).attention
+    assert (made.num_heads, made.head_size, made.all_size) == (2, 3, 6)
+
+
+def test_a_forward_that_insists_on_float32_is_compared_in_float32():
+    class Insists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)) @ torch.eye(8))
+
+    net = Insists().eval()
+    graph = trace(net, (torch.randn(2, 4),)).module
+    assert_same(transplanted(graph, net, None), graph, torch.randn(3, 4))
+
+
 class Literal(nn.Module):
     """A size that is written into forward."""
 

@@ -95,11 +95,14 @@ def plain_word(name: str) -> bool:
 
 
 def checked(path: str) -> str:
-    """The path, which comments and quotes will hold; raises ModelError where it could leave them."""
+    """The path, which comments and quotes will hold; raises ModelError where it could leave or hide something."""
     try:
-        return safe_path(path)
+        hidden = [name for name in safe_path(path).split(".") if hasattr(nn.Module, name)]
     except UnsafeFileError as error:
         raise ModelError(f"{path[:60]!r} cannot be written into a Python file", why=str(error)) from error
+    if hidden:
+        raise ModelError(f"`{path}` cannot be written into a class", why=f"every module has a `{hidden[0]}` of its own")
+    return path
 
 
 def construction(graph: fx.GraphModule, tree: Tree) -> Iterator[str]:
@@ -116,7 +119,8 @@ def construction(graph: fx.GraphModule, tree: Tree) -> Iterator[str]:
 def _under(path: str, part: nn.Module, tree: Tree) -> Iterator[str]:
     yield from _loose(path, part, tree)
     for name in tree.children.get(path, ()):
-        inner = part.get_submodule(name)
+        inner = part._modules[name]
+        assert inner is not None
         inner_path = f"{path}.{name}" if path else name
         yield from _made(path, name, inner, tree)
         yield from _under(inner_path, inner, tree)

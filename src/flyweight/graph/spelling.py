@@ -308,4 +308,21 @@ def layout(indent: int, opening: str, parts: Sequence[str], closing: str, *, dis
     inner = f"{space}    {', '.join(parts)}"
     if len(inner) <= WIDTH and not display:
         return [f"{space}{opening}", inner, f"{space}{closing}"]
-    return [f"{space}{opening}", *(f"{space}    {part}," for part in parts), f"{space}{closing}"]
+    inside = [line for part in parts for line in _part(indent + 4, part)]
+    return [f"{space}{opening}", *inside, f"{space}{closing}"]
+
+
+def _part(indent: int, part: str) -> list[str]:
+    """The lines of one argument; a list that is too long is broken too, unless a text in it makes commas ambiguous."""
+    space = " " * indent
+    bracketed = part.startswith("[") and part.endswith("]") and '"' not in part and "'" not in part
+    if not bracketed or len(space) + len(part) < WIDTH:
+        return [f"{space}{part},"]
+    items, depth = [""], 0
+    for letter in part[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += letter
+    return [f"{space}[", *(f"{space}    {item.strip()}," for item in items), f"{space}],"]

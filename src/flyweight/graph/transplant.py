@@ -69,7 +69,7 @@ def _attempt(graph: fx.GraphModule, net: nn.Module, call: Call, dropped: tuple[s
     shrinks = _written(own, graph)
     state = {name: buffer.clone() for name, buffer in own.named_buffers()}
     with torch.random.fork_rng(devices=[]):
-        failure = fitted(own, graph, call, shrinks)
+        failure = fitted(own, _copied(net), graph, call, shrinks)
         if failure is not None:
             return _misfit(net, failure)
         try:
