@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from flyweight.numerics.moments import BINS, add_rows, add_values, empty_histogram, empty_moments, shrunk
+from flyweight.numerics.forms import Blocks
+from flyweight.numerics.moments import (
+    BINS,
+    WIDE,
+    WIDEST,
+    Moments,
+    add_patches,
+    add_rows,
+    add_values,
+    empty_histogram,
+    empty_kronecker,
+    empty_moments,
+    enough,
+    shrunk,
+)
 
 SPLITS = [[100], [1, 99], [37, 3, 60], [10] * 10]
 
@@ -69,3 +83,109 @@ def test_shrinkage_knows_no_units():
     plain = shrunk(rows.T @ rows / 40, 40)
     scaled = shrunk((rows * scale).T @ (rows * scale) / 40, 40)
     assert torch.allclose(scaled, plain * scale[:, None] * scale[None, :], rtol=1e-10)
+
+
+def smooth(samples: int, channels: int, places: int, seed: int = 5):
+    """Correlated values, far from zero."""
+    x = torch.randn(samples, channels, places + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x[:, 1:] += 0.5 * x[:, :-1]
+    return x[..., 1:] + 0.8 * x[..., :-1] + 7
+
+
+def windows(samples: int, taps: int = 3, stride: int = 2, count: int = 4):
+    """Overlapping patches, other ones for every sample."""
+    first = torch.arange(samples)[:, None] % 2 + stride * torch.arange(count)
+    return first[..., None] + torch.arange(taps)
+
+
+@pytest.mark.parametrize("split", [[10], [1, 9], [4, 3, 3]])
+def test_moments_as_a_product_are_the_margins_of_the_full_moment(split: list[int]):
+    values, places = smooth(10, 5, 10), windows(10)
+    moments, start = empty_kronecker(5, 3), 0
+    for size in split:
+        moments = add_patches(moments, values[start : start + size], places[start : start + size])
+        start += size
+    patches = values[torch.arange(10)[:, None, None], :, places].movedim(-1, -2)  # sample patch channel tap
+    rows = patches.reshape(40, 15)
+    assert moments.count == 40
+    assert torch.allclose(moments.mean, rows.mean(0), rtol=1e-12)
+    for form, full in [
+        (moments.gram, torch.cov(rows.T, correction=0).reshape(5, 3, 5, 3)),
+        (moments.raw, (rows.T @ rows / 40).reshape(5, 3, 5, 3)),
+    ]:
+        over_channels, over_taps = torch.einsum("ikjk->ij", full), torch.einsum("ikil->kl", full)
+        # sums of 200 doubles around values of 7 to 50: 2^-53 * 200 * 50^2
+        assert torch.allclose(form.channels * 3, over_channels, rtol=1e-9, atol=1e-10)
+        assert torch.allclose(form.taps * over_taps.trace() / 3, over_taps, rtol=1e-9, atol=1e-10)
+        assert float(form.dense().trace()) == pytest.approx(float(over_taps.trace()))
+
+
+def test_inputs_that_are_a_product_give_that_product():
+    """Patches A Z B with white Z have the moment A A^T (x) B^T B."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, n, dtype=torch.float64, generator=generator) for n in (4, 3))
+    white = torch.randn(60_000, 4, 3, dtype=torch.float64, generator=generator)
+    values = left @ white @ right
+    moments = add_patches(empty_kronecker(4, 3), values, torch.arange(3).expand(60_000, 1, 3))
+    truth = torch.kron(left @ left.T, right.T @ right)
+    # 60,000 rows: entries are known to 1 / sqrt(60,000) of the largest
+    assert float((moments.gram.dense() - truth).abs().max()) < 0.03 * float(truth.abs().max())
+
+
+def test_patches_of_float32_far_from_zero_keep_their_variance():
+    values, places = smooth(400, 5, 10), windows(400)
+    exact = add_patches(empty_kronecker(5, 3), values + 1000, places)
+    found = add_patches(empty_kronecker(5, 3), (values + 1000).float(), places)
+    assert torch.allclose(found.gram.dense(), exact.gram.dense(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_product_of_nothing_but_constants_is_all_zero():
+    moments = add_patches(empty_kronecker(2, 3), torch.full((4, 2, 10), 5.0, dtype=torch.float64), windows(4))
+    assert float(moments.gram.dense().abs().max()) == 0
+    assert torch.allclose(moments.raw.dense(), torch.full((6, 6), 25.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_stack_is_every_group_by_itself(split: list[int]):
+    rows = torch.randn(100, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(6)) + 2
+    stack, alone = empty_moments(4, 3), [empty_moments(4) for _ in range(3)]
+    for part in rows.split(split):
+        stack = add_rows(stack, part)
+        alone = [add_rows(one, part[:, 4 * i : 4 * i + 4]) for i, one in enumerate(alone)]
+    for i, one in enumerate(alone):
+        assert torch.equal(stack.gram[i], one.gram)
+        assert torch.equal(stack.mean[i], one.mean)
+        assert torch.allclose(stack.raw[i], one.raw, rtol=1e-12)
+        assert torch.equal(shrunk(stack.gram, 100, 0.01)[i], shrunk(one.gram, 100, 0.01))
+
+
+def test_very_wide_rows_are_kept_in_blocks():
+    rows = torch.randn(50, WIDEST + 5, generator=torch.Generator().manual_seed(7)) + 1
+    moments = add_rows(add_rows(empty_moments(WIDEST + 5), rows[:20]), rows[20:])
+    assert isinstance(moments.gram, Blocks)
+    spans = moments.gram.spans()
+    assert [s.start for s in spans] + [spans[-1].stop] == [0, *(s.stop for s in spans)]
+    assert spans[-1].stop == WIDEST + 5
+    last = rows[:, spans[-1]].double()
+    assert torch.allclose(moments.gram.parts[-1], torch.cov(last.T, correction=0), atol=1e-5)
+    assert torch.allclose(moments.raw.parts[-1], last.T @ last / 50, atol=1e-5)
+    assert moments.mean.shape == (WIDEST + 5,)
+    assert not enough(moments)
+
+
+def test_wide_rows_are_kept_in_float32_and_squared_in_panels():
+    rows = torch.randn(40, WIDE + 3, generator=torch.Generator().manual_seed(8)) + 3
+    moments = add_rows(add_rows(empty_moments(WIDE + 3), rows[:15]), rows[15:])
+    assert moments.gram.dtype == torch.float32
+    sample = torch.tensor([0, 1, 1023, 1024, 2500, WIDE, WIDE + 2])
+    expected = torch.cov(rows[:, sample].double().T, correction=0)
+    assert torch.allclose(moments.gram[sample][:, sample].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("moments", "needed"),
+    [(empty_moments(5), 20), (empty_moments(5, 3), 20), (empty_kronecker(5, 3), 20), (empty_kronecker(2, 6), 24)],
+)
+def test_four_rows_a_column_of_the_widest_problem_are_enough(moments: Moments, needed: int):
+    assert enough(Moments(needed, moments.mean, moments.gram))
+    assert not enough(Moments(needed - 1, moments.mean, moments.gram))
