@@ -315,6 +315,32 @@ def test_inspect_tells_layers_and_groups(here, capsys):
     assert "16×12" in told
 
 
+def test_inspect_measures_what_can_be_lost(here, capsys):
+    arguments = ["inspect", "nets:small", "--data", "data.npz", "--sensitivity"]
+    code, told, progress = run_here(capsys, *arguments, "--json")
+    assert code == 0
+    look = json.loads(told)
+    assert look["samples"]["calib"] > 0
+    measured = [group for group in look["groups"] if group["levels"]]
+    assert [group["name"] for group in measured] == ["0"]
+    assert len(measured[0]["criteria"]) == len(look["agreement"]) + 1 == 10  # no norm, so no score by its scale
+    assert "measure: done" in progress
+    code, told, progress = run_here(capsys, *arguments, "--quiet")
+    assert (code, progress) == (0, "")
+    for words in ("Divergence when", "Squared change", "refitted", "0 of 1", "Spearman", "note: calib"):
+        assert words in told
+    assert max(len(line) for line in told.splitlines()) <= 80
+
+
+def test_inspect_without_data_says_what_they_would_add(here, capsys):
+    code, told, _ = run_here(capsys, "inspect", "nets:small", "--example", "data.npz", "--sensitivity", "--quiet")
+    assert code == 0
+    assert "--calib DATA" in told
+    code, told, error = run_here(capsys, "inspect", "nets:small", "--sensitivity")
+    assert (code, told) == (2, "")
+    assert "--example DATA" in error
+
+
 def test_plan_is_written_and_an_unreachable_budget_is_1(here, capsys, place):
     arguments = ["plan", "nets:small", "--calib", "data.npz", "--budget"]
     code, told, _ = run_here(capsys, *arguments, BUDGET, "--quiet", "-o", "planned", "--json")

@@ -110,6 +110,8 @@ _NO_DATA = Note(
     fix="give calib= (--calib DATA): inputs without labels are enough",
 )
 
+_NOTHING_OPEN = Note("inspect.nothing-open", "no group of channels can be cut, so there is no sensitivity to measure")
+
 
 def _call(model: nn.Module, example: Any, calib: Any, sensitivity: bool, seed: int) -> tuple[Batch, Roles | None]:
     """One call of the model, and the data where they are needed. Raises UsageError where nothing says what a call is."""
@@ -164,7 +166,9 @@ def _without_fix(note: Note) -> Note:
 
 
 def _with_sensitivity(result: Inspection, evidence: Evidence, found: Roles, stage: Stage) -> Inspection:
-    advance = stage("price groups", len(evidence.groups)) if evidence.groups else lambda count: None
+    if not evidence.groups:
+        return msgspec.structs.replace(result, notes=(*result.notes, _NOTHING_OPEN))
+    advance = stage("price groups", len(evidence.groups))
     measured = {}
     for group in evidence.groups:
         measured[group.name] = sensitivity_of(evidence, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,14 @@ from torch import Tensor, fx
 from flyweight.data import Roles
 from flyweight.errors import UsageError
 from flyweight.graph.axes import Group
+from flyweight.graph.cost import total_macs
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers, matrix
 from flyweight.methods import channels, criteria
-from flyweight.methods.pricing import Judge, ladder, outputs_of
+from flyweight.methods.pricing import Judge, outputs_of
 from flyweight.numerics.forms import row_errors
-from flyweight.stages.quote import JUDGE_SAMPLES, Stage
+from flyweight.numerics.moments import enough
+from flyweight.stages.quote import Stage
 from flyweight.stages.setup import Settings, yardstick_of
 from flyweight.types import Note
 
@@ -28,6 +31,8 @@ __all__ = ["CriterionLook", "Evidence", "LevelLook", "Sensitivity", "evidence_of
 
 SHARES = (7 / 8, 3 / 4, 1 / 2, 1 / 4)  # of the channels, that are looked at
 GRADIENT_SAMPLES = 256
+JUDGE_SAMPLES, LEAST_SAMPLES = 512, 32
+JUDGE_MACS = 4e12  # for all divergences together, a minute or two: a large network is judged on fewer samples
 
 
 class LevelLook(msgspec.Struct, frozen=True):
@@ -46,8 +51,9 @@ class LevelLook(msgspec.Struct, frozen=True):
 class CriterionLook(msgspec.Struct, frozen=True):
     """A criterion's choice of half the channels: the mean over readers of the squared change as a share of their power.
 
-    `dropped`: nothing else changed; `refitted`: with the readers' best weights on what is left. `agreement`: rank
-    correlation (Spearman) of its order with that of `full`. All None where it cannot score: `missing` says why.
+    `dropped`: nothing else changed, not even a bias (so it may exceed 1); `refitted`: with the readers' best weights on
+    what is left. `agreement`: rank correlation (Spearman) of its order with that of `full`. All None where it cannot
+    score: `missing` says why.
     """
 
     name: str
@@ -94,12 +100,14 @@ def evidence_of(
     """Second moments on all of calib, gradients on a part of it, outputs to compare with on what was set aside."""
     yardstick, reason = yardstick_of(graph, found, Settings("", task=task, divergence=divergence))
     present = layers(graph)
-    stats = measure(graph, (b.inputs for b in found.calib), present, advance=stage("measure", found.calib.samples))
     readers = {use.layer for group in open_groups for use in group.consumers}
+    wanted = {name: layer for name, layer in present.items() if name in readers}
+    stats = measure(graph, (b.inputs for b in found.calib), wanted, advance=stage("measure", found.calib.samples))
     slopes, notes = _slopes(graph, _first(found.calib, GRADIENT_SAMPLES), readers, yardstick.task, seed, stage)
-    batches = _first(found.tune or found.calib, JUDGE_SAMPLES)
+    affordable = JUDGE_MACS / max(1, len(SHARES) * len(open_groups) * total_macs(graph))
+    batches = _first(found.tune or found.calib, int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable))))
     judge = Judge(batches, outputs_of(graph, batches), yardstick.divergences)
-    few = _few_rows(present, stats, readers)
+    few = _few_rows(wanted, stats)
     return Evidence(
         graph, present, open_groups, stats, slopes, judge, sum(len(b[0]) for b in batches),
         f"{yardstick.task} ({reason})", seed, (*notes, *few),
@@ -132,9 +140,9 @@ def _slopes(
     return found, ()
 
 
-def _few_rows(present: Mapping[str, Layer], stats: Stats, readers: set[str]) -> tuple[Note, ...]:
+def _few_rows(readers: Mapping[str, Layer], stats: Stats) -> tuple[Note, ...]:
     """A note where the readers' second moments rest on few rows."""
-    poor = [n for n in present if n in readers and stats.inputs[n].count < 4 * present[n].columns]
+    poor = [name for name, layer in readers.items() if not enough(stats.inputs[name])]
     if not poor:
         return ()
     text = f"{stats.samples} calibration samples are few for {len(poor)} layer(s): errors there are too hopeful"
@@ -143,18 +151,31 @@ def _few_rows(present: Mapping[str, Layer], stats: Stats, readers: set[str]) -> 
 
 def sensitivity_of(evidence: Evidence, group: Group) -> Sensitivity:
     """What the group loses at a few levels, and what every criterion would lose at half."""
-    counts = sorted({max(1, round(group.size * share)) for share in SHARES} - {group.size}, reverse=True)
-    found = ladder(evidence.graph, group, evidence.layers, evidence.stats, counts, evidence.judge, measured=len(counts))
-    levels = tuple(
-        LevelLook(level, error, _shares(evidence, group, found.kept(level), True), rise)
-        for level, error, rise in list(zip(found.levels, found.layer_errors, found.errors, strict=True))[1:]
-    )
     scores, missing = _scored(evidence, group)
+    half = max(1, group.size // 2)
+    kept = {name: channels.kept_channels(group, criteria.gone(one), half) for name, one in scores.items()}
+    shares = {choice: _at_half(evidence, group, choice) for choice in {tuple(one) for one in kept.values()}}
     looks = tuple(
-        _criterion(evidence, group, name, scores) if name in scores else CriterionLook(name, missing=missing[name])
+        CriterionLook(name, *shares[tuple(kept[name])], agreement(scores[name], scores["full"]))
+        if name in scores
+        else CriterionLook(name, missing=missing[name])
         for name in criteria.ALL
     )
-    return Sensitivity(levels, looks, scores)
+    return Sensitivity(_levels(evidence, group, criteria.gone(scores["full"])), looks, scores)
+
+
+def _levels(evidence: Evidence, group: Group, gone: Sequence[int]) -> tuple[LevelLook, ...]:
+    """The group at a few levels along one order of going."""
+    families = channels.families(evidence.graph, group, evidence.layers, evidence.stats, gone)
+    looks = []
+    for level in sorted({max(1, round(group.size * share)) for share in SHARES} - {group.size}, reverse=True):
+        refits = {name: one.refit(level) for name, one in families.items()}
+        trial = copy.deepcopy(evidence.graph)
+        for name, new in refits.items():
+            channels.apply(trial, evidence.layers[name], new)
+        error = sum(one.error for one in refits.values())
+        looks.append(LevelLook(level, error, _shares(evidence, refits), evidence.judge(trial)))
+    return tuple(looks)
 
 
 def _scored(evidence: Evidence, group: Group) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -171,20 +192,17 @@ def _scored(evidence: Evidence, group: Group) -> tuple[dict[str, Tensor], dict[s
     return scores, missing
 
 
-def _criterion(evidence: Evidence, group: Group, name: str, scores: Mapping[str, Tensor]) -> CriterionLook:
-    kept = channels.kept_channels(group, criteria.gone(scores[name]), max(1, group.size // 2))
-    dropped, refitted = (list(_shares(evidence, group, kept, how).values()) for how in (False, True))
-    return CriterionLook(
-        name,
-        dropped=sum(dropped) / len(dropped),
-        refitted=sum(refitted) / len(refitted),
-        agreement=agreement(scores[name], scores["full"]),
-    )
+def _at_half(evidence: Evidence, group: Group, kept: Sequence[int]) -> tuple[float, float]:
+    """The mean share that readers lose when only `kept` remain: dropped, refitted."""
+    means = []
+    for compensate in (False, True):
+        refits = channels.refit_readers(evidence.graph, group, evidence.layers, evidence.stats, kept, compensate)
+        means.append(sum(_shares(evidence, refits).values()) / len(refits))
+    return means[0], means[1]
 
 
-def _shares(evidence: Evidence, group: Group, kept: Sequence[int], compensate: bool) -> dict[str, float]:
+def _shares(evidence: Evidence, refits: Mapping[str, channels.Refit]) -> dict[str, float]:
     """The squared change of every reader's outputs as a share of their power."""
-    refits = channels.refit_readers(evidence.graph, group, evidence.layers, evidence.stats, kept, compensate)
     return {name: one.error / _power(evidence, name) for name, one in refits.items()}
 
 

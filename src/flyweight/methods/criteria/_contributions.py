@@ -32,8 +32,8 @@ def contributions(
     label. Without `labels` each sample's label is drawn from the model's own answer (for numbers and vectors: the answer
     plus unit noise), so the mean square is the diagonal of the Fisher information, and gradients do not vanish where
     the model is sure. Does not depend on how the samples were batched; `graph` (in eval mode) is not changed. Raises
-    UsageError for labels that do not belong to `task`. Source: the gates of Molchanov et al. 2019, arXiv:1906.10771,
-    eq. 8; drawn labels: Martens 2014, arXiv:1412.1193, section 5.
+    UsageError for labels that do not belong to `task` and for answers without a gradient. Source: the gates of Molchanov
+    et al. 2019, arXiv:1906.10771, eq. 8; drawn labels: Martens 2014, arXiv:1412.1193, section 5.
     """
     draw = np.random.default_rng(seed)
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -42,13 +42,21 @@ def contributions(
         with torch.enable_grad():
             answer = main_output(run.run(*batch))[0].double()
             loss = _loss(answer, task, None if labels is None else labels[number], draw)
-            gates = [gate for calls in run.gates.values() for gate in calls]
-            slopes = iter(torch.autograd.grad(loss, gates, allow_unused=True) if gates else ())
+            slopes = iter(_slopes(loss, [gate for calls in run.gates.values() for gate in calls]))
         for name, calls in run.gates.items():
             parts = [_by_sample(gate, next(slopes), len(batch[0])) for gate in calls]
             found[name].append(torch.stack(parts).sum(0))
         advance(len(batch[0]))
     return {name: torch.cat(parts) for name, parts in found.items() if parts}
+
+
+def _slopes(loss: Tensor, gates: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    if gates and not loss.requires_grad:
+        raise UsageError("the model's answer has no gradient in what its layers read")
+    try:
+        return torch.autograd.grad(loss, gates, allow_unused=True) if gates else ()
+    except RuntimeError as error:  # an operator without a derivative
+        raise UsageError(f"gradients cannot be taken: {str(error).splitlines()[0]}") from error
 
 
 class _Gated(fx.Interpreter):
