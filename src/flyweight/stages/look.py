@@ -15,7 +15,7 @@ from flyweight.errors import UsageError
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import total_macs
 from flyweight.graph.operators import layers
-from flyweight.graph.surgery import prove
+from flyweight.graph.surgery import prove_all
 from flyweight.graph.trace import Traced, trace
 from flyweight.stages.quote import Stage
 from flyweight.stages.sensitivity import CriterionLook, Evidence, LevelLook, evidence_of, mean_agreement, sensitivity_of
@@ -89,11 +89,11 @@ def inspected(
     traced = trace(model, call.args, call.kwargs)
     rows = tuple(x[torch.arange(2) % len(x)] for x in call.inputs)
     known = groups(traced.module, rows)
-    advance = stage("prove cuts", len(known)) if known else lambda count: None
-    reasons = {}
-    for group in known:
-        reasons[group] = group.frozen or prove(traced.module, group, rows)
-        advance(1)
+    failed = prove_all(traced.module, [group for group in known if not group.frozen], rows, seed)
+    reasons = {
+        group: group.frozen or (f"the cut could not be proven: {failed[group.name]}" if group.name in failed else "")
+        for group in known
+    }
     looks = tuple(_group(group, reason) for group, reason in reasons.items())
     result = _structure(traced, looks)
     if not sensitivity:

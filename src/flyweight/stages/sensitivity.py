@@ -23,7 +23,7 @@ from flyweight.methods import channels, criteria
 from flyweight.methods.pricing import Judge, outputs_of
 from flyweight.numerics.forms import row_errors
 from flyweight.numerics.moments import enough
-from flyweight.stages.quote import Stage
+from flyweight.stages.quote import JUDGE_MACS, JUDGE_SAMPLES, LEAST_SAMPLES, Stage
 from flyweight.stages.setup import Settings, yardstick_of
 from flyweight.types import Note
 
@@ -31,8 +31,6 @@ __all__ = ["CriterionLook", "Evidence", "LevelLook", "Sensitivity", "evidence_of
 
 SHARES = (7 / 8, 3 / 4, 1 / 2, 1 / 4)  # of the channels, that are looked at
 GRADIENT_SAMPLES = 256
-JUDGE_SAMPLES, LEAST_SAMPLES = 512, 32
-JUDGE_MACS = 4e12  # for all divergences together, a minute or two: a large network is judged on fewer samples
 
 
 class LevelLook(msgspec.Struct, frozen=True):
