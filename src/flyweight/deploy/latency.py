@@ -31,7 +31,7 @@ class LatencyTable(msgspec.Struct, frozen=True):
 
     `whole[regime]`: the whole model with every layer in that number format. `saved[regime][group][level]`: what is saved
     when that group alone has `level` channels. `extra[layer]`: what is added when that layer alone stays float in the
-    int8 model.
+    int8 model. `split[regime][layer][rank]`: what is saved when that layer alone is made two of that rank.
     """
 
     reference_s: Mapping[str, float]
@@ -43,6 +43,7 @@ class LatencyTable(msgspec.Struct, frozen=True):
     runtime: str
     threads: int
     notes: tuple[Note, ...] = ()
+    split: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]] = {}
     schema_version: int = 1
 
 

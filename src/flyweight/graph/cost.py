@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from flyweight.graph.axes import Group
 from flyweight.graph.operators import Layer, layers, module_of, sizes
+from flyweight.graph.rewrite import part_before
 
 __all__ = ["Other", "layer_macs", "others", "total_macs", "weight_bytes"]
 
@@ -73,12 +74,16 @@ def _work(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str, int]:
 def total_macs(graph: fx.GraphModule, weights: fx.GraphModule | None = None) -> int:
     """Multiply-accumulates per sample of all convolutions and linear layers.
 
-    `weights`: a graph that was cut from this one, whose weights are counted; how often each is used stays.
+    `weights`: a graph that was cut from this one, whose weights are counted (both parts of a layer that became two); how
+    often each is used stays.
     """
     present = layers(graph)
     if weights is None:
         return sum(layer.macs for layer in present.values()) + sum(_work(graph, present).values())
-    small = sum(_weight(weights, name).numel() * layer.positions for name, layer in present.items())
+    parts = {name: part_before(weights, name) for name in present}
+    numbers = {name: _weight(weights, name).numel() for name in present}
+    numbers |= {name: numbers[name] + _weight(weights, part).numel() for name, part in parts.items() if part}
+    small = sum(numbers[name] * layer.positions for name, layer in present.items())
     work, full = _work(graph, present), {name: _weight(graph, name).numel() for name in _work(graph, present)}
     return small + sum(macs // full[name] * _weight(weights, name).numel() for name, macs in work.items())
 

@@ -11,15 +11,21 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from flyweight.graph.operators import module_of, sizes
 
-__all__ = ["flatten_views", "pooled_means", "refresh", "without_dropout"]
+__all__ = ["PART_OF", "flatten_views", "part_before", "pooled_means", "refresh", "without_dropout"]
 
 aten = torch.ops.aten
+PART_OF = "part_of"  # in the meta of a call that does the first part of a layer's work: the name of that layer
 
 
 def refresh(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Writes the sizes that `inputs` give every node into `node.meta["val"]`, in place."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         FakeTensorProp(graph, mode).propagate(*inputs)
+
+
+def part_before(graph: fx.GraphModule, layer: str) -> str:
+    """The module that does the first part of a layer's work, "" where the layer is one (or was read from a file)."""
+    return next((str(n.target) for n in graph.graph.nodes if n.meta.get(PART_OF) == layer), "")
 
 
 def pooled_means(graph: fx.GraphModule) -> None:

@@ -27,10 +27,11 @@ from torch import Tensor, fx, nn
 
 from flyweight.graph.measure import Stats
 from flyweight.graph.operators import CONVOLUTIONS, Layer, matrix, sharers
+from flyweight.graph.rewrite import PART_OF
 from flyweight.graph.specs import Spec, build, spec_of
 from flyweight.methods import channels
 from flyweight.methods.pricing import Judge, fitted
-from flyweight.numerics import forms
+from flyweight.numerics.forms import diagonal, mean_outputs, output_moment, row_errors
 from flyweight.numerics.lowrank import Components, components, factors, paying_rank
 from flyweight.numerics.moments import Moments, shrunk
 from flyweight.types import Step
@@ -48,6 +49,7 @@ __all__ = [
     "refused",
     "restructure",
     "split",
+    "split_all",
     "step",
 ]
 
@@ -112,15 +114,9 @@ def principal(graph: fx.GraphModule, layer: Layer, moments: Moments) -> Componen
 
     Unshrunk, directions that a few rows did not happen to show would be thrown away for nothing.
     """
-
-    def lowered(gram: Tensor) -> Tensor:
-        second = shrunk(gram, moments.count)
-        assert isinstance(second, Tensor)
-        second.diagonal().copy_(gram.diagonal())  # an input never seen has no power: nothing is solved, all may be 0
-        return second
-
-    second = forms.mapped(channels.gram_of(layer, moments), lowered)
-    return components(matrix(graph.get_submodule(layer.name)), lambda rows: forms.output_moment(rows, second))
+    gram = channels.gram_of(layer, moments)
+    second, alive = shrunk(gram, moments.count), diagonal(gram) > 0  # a column never seen would get a power of 1
+    return components(matrix(graph.get_submodule(layer.name)), lambda rows: output_moment(rows * alive, second))
 
 
 def factor(graph: fx.GraphModule, layer: Layer, moments: Moments, found: Components, rank: int) -> Factored:
@@ -129,8 +125,8 @@ def factor(graph: fx.GraphModule, layer: Layer, moments: Moments, found: Compone
     first, second = factors(weights, found, rank)
     lost = weights - second @ first
     absorbed = channels.absorbs(layer)
-    shift = lost @ moments.mean if absorbed else torch.zeros(layer.outputs, dtype=weights.dtype)
-    return Factored(first, second, shift, float(forms.row_errors(lost, channels.gram_of(layer, moments)).sum()))
+    shift = mean_outputs(lost, moments.mean) if absorbed else torch.zeros(layer.outputs, dtype=weights.dtype)
+    return Factored(first, second, shift, float(row_errors(lost, channels.gram_of(layer, moments)).sum()))
 
 
 def change(graph: fx.GraphModule, layer: Layer, new: Factored) -> None:
@@ -203,7 +199,7 @@ def _insert(graph: fx.GraphModule, node: fx.Node, target: str, last: bool, rank:
     """A call of `target` before `node`; the channels are the last dimension of a linear layer, else the second."""
     with graph.graph.inserting_before(node):
         made = graph.graph.create_node("call_module", target, (node.args[0],), name=f"{node.name}_in")
-    made.meta = dict(node.meta)
+    made.meta = {**node.meta, PART_OF: str(node.target)}
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         sizes = list(value.shape)
@@ -217,11 +213,18 @@ def restructure(
 ) -> fx.GraphModule:
     """A copy of `graph` with the layers of `steps` made two. `stats` and `layers` belong to `graph`, which stays."""
     result = copy.deepcopy(graph)
+    split_all(result, graph, layers, stats, steps)
+    return result
+
+
+def split_all(
+    result: fx.GraphModule, graph: fx.GraphModule, layers: Mapping[str, Layer], stats: Stats, steps: Collection[Step]
+) -> None:
+    """Makes the layers of `steps` two in `result`, in place; it holds them as `graph` does, which stays."""
     for one in steps:
         layer, moments = layers[one.target], stats.inputs[one.target]
         found = principal(graph, layer, moments)
         split(result, layer, factor(graph, layer, moments, found, int(one.setting["rank"])))
-    return result
 
 
 def ranks(graph: fx.GraphModule, layer: Layer, stats: Stats, offered: Sequence[int], judge: Judge) -> Ranks:

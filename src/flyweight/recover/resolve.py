@@ -38,7 +38,8 @@ def resolve(
 ) -> fx.GraphModule:
     """A copy of `graph` whose layers are fitted again, in graph order, to the outputs of `original`.
 
-    Both hold the same nodes (`graph` was cut from `original`). `kept` maps a layer to the output rows it still has
+    Every node of `original` is in `graph`, under its name (`graph` was cut from it); what `graph` holds beside them stays
+    as it is. `kept` maps a layer to the output rows it still has
     (missing: all). Layers that share a tensor, are called twice or saw too few rows stay as they are. Norms get the
     statistics of the new outputs. All batches pass through one node before the next, so the cost is one run of each
     network; as many batches are used as fit into MEMORY_BYTES.
@@ -48,13 +49,17 @@ def resolve(
     new, old = _Flow(result), _Flow(original)
     feeds, shared = _affordable(original, batches), sharers(result)
     with torch.no_grad():
-        for mine, theirs in zip(list(result.graph.nodes), list(original.graph.nodes), strict=True):
+        teachers = {node.name: node for node in original.graph.nodes}
+        for mine in list(result.graph.nodes):
+            theirs = teachers.pop(mine.name, None)
             layer = present.get(str(mine.target)) if mine.op == "call_module" else None
-            if layer is not None and layer.name not in shared and _enough(layer, feeds):
+            if theirs is not None and layer is not None and layer.name not in shared and _enough(layer, feeds):
                 _fit(result, original, layer, kept.get(layer.name), new.inputs(mine), old.inputs(theirs))
                 advance(1)
             new.step(mine, feeds)
-            old.step(theirs, feeds)
+            if theirs is not None:
+                old.step(theirs, feeds)
+    assert not teachers, "a node of the original is missing"
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -46,14 +46,15 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     costs = {"size": float(plan.predicted.file_bytes or 0), "macs": float(plan.predicted.macs)}
     solution = Solution((), plan.error, costs, plan.error, 0.0, plan.feasible, plan.binding)
     made = tuple(
-        Decision(
-            Site(name, "channels" if name.startswith("channels:") else "numbers", ()), option, "as planned", (option,)
-        )
-        for name, option in plan.choices.items()
+        Decision(Site(name, _kind(name), ()), option, "as planned", (option,)) for name, option in plan.choices.items()
     )
     return quotes, Purchase(
         plan.choices, steps, solution, graph, notes, None, reference, (), made, plan.predicted.weight_bytes
     )  # fmt: skip
+
+
+def _kind(site: str) -> Literal["channels", "rank", "numbers"]:
+    return "channels" if site.startswith("channels:") else "rank" if site.startswith("rank:") else "numbers"
 
 
 def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Results:

@@ -320,7 +320,13 @@ def _purchase(quotes: Quotes, reference: Reference, table: LatencyTable | None, 
 def _overhead(choice: Choice) -> float:
     """The bytes of the chosen file that are no weights, as predicted."""
     sizes, choices = choice.market.menu.sizes, choice.solution.choices
-    return sizes.overhead + sizes.per_int8_layer * sum(choices[len(choice.market.menu.ladders) :])
+    menu, total = choice.market.menu, float(sizes.overhead)
+    form = menu.format_index()
+    total += sizes.per_int8_layer * sum(choices[v] for v in form.values())
+    for i, one in enumerate(menu.ranks, len(menu.ladders) + len(menu.formats)):
+        rounded = one.layer in form and choices[form[one.layer]]
+        total += (sizes.per_split_layer + (sizes.per_int8_layer if rounded else 0.0)) * (choices[i] > 0)
+    return total
 
 
 def _refused(quotes: Quotes, menu: Menu) -> dict[str, str]:

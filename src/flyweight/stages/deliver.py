@@ -12,9 +12,9 @@ from flyweight.deploy.placement import Slot, slots
 from flyweight.graph.axes import Group, rows_of
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers
-from flyweight.graph.rewrite import pooled_means, refresh
+from flyweight.graph.rewrite import part_before, pooled_means, refresh
 from flyweight.graph.surgery import fold_norms
-from flyweight.methods import channels, int8
+from flyweight.methods import channels, int8, lowrank
 from flyweight.methods.channels import removed
 from flyweight.recover.normstats import reestimate
 from flyweight.recover.resolve import resolve
@@ -53,24 +53,32 @@ def deliver(
     largest: int = int8.LARGEST,
 ) -> tuple[fx.GraphModule, tuple[Note, ...]]:
     """The compressed graph, eval mode, and notes. `calib()` walks the calibration batches anew."""
-    structure = [s for s in steps if s.method == channels.NAME]
-    numbers = [s for s in steps if s.method == int8.NAME]
+    structure = [s for s in steps if s.method in (channels.NAME, lowrank.NAME)]
     graph = restructured(network, structure, calib)
+    numbers = _of_both_parts(graph, [s for s in steps if s.method == int8.NAME])
     if not numbers:
         return graph, ()
     ready = prepared(graph, network.example, {s.target for s in numbers}, calib)
     return with_numbers(ready, numbers, largest)[0], _folded_note(network, graph, ready.graph)
 
 
+def _of_both_parts(graph: fx.GraphModule, numbers: Sequence[Step]) -> list[Step]:
+    """A layer that became two has both in its number format."""
+    parts = ((part_before(graph, one.target), one) for one in numbers)
+    return [*numbers, *(Step(one.method, part, one.setting) for part, one in parts if part)]
+
+
 def restructured(network: Network, steps: Collection[Step], calib: Callable[[], Iterable[Batch]]) -> fx.GraphModule:
-    """The graph with channels removed and the norms' statistics estimated anew (a plain copy without steps)."""
+    """The graph with channels removed, layers of lower rank, norm statistics estimated anew (a copy without steps)."""
     if not steps:
         return copy.deepcopy(network.graph)
-    graph = channels.restructure(network.graph, network.groups, network.layers, network.stats, steps)
+    cuts, ranks = ([s for s in steps if s.method == name] for name in (channels.NAME, lowrank.NAME))
+    graph = channels.restructure(network.graph, network.groups, network.layers, network.stats, cuts)
+    lowrank.split_all(graph, network.graph, network.layers, network.stats, ranks)
     refresh(graph, network.example)
     reestimate(graph, calib())
     if all(one.setting.get("compensate", True) for one in steps):
-        rows = _rows_left(network, steps)
+        rows = _rows_left(network, cuts)
         graph = resolve(graph, network.graph, rows, calib())
         reestimate(graph, calib())
     return graph

@@ -18,57 +18,15 @@ from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.graph.axes import Group, rows_of
 from flyweight.graph.cost import Other, layer_macs, weight_bytes
 from flyweight.graph.operators import Layer
-from flyweight.methods import channels, int8
+from flyweight.methods import channels, int8, lowrank
+from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Factor, Floats, Problem, evaluate
+from flyweight.stages.menu import Format, Menu, Sizes
+from flyweight.stages.ranks import rank_factors
 from flyweight.types import Cost, Option, Step
 
 __all__ = ["Format", "Market", "Menu", "Sizes", "edges", "markets", "options", "problem", "steps"]
-
-
-@dataclass(frozen=True)
-class Format:
-    """The choice of a layer's number format. `allowed` holds the indices (0 float, 1 int8) that rules leave open."""
-
-    layer: str
-    layer_error: float
-    error: float
-    allowed: tuple[int, ...] = (0, 1)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """File bytes beyond the stored weights: of the float file, and what each int8 layer adds."""
-
-    overhead: int
-    per_int8_layer: float
-
-
-@dataclass(frozen=True, eq=False)
-class Menu:
-    """All decisions, in the order of the search's variables: ladders first, then formats.
-
-    `combined[group]` is what rounding all readers adds to the divergence of that group's second measured level, beyond
-    the sum of both prices, as a share of the level's own price.
-    """
-
-    layers: Mapping[str, Layer]
-    ladders: tuple[Ladder, ...]
-    formats: tuple[Format, ...]
-    combined: Mapping[str, float]
-    neighbours: tuple[tuple[str, str], ...]
-    sizes: Sizes
-    others: tuple[Other, ...] = ()
-    fixed_macs: int = 0  # of what no group touches and is no layer
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups that something is offered for."""
-        return tuple(lad.group for lad in self.ladders)
-
-    def format_index(self) -> dict[str, int]:
-        """Layer name -> variable of its number format."""
-        return {f.layer: len(self.ladders) + i for i, f in enumerate(self.formats)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +42,7 @@ def markets(menu: Menu, table: LatencyTable | None) -> tuple[Market, ...]:
     whole = Market(menu, problem(menu, table))
     if table is None or not menu.formats or any(0 not in f.allowed for f in menu.formats):
         return (whole,)
-    bare = replace(menu, formats=(), combined={})
+    bare = replace(menu, formats=(), combined={}, meetings={})
     return (whole, Market(bare, problem(bare, table)))
 
 
@@ -104,7 +62,11 @@ def edges(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> tuple[tuple[str
 
 def problem(menu: Menu, table: LatencyTable | None) -> Problem:
     """The search problem of a menu; without a table, latency has no price and may not be limited."""
-    size = (*(len(lad.levels) for lad in menu.ladders), *(2 for _ in menu.formats))
+    size = (
+        *(len(lad.levels) for lad in menu.ladders),
+        *(2 for _ in menu.formats),
+        *(len(r.levels) for r in menu.ranks),
+    )
     factors = [Factor((i,), np.array(lad.errors)) for i, lad in enumerate(menu.ladders)]
     where = menu.format_index()
     for f in menu.formats:
@@ -115,7 +77,7 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
     for layer in menu.layers.values():
         factors += _layer_factors(menu, layer, table, own)
     factors += [factor for other in menu.others for factor in _other_factors(menu, other)]
-    factors += _combined_factors(menu)
+    factors += _combined_factors(menu) + rank_factors(menu, table, regime)
     base: dict[str, float] = {"size": menu.sizes.overhead, "macs": menu.fixed_macs}
     if table is not None:
         base |= {f"latency@{s}": v for s, v in table.whole[INT8 if menu.formats else FLOAT].items()}
@@ -409,24 +371,29 @@ def options(menu: Menu, built: Problem, table: LatencyTable | None) -> dict[str,
 
 def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float], table: LatencyTable | None) -> Option:
     latency = {s: change[f"latency@{s}"] * t for s, t in (table.reference_s if table else {}).items()}
-    rounded = option and variable >= len(menu.ladders)
-    weights = round(change["size"] - (menu.sizes.per_int8_layer if rounded else 0))
+    decision = menu.decision(variable)
+    apart = {Ladder: 0.0, Format: menu.sizes.per_int8_layer, Ranks: menu.sizes.per_split_layer}[type(decision)]
+    weights = round(change["size"] - (apart if option else 0))
     cost = Cost(round(change["macs"]), weights, round(change["size"]), latency or None)
     done = steps(menu, variable, option)
-    if variable < len(menu.ladders):
-        lad = menu.ladders[variable]
-        label = f"{lad.levels[option]} of {lad.group.size} channels" if option else "keep"
-        return Option(f"channels:{lad.group.name}", label, done, lad.layer_errors[option], lad.errors[option], cost)
-    form = menu.formats[variable - len(menu.ladders)]
-    label, layer_error = ("int8", form.layer_error) if option else ("keep", 0.0)
-    return Option(f"numbers:{form.layer}", label, done, layer_error, form.error if option else 0.0, cost)
+    match decision:
+        case Ladder(levels=levels, group=group, layer_errors=layer_errors, errors=errors):
+            site, label = f"channels:{group.name}", f"{levels[option]} of {group.size} channels"
+        case Ranks(levels=levels, layer=layer, layer_errors=layer_errors, errors=errors):
+            site, label = f"rank:{layer}", f"rank {levels[option]} of {levels[0]}"
+        case Format(layer=layer, layer_error=layer_error, error=error):
+            site, label, layer_errors, errors = f"numbers:{layer}", "int8", (0.0, layer_error), (0.0, error)
+    return Option(site, label if option else "keep", done, layer_errors[option], errors[option], cost)
 
 
 def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:
     """What a choice does."""
     if option == 0:
         return ()
-    if variable < len(menu.ladders):
-        lad = menu.ladders[variable]
-        return (channels.step(lad.group, lad.kept(lad.levels[option])),)
-    return (int8.step(menu.formats[variable - len(menu.ladders)].layer),)
+    match menu.decision(variable):
+        case Ladder() as lad:
+            return (channels.step(lad.group, lad.kept(lad.levels[option])),)
+        case Ranks(layer=layer, levels=levels):
+            return (lowrank.step(layer, levels[option]),)
+        case Format(layer=layer):
+            return (int8.step(layer),)

@@ -19,10 +19,12 @@ from flyweight.graph.cost import others, total_macs
 from flyweight.graph.measure import from_tensors, measure, to_tensors
 from flyweight.graph.operators import Layer, layers, sharers
 from flyweight.graph.surgery import folded, prove_all
-from flyweight.methods import channels, int8
+from flyweight.methods import channels, int8, lowrank
+from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Judge, Ladder, ladder, outputs_of
 from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
 from flyweight.stages.price import Format, Menu, Sizes, edges
+from flyweight.stages.ranks import meeting
 from flyweight.stages.setup import Inputs, Job
 from flyweight.types import Note
 
@@ -85,9 +87,12 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     job.checkpoint("pricing numbers")
     allowed, refused = _number_layers(job, present)
     formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
+    job.checkpoint("pricing ranks")
+    ranks, meetings = _ranks(job, network, formats, judge, store, stage)
+    neighbours = edges(job.graph, present)
     beside = others(job.graph, [lad.group for lad in ladders], present)
     fixed = total_macs(job.graph) - sum(one.macs for one in present.values()) - sum(o.macs for o in beside)
-    menu = Menu(present, ladders, formats, combined, edges(job.graph, present), Sizes(0, 0.0), beside, fixed)
+    menu = Menu(present, ladders, formats, combined, neighbours, Sizes(0, 0.0), beside, fixed, ranks, meetings)
     few = _few_samples(job, network)
     return Quotes(network, menu, frozen, refused, (*notes, *few))
 
@@ -152,6 +157,36 @@ def _ladders(
         if advance:
             advance(1)
     return tuple(made)
+
+
+def _ranks(
+    job: Job, network: Network, formats: Sequence[Format], judge: Judge, store: Store, stage: Stage
+) -> tuple[tuple[Ranks, ...], dict[str, float]]:
+    """Ranks of every layer that may become two, and what rounding both parts adds."""
+    if "lowrank" not in job.methods:
+        return (), {}
+    stay, rounding = lowrank.refused(network.graph, network.layers), {f.layer: f.error for f in formats}
+    multiple, count = (get(job.settings.target).preferred_multiple() // 2, 3) if job.times_matter else (1, 6)
+    offered = {name: lowrank.levels(layer, multiple, count) for name, layer in network.layers.items()}
+    open_layers = [n for n, some in offered.items() if some and n not in stay and not job.kept_reason([n])]
+    advance = stage("price ranks", len(open_layers)) if open_layers else None
+    made, meetings = [], {}
+    for i, name in enumerate(open_layers):
+        kept = store.load(f"ranks-{i}.json")
+        if kept is not None:
+            p = msgspec.json.decode(kept, type=_Prices)
+        else:
+            job.checkpoint(f"pricing the ranks of {name}")
+            one = lowrank.ranks(network.graph, network.layers[name], network.stats, offered[name], judge)
+            both = name in rounding
+            extra = meeting(network, one, rounding[name], judge, job.calib, largest_integer()) if both else 0.0
+            p = _Prices((), one.levels, one.layer_errors, one.errors, extra)
+            store.save(f"ranks-{i}.json", msgspec.json.encode(p))
+        made.append(Ranks(name, p.levels, p.layer_errors, p.errors))
+        meetings[name] = p.combined
+        if advance:
+            advance(1)
+    return tuple(made), meetings
 
 
 def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

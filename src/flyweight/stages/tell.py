@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -12,8 +13,12 @@ from flyweight.deploy.clock import Timings
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import layer_macs, weight_bytes
 from flyweight.graph.operators import Layer
+from flyweight.graph.rewrite import part_before
+from flyweight.methods import lowrank
+from flyweight.methods.lowrank import Ranks
+from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Solution
-from flyweight.stages.price import Menu
+from flyweight.stages.price import Format, Menu
 from flyweight.stages.weigh import COMPRESSED
 from flyweight.types import (
     Claim,
@@ -42,7 +47,7 @@ def layer_rows(
     for name, layer in layers.items():
         old, new = _weight(before, name), _weight(after, name)
         bits = 8 if name in int8_layers else 32
-        inputs, outputs = new.shape[1], new.shape[0]
+        parts = _parts(after, layer, new)
         changed = old.shape != new.shape or bits == 8 or not torch.equal(old, new)
         rows.append(
             LayerRow(
@@ -53,14 +58,21 @@ def layer_rows(
                 bits_before=32,
                 bits_after=bits,
                 weight_bytes_before=weight_bytes(layer, layer.inputs, layer.outputs, 32),
-                weight_bytes_after=weight_bytes(layer, inputs, outputs, bits),
+                weight_bytes_after=sum(weight_bytes(part, part.inputs, part.outputs, bits) for part in parts),
                 macs_before=layer.macs,
-                macs_after=layer_macs(layer, inputs, outputs),
+                macs_after=sum(layer_macs(part, part.inputs, part.outputs) for part in parts),
                 histogram_before=_histogram(old) if changed else None,
                 histogram_after=_histogram(new) if changed else None,
             )
         )
     return tuple(rows)
+
+
+def _parts(after: fx.GraphModule, layer: Layer, new: Tensor) -> tuple[Layer, ...]:
+    """What a layer became: itself with the sizes of its weight, or two of a lower rank."""
+    if part_before(after, layer.name):
+        return lowrank.factored_layers(layer, new.shape[1])
+    return (replace(layer, inputs=new.shape[1], outputs=new.shape[0]),)
 
 
 def _weight(graph: fx.GraphModule, name: str) -> Tensor:
@@ -88,13 +100,14 @@ def decisions(
     """
     made = []
     for v, option in enumerate(solution.choices):
-        if v < len(menu.ladders):
-            group = menu.ladders[v].group
-            touched = tuple(dict.fromkeys((*group.producers, *(u.layer for u in group.consumers))))
-            site = Site(f"channels:{group.name}", "channels", touched, group.size)
-        else:
-            layer = menu.formats[v - len(menu.ladders)].layer
-            site = Site(f"numbers:{layer}", "numbers", (layer,))
+        match menu.decision(v):
+            case Ladder(group=group):
+                touched = tuple(dict.fromkeys((*group.producers, *(u.layer for u in group.consumers))))
+                site = Site(f"channels:{group.name}", "channels", touched, group.size)
+            case Ranks(layer=layer, levels=levels):
+                site = Site(f"rank:{layer}", "rank", (layer,), levels[0])
+            case Format(layer=layer):
+                site = Site(f"numbers:{layer}", "numbers", (layer,))
         offered = options[site.name]
         made.append(Decision(site, offered[option], _reason(offered, option), offered))
     for group in frozen:

@@ -1,0 +1,115 @@
+"""Low rank on the menu: one variable a layer, its price over (rank, number format), never together with a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from torch import Tensor
+
+from flyweight.deploy.latency import LatencyTable
+from flyweight.graph.axes import Group
+from flyweight.graph.cost import layer_macs, weight_bytes
+from flyweight.graph.operators import Layer
+from flyweight.graph.rewrite import part_before, refresh
+from flyweight.methods import int8, lowrank
+from flyweight.methods.lowrank import Ranks
+from flyweight.methods.pricing import Judge
+from flyweight.search.problem import Factor, Floats
+from flyweight.stages.deliver import Network, prepared, with_numbers
+from flyweight.stages.menu import Menu
+
+__all__ = ["meeting", "rank_factors"]
+
+FEW_SAMPLES = 128  # for the ranges of one trial: a price, not a delivery
+
+
+def rank_factors(menu: Menu, table: LatencyTable | None, regime: str) -> list[Factor]:
+    """Every layer's rank: its price, and that a layer is made two or cut, never both.
+
+    Both prices rest on all of the layer's channels, and neither knows of the other.
+    """
+    found, first = [], len(menu.ladders) + len(menu.formats)
+    for variable, one in enumerate(menu.ranks, first):
+        found.append(_price(menu, one, variable, _saved(one, table, regime)))
+        for group, lad in enumerate(menu.ladders):
+            if one.layer in _touched(lad.group):
+                error = np.zeros((len(one.levels), len(lad.levels)))
+                error[1:, 1:] = np.inf
+                found.append(Factor((variable, group), error))
+    return found
+
+
+def _touched(group: Group) -> set[str]:
+    return {*group.producers, *(use.layer for use in group.consumers), *(one.owner for one in group.slices)}
+
+
+def _saved(one: Ranks, table: LatencyTable | None, regime: str) -> dict[str, Floats]:
+    """The time that each rank saves, by the name of the cost."""
+    if table is None:
+        return {}
+    measured = table.split[regime][one.layer]
+    return {
+        f"latency@{shape}": np.array([0.0, *(measured[str(rank)][shape] for rank in one.levels[1:])])
+        for shape in table.reference_s
+    }
+
+
+def _price(menu: Menu, one: Ranks, variable: int, saved: Mapping[str, Floats]) -> Factor:
+    """Change of every cost and of the error by a layer's rank, over (rank, number format) if the format is open."""
+    layer, form = menu.layers[one.layer], menu.format_index().get(one.layer)
+    bits = (32, 8) if form is not None else (32,)
+    macs, size = np.zeros((len(one.levels), len(bits))), np.zeros((len(one.levels), len(bits)))
+    for i, rank in enumerate(one.levels[1:], 1):
+        parts = lowrank.factored_layers(layer, rank)
+        for k, width in enumerate(bits):
+            extra = menu.sizes.per_split_layer + (menu.sizes.per_int8_layer if width == 8 else 0.0)
+            macs[i, k] = _macs(parts) - _macs([layer])
+            size[i, k] = _bytes(parts, width) - _bytes([layer], width) + extra
+    error = np.outer(one.errors, [1.0, 1.0 + menu.meetings.get(one.layer, 0.0)][: len(bits)])
+    costs = {"macs": macs, "size": size} | {n: np.outer(-times, np.ones(len(bits))) for n, times in saved.items()}
+    if form is None:
+        return Factor((variable,), error[:, 0], {name: table[:, 0] for name, table in costs.items()})
+    return Factor((variable, form), error, costs)
+
+
+def _macs(parts: Iterable[Layer]) -> int:
+    return sum(layer_macs(part, part.inputs, part.outputs) for part in parts)
+
+
+def _bytes(parts: Iterable[Layer], bits: int) -> int:
+    return sum(weight_bytes(part, part.inputs, part.outputs, bits) for part in parts)
+
+
+def meeting(
+    network: Network,
+    one: Ranks,
+    rounding: float,
+    judge: Judge,
+    calib: Callable[[], Iterable[tuple[Tensor, ...]]],
+    largest: int,
+) -> float:
+    """What low rank and int8 of one layer cost together beyond both prices, as a share of the rank's.
+
+    Measured once, at the middle rank, both parts rounded. `rounding` is the price of rounding the whole layer.
+    """
+    middle = len(one.levels) // 2
+    if middle == 0 or one.errors[middle] <= 0:
+        return 0.0
+    step = lowrank.step(one.layer, one.levels[middle])
+    graph = lowrank.restructure(network.graph, network.layers, network.stats, [step])
+    refresh(graph, network.example)
+    both = [one.layer, part_before(graph, one.layer)]
+    ready = prepared(graph, network.example, both, lambda: _first(calib()))
+    rounded, _ = with_numbers(ready, [int8.step(name) for name in both], largest)
+    share = (judge(rounded) - one.errors[middle] - rounding) / one.errors[middle]
+    return float(max(-0.5, min(2.0, share)))
+
+
+def _first(batches: Iterable[tuple[Tensor, ...]]) -> Iterable[tuple[Tensor, ...]]:
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += len(batch[0])
+        if seen >= FEW_SAMPLES:
+            return
