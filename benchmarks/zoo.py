@@ -69,15 +69,11 @@ def differences(case: Case, found: Sequence[Group]) -> list[str]:
     if any("fc" in group.producers for group in found):
         expected.setdefault("fc", OUTPUT)
     faults = [fault for layer, wanted in expected.items() if (fault := _difference(layer, wanted, found))]
-    cuttable = {
-        layer for layer, wanted in expected.items() if not isinstance(wanted, str) or wanted.startswith("heads ")
-    }
-    faults += [
+    return faults + [
         f"{group.name}: {group.size} {group.kind} nobody expected"
         for group in found
-        if not group.frozen and not cuttable & set(group.producers)
+        if not group.frozen and not set(expected) & set(group.producers)
     ]
-    return faults
 
 
 def _difference(layer: str, wanted: int | str, found: Sequence[Group]) -> str:

@@ -249,6 +249,12 @@ def lazy() -> nn.Module:
         return mlp(b=nn.LazyLinear(24))
 
 
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.Sequential(nn.Linear(12, 5)))  # type: ignore[no-any-return]
+
+
 def quantized_already() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -399,7 +405,7 @@ REFUSED: dict[str, Case] = {
         hooked(lambda part, args, y: y * 2), vector(), refused="a hook changes"
     ),
     "scripted": Case(
-        lambda: torch.jit.script(nn.Sequential(nn.Linear(12, 5))), vector(), refused="a TorchScript program"
+        scripted, vector(), refused="a TorchScript program"
     ),
     "statistics of the batch": Case(
         lambda: mlp(
