@@ -196,6 +196,52 @@ def test_a_forward_that_insists_on_float32_is_compared_in_float32():
     assert_same(transplanted(graph, net, None), graph, torch.randn(3, 4))
 
 
+class RootMeanSquare(nn.Module):
+    """A norm that goes to float32 and back to the type of its input, as in the usual language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4))
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        y = self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return x + self.b(torch.relu(self.a(y)))
+
+
+def test_a_norm_that_computes_in_float32_is_no_difference():
+    net = nn.Sequential(RootMeanSquare(), RootMeanSquare()).eval()
+    graph = trace(net, (torch.randn(2, 4),)).module
+    for block in "01":
+        cuts.rows(graph.get_submodule(f"{block}.a"), [1, 2, 7])
+        cuts.columns(graph.get_submodule(f"{block}.b"), [1, 2, 7])
+    assert_same(transplanted(graph, net, None), graph, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("heads", [4, 3])
+def test_a_bert_with_fewer_heads_or_narrower_ones(heads):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    net = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=100)).eval()
+    call = {"input_ids": torch.randint(0, 100, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
+    graph = trace(net, (), call).module
+    width = 36 // heads
+    assert cuts.sizes(graph, [4, 12], [heads, width]) == 6
+    cuts.sizes(graph, [4, 16, 12], [heads, 16, width])
+    cuts.sizes(graph, [16, 48], [16, 36])
+    kept = [h * 12 + i for h in range(heads) for i in range(width)]
+    for block in range(2):
+        for name in ("query", "key", "value"):
+            cuts.rows(graph.get_submodule(f"encoder.layer.{block}.attention.self.{name}"), kept)
+        cuts.columns(graph.get_submodule(f"encoder.layer.{block}.attention.output.dense"), kept)
+    made = transplanted(graph, net, None)
+    with torch.no_grad():
+        expected, given = graph(**call), made(**call)
+    for name, value in expected.items():
+        torch.testing.assert_close(given[name], value)
+
+
 class Literal(nn.Module):
     """A size that is written into forward."""
 

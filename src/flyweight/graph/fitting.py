@@ -64,6 +64,9 @@ def fitted(
 
 def _widened(original: nn.Module, graph: fx.GraphModule, call: Call) -> tuple[fx.GraphModule, Call] | None:
     """The graph and the call in float64, None where a float32 is written into forward or the graph."""
+    casts = [node for node in graph.graph.nodes if node.op == "call_function" and "aten.new_" not in str(node.target)]
+    if any(torch.float32 in (*node.args, *node.kwargs.values()) for node in casts):
+        return None  # an RMS norm that goes to float32 and back: the graph knows no other "back" than float32
     floats = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in call.inputs]
     wide, inputs = copy.deepcopy(graph).double(), call.mapped(tuple(floats))
     try:
