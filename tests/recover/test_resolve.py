@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from flyweight.graph.operators import layers, matrix
 from flyweight.graph.trace import trace
-from flyweight.methods import channels
+from flyweight.methods import channels, lowrank
 from flyweight.recover import resolve as resolving
 from flyweight.recover.normstats import reestimate
 from flyweight.recover.resolve import resolve
@@ -177,3 +177,19 @@ def test_as_many_batches_are_used_as_fit(monkeypatch: pytest.MonkeyPatch):
     little = resolve(graph, one().graph, rows, one().batches)
     only_first = resolve(graph, one().graph, rows, one().batches[:1])
     assert all(torch.equal(t, only_first.state_dict()[n]) for n, t in little.state_dict().items())
+
+
+def test_nodes_that_only_one_network_has_are_passed_over():
+    """A first part that is new, and a branch that is gone: the layers behind are fitted all the same."""
+    graph = copy.deepcopy(one().graph)
+    step = lowrank.step("block.conv2", 2)
+    graph = lowrank.restructure(graph, one().layers, one().stats, [step])
+    (join,) = (n for n in graph.graph.nodes if n.target is torch.ops.aten.add.Tensor)
+    join.replace_all_uses_with(join.args[0])
+    graph.graph.eliminate_dead_code()
+    assert len({n.name for n in one().graph.graph.nodes} - {n.name for n in graph.graph.nodes}) == 2
+    graph.recompile()
+    mended = resolve(graph, one().graph, {}, one().batches)
+    assert torch.equal(mended.get_submodule("block.conv2_in").weight, graph.get_submodule("block.conv2_in").weight)
+    assert not torch.equal(mended.get_submodule("block.conv2").weight, graph.get_submodule("block.conv2").weight)
+    assert one().judge(mended) < one().judge(graph)

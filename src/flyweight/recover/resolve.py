@@ -9,6 +9,7 @@ Source: METHODS 2.8 (pass 2); the idea as in Li et al. 2025, arXiv:2504.02692 (G
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,28 +39,29 @@ def resolve(
 ) -> fx.GraphModule:
     """A copy of `graph` whose layers are fitted again, in graph order, to the outputs of `original`.
 
-    Every node of `original` is in `graph`, under its name (`graph` was cut from it); what `graph` holds beside them stays
-    as it is. `kept` maps a layer to the output rows it still has
-    (missing: all). Layers that share a tensor, are called twice or saw too few rows stay as they are. Norms get the
-    statistics of the new outputs. All batches pass through one node before the next, so the cost is one run of each
-    network; as many batches are used as fit into MEMORY_BYTES.
+    `graph` was cut from `original`: a node is the other's of that name, and they come in the same order. What only one of
+    them has (the first part of a layer that became two, a block left out) is no layer to fit. `kept` maps a layer to the
+    output rows it still has (missing: all). Layers that share a tensor, are called twice or saw too few rows stay as they
+    are. Norms get the statistics of the new outputs. All batches pass through one node before the next, so the cost is
+    one run of each network; as many batches are used as fit into MEMORY_BYTES.
     """
     result = copy.deepcopy(graph)
     present = layers(result)
     new, old = _Flow(result), _Flow(original)
     feeds, shared = _affordable(original, batches), sharers(result)
     with torch.no_grad():
-        teachers = {node.name: node for node in original.graph.nodes}
+        teachers, ahead = {node.name: node for node in original.graph.nodes}, deque(original.graph.nodes)
         for mine in list(result.graph.nodes):
-            theirs = teachers.pop(mine.name, None)
+            theirs = teachers.get(mine.name)
+            while theirs is not None and ahead[0] is not theirs:
+                old.step(ahead.popleft(), feeds)
             layer = present.get(str(mine.target)) if mine.op == "call_module" else None
             if theirs is not None and layer is not None and layer.name not in shared and _enough(layer, feeds):
                 _fit(result, original, layer, kept.get(layer.name), new.inputs(mine), old.inputs(theirs))
                 advance(1)
             new.step(mine, feeds)
             if theirs is not None:
-                old.step(theirs, feeds)
-    assert not teachers, "a node of the original is missing"
+                old.step(ahead.popleft(), feeds)
     return result
 
 
