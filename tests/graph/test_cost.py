@@ -38,7 +38,7 @@ def test_macs_are_those_that_torch_counts(name: str):
 def test_macs_quoted_before_a_cut_are_those_counted_after_it(name: str):
     graph, example, _ = subject(name)
     before = layers(graph)
-    kept = {g: list(range(0, g.size, 2)) for g in groups(graph) if not g.frozen}
+    kept = {g: list(range(0, g.size, 2)) for g in groups(graph, example) if not g.frozen}
     width = {n: [one.inputs, one.outputs] for n, one in before.items()}
     for group, channels in kept.items():
         for producer in group.producers:
