@@ -111,7 +111,9 @@ def priced(case: Case, keep: Path | None) -> Priced:
     """The quotes of the method `channels` for every proven group, steered by calibration rows without labels."""
     started = time.perf_counter()
     settings = Settings("macs<=60%, divergence<=1000", task=case.task, methods=("channels",))
-    job = job_of(case.model, calib=case.calib, tune=case.judged, test=None, example=None, settings=settings)
+    # a test set must be given, or half of what judges would be set aside as one; nothing here reads it
+    roles = {"calib": case.calib, "tune": case.judged[:-1], "test": case.judged[-1:]}
+    job = job_of(case.model, **roles, example=None, settings=settings)
     quotes = quote(job, Memory(keep and keep / job.model_hash[:12]), _told)
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     total = len(quotes.network.groups)

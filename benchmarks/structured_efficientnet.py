@@ -39,7 +39,7 @@ def case_of(folder: Path, quick: bool) -> Case:
         name="EfficientNet-Lite0",
         model=model,
         calib=calib,
-        judged=roles["choose"].first(32 if quick else len(roles["choose"].source)).batches(BATCH),
+        judged=roles["choose"].first(64 if quick else len(roles["choose"].source)).batches(BATCH),
         task="classify",
         count=lambda network: macs(network, calib[0][0]),
         weigh=partial(weighed, test=test, reference=reference),

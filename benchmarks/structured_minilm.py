@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common import RESULTS, arguments, facts, print_table, write_csv
 from inputs import Sample, mails
 from networks import minilm
-from structured import Case, everything, options_of, verdicts
+from structured import CRITERIA, Case, everything, options_of, verdicts
 
 DIVIDES = (1.2, 1.5)
 JUDGED_ROWS = 256
@@ -37,7 +37,7 @@ def case_of(folder: Path, quick: bool) -> Case:
         name="MiniLM-L6",
         model=model,
         calib=calib,
-        judged=roles["choose"].first(64 if quick else JUDGED_ROWS).batches(BATCH),
+        judged=roles["choose"].first(128 if quick else JUDGED_ROWS + BATCH).batches(BATCH),
         task="embed",
         count=partial(linear_macs, example=calib[0]),
         weigh=partial(weighed, test=test, reference=reference),
@@ -91,7 +91,9 @@ def heads(network: nn.Module) -> dict[nn.Module, int]:
 
 
 def main() -> None:
-    options = options_of(arguments("Structured pruning of MiniLM-L6 on mails split by source")).parse_args()
+    parser = options_of(arguments("Structured pruning of MiniLM-L6 on mails split by source"))
+    parser.set_defaults(criteria=[name for name in CRITERIA if name != "norm_scale"])  # no batch norm lies here
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     case = case_of(options.data, options.quick)
