@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from flyweight.graph.calls import Call, Result, operator_name, unknown
 from flyweight.graph.functional import arguments_of
 from flyweight.graph.labels import FIXED, LARGEST_LOOSE, Held, Labels, Walk, numbers_along, seen
 from flyweight.graph.operators import Layer, layers, module_of, sharers
-from flyweight.graph.rules import FUNCTIONS, MODULES, Call, Result, operator_name, unknown
+from flyweight.graph.rules import FUNCTIONS, MODULES
 
 __all__ = ["Group", "Literal", "Slice", "Use", "groups", "rows_of"]
 
@@ -141,9 +142,9 @@ class _Walker(fx.Interpreter):
                     self.walk.freeze(labels, "it is an output of the model")
             return None
         if operator_name(node) == "getitem":
-            source, index = node.args[:2]
-            found = self.labels[source] if isinstance(source, fx.Node) else None
-            return found[index] if isinstance(found, list) and isinstance(index, int) else None
+            source, index = node.args[0], node.args[1]
+            parts = self.labels[source] if isinstance(source, fx.Node) else None
+            return parts[index] if isinstance(parts, list) and isinstance(index, int) else None
         call = self._call(node, value)
         if not isinstance(value, Tensor) and not isinstance(value, (tuple, list)):
             return None  # a size: it is read from values, whatever they are
@@ -179,7 +180,7 @@ class _Walker(fx.Interpreter):
     def _sizes(self, call: Call, found: Result) -> None:
         """Remembers the numbers written into the call that count channels."""
         rule = SIZES.get(call.name)
-        if rule is not None and call.module is None and call.first is not None and not call.first.weak:
+        if rule is not None and call.module is None and call.first is not None:
             rule(self, call, found)
 
 
@@ -222,6 +223,10 @@ def _pieces(walker: _Walker, call: Call, found: Result) -> None:
             if part is not None and isinstance(sizes[i], int):
                 walker.written.append(_Written(call.node.name, (1, i), part, dim % len(part.shape)))
         return
+    known = [p for p in parts if p is not None]
+    if len(known) == len(parts) and len({p.shape for p in parts if p is not None}) == 1:
+        for part in known[1:]:  # equal pieces stay equal: what goes from one goes from all
+            walker.walk.join(known[0].full, part.full)
     walker.even.append((call.node.name, list(parts), dim))
     if "split" in call.name and parts and parts[0] is not None:
         walker.written.append(_Written(call.node.name, (1,), parts[0], dim % len(parts[0].shape)))
@@ -254,11 +259,19 @@ def _narrowed(walker: _Walker, call: Call, found: Result) -> None:
         walker.written.append(_Written(call.node.name, (3,), first, dim, start, start + length))
 
 
+def _index(walker: _Walker, call: Call, found: Result) -> None:
+    first, index = call.first, call.node.args[2]
+    assert first is not None
+    if isinstance(index, int):
+        walker.written.append(_Written(call.node.name, (2,), first, int(call.args["dim"]) % len(first.shape), 0, index))
+
+
 SIZES: Mapping[str, Callable[[_Walker, Call, Result], None]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _list_of_sizes),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk"), _pieces),
     "unflatten": _unflattened,
     "slice": _bounds,
+    "select": _index,
     "narrow": _narrowed,
 }
 
@@ -325,7 +338,7 @@ def _cut_dimension(marks: Tensor) -> int | None:
         slabs = marks.movedim(d, 0).reshape(marks.shape[d], -1)
         high = slabs.max(1).values
         alike = (slabs == FIXED) | (slabs == high[:, None])
-        count = len(high[high != FIXED].unique())
+        count = len(np.unique(high[high != FIXED].numpy()))
         if bool(alike.all()) and count > most:
             best, most = d, count
     return best
@@ -345,7 +358,8 @@ def _counted(
             walker.walk.freeze(one.labels, f"{one.node!r} holds a size that is computed")
             continue
         part = line[one.first : one.stop]
-        counts = {r: one.sign * n for r, n in zip(*(t.tolist() for t in part.unique(return_counts=True)), strict=True)}
+        classes_seen, times = np.unique(part.numpy(), return_counts=True)
+        counts = dict(zip(classes_seen.tolist(), (one.sign * times).tolist(), strict=True))
         found.append((one, {r: n for r, n in counts.items() if r in channels}))
     for name, parts, dim in walker.even:
         lines = [None if p is None else _line(p, dim % len(p.shape), classes) for p in parts]

@@ -44,7 +44,7 @@ class Labels:
 
 def broadcast(*marks: Tensor) -> list[Tensor]:
     """Marks of one common shape."""
-    shape = torch.broadcast_shapes(*(one.shape for one in marks))
+    shape = np.broadcast_shapes(*(tuple(one.shape) for one in marks))
     return [one.expand(shape) for one in marks]
 
 
@@ -131,7 +131,7 @@ class Walk:
                 return
             marks = marks.marks
         if marks is not None and bool((marks != FIXED).any()):
-            self.reasons.append((marks[marks != FIXED].unique().numpy(), reason))
+            self.reasons.append((np.unique(marks[marks != FIXED].numpy()), reason))
 
     def hold(self, owner: str, tensor: str, dim: int, role: str, labels: Tensor) -> None:
         """The tensor's dimension has these labels; every use of it must agree."""
@@ -208,10 +208,10 @@ def seen(labels: Labels, roots: Tensor) -> Labels | None:
 def _classes_left(marks: Tensor, dim: int) -> int:
     """How many classes remain if all that shares an index of `dim` is tied."""
     slabs = marks.movedim(dim, 0).flatten(1)
-    numbers, inverse = slabs.unique(return_inverse=True)
+    numbers, inverse = np.unique(slabs.numpy(), return_inverse=True)
     rows = torch.arange(len(slabs))[:, None].expand_as(slabs).flatten().numpy()
     edges = coo_matrix(
-        (np.ones(len(rows), dtype=np.int8), (rows, len(slabs) + inverse.flatten().numpy())),
+        (np.ones(len(rows), dtype=np.int8), (rows, len(slabs) + inverse.flatten())),
         shape=(len(slabs) + len(numbers),) * 2,
     )
     return int(connected_components(edges, directed=False)[0])

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from flyweight.graph.axes import Group
 from flyweight.graph.operators import Layer, layers
+from flyweight.graph.portable import doubled
 
 __all__ = ["cut", "fold_norms", "folded", "prove", "prove_all", "silence"]
 
@@ -129,9 +130,9 @@ def prove_all(
     if len(groups) == 1:
         return {groups[0].name: failed}
     half = len(groups) // 2
-    found = {**prove_all(graph, groups[:half], inputs, seed), **prove_all(graph, groups[half:], inputs, seed)}
-    # each alone is right, together they are not: none can be trusted beside the others
-    return found or {group.name: "it cannot be cut together with other groups" for group in groups[half:]}
+    alone = {**prove_all(graph, groups[:half], inputs, seed), **prove_all(graph, groups[half:], inputs, seed)}
+    # each alone is right, together they are not: one half cannot be trusted beside the other
+    return alone or {group.name: "it cannot be cut together with other groups" for group in groups[half:]}
 
 
 def _tried(
@@ -143,7 +144,7 @@ def _tried(
     for group in groups:
         order = torch.randperm(group.size, generator=generator).tolist()
         kept[group] = sorted((order[::-1] if turn else order)[: max(1, group.size // 2)])
-    zeroed = copy.deepcopy(graph).double()
+    zeroed = doubled(graph)
     try:
         for group, channels in kept.items():
             silence(zeroed, group, _others(group, channels))
