@@ -105,6 +105,20 @@ def test_tied_weights_stay_tied():
     assert_same(made, graph, ids)
 
 
+def test_a_tie_to_what_forward_never_reads_is_kept_too():
+    class Unread(nets.TiedNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Linear(6, 11, bias=False)
+            self.decoder.weight = self.embed.weight
+
+    net = Unread().eval()
+    graph = trace(net, (torch.randint(0, 11, (2, 7)),)).module
+    assert "decoder.weight" not in graph.state_dict()
+    made = transplanted(graph, net, None)
+    assert made.decoder.weight is made.embed.weight is made.head.weight
+
+
 class Attention(nn.Module):
     """Heads by attributes, as the usual libraries write them."""
 
