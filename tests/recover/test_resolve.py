@@ -193,3 +193,28 @@ def test_nodes_that_only_one_network_has_are_passed_over():
     assert torch.equal(mended.get_submodule("block.conv2_in").weight, graph.get_submodule("block.conv2_in").weight)
     assert not torch.equal(mended.get_submodule("block.conv2").weight, graph.get_submodule("block.conv2").weight)
     assert one().judge(mended) < one().judge(graph)
+
+
+def test_groups_of_channels_are_fitted_one_by_one():
+    """Closed form per group: what the second half of the channels is fed has no say in the first half's weights."""
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+    model = seeded(lambda: net(forward, a=nn.Conv1d(4, 6, 1), b=nn.Conv1d(6, 4, 3, groups=2))).eval()
+    batches = [(torch.randn(80, 4, 9),) for _ in range(2)]
+    original = trace(model, batches[0]).module
+    damaged = copy.deepcopy(original)
+    with torch.no_grad():
+        damaged.b.weight.mul_(0.5)
+        damaged.b.weight[:2] += 0.1
+    mended = resolve(damaged, original, {}, batches)
+    weights = [g.b.weight.detach() for g in (mended, damaged, original)]
+    # the inputs are exact, so only the ridge keeps it from the original: some hundredths of what was damaged
+    assert float((weights[0] - weights[2]).abs().max()) < 0.1 * float((weights[1] - weights[2]).abs().max())
+    half = copy.deepcopy(damaged)
+    with torch.no_grad():
+        half.b.weight[2:] = original.b.weight[2:]
+    again = resolve(half, original, {}, batches)
+    # float32 moments
+    assert torch.allclose(again.b.weight[:2], mended.b.weight[:2], atol=1e-5)

@@ -33,7 +33,7 @@ __all__ = ["Stats", "fingerprint", "from_tensors", "measure", "to_tensors"]
 
 POSITIONS = 64  # patches of each sample that a convolution's second moment looks at
 MOST = 1024  # of them where samples are few
-WAITING = 2048  # rows that wait to be multiplied together
+WAITING = 4096  # rows that wait to be multiplied together
 PATCHES = 1 << 20  # numbers in a sample's patches, for moments in Kronecker form: their taps see every value many times
 
 

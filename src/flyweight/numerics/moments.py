@@ -94,43 +94,40 @@ def add_rows(moments: Moments, rows: Float[Tensor, "rows in"]) -> Moments:
     shift, share = mean - moments.mean, new / total
     if isinstance(moments.gram, Blocks):
         spans = moments.gram.spans()
-        grams = [_covariance(rows[:, s], mean[s], torch.float64) for s in spans]
-        both = zip(moments.gram.parts, grams, spans, strict=True)
-        gram: Form = Blocks(tuple(_merged(old, one, shift[s], share) for old, one, s in both))
+        both = zip(moments.gram.parts, spans, strict=True)
+        gram: Form = Blocks(tuple(_added(old, rows[:, s], mean[s], shift[s], share) for old, s in both))
     elif isinstance(moments.gram, Kronecker):
         raise TypeError("moments in Kronecker form take patches, not rows")
     elif len(shape) == 2:
         parts = zip(moments.gram, rows.reshape(new, *shape).unbind(1), mean, shift, strict=True)
-        kind = moments.gram.dtype
-        gram = torch.stack([_merged(old, _covariance(x, m, kind), d, share) for old, x, m, d in parts])
+        gram = torch.stack([_added(old, x, m, d, share) for old, x, m, d in parts])
     else:
-        gram = _merged(moments.gram, _covariance(rows, mean, moments.gram.dtype), shift, share)
+        gram = _added(moments.gram, rows, mean, shift, share)
     return Moments(total, moments.mean + shift * share, gram)
 
 
-def _covariance(rows: Tensor, mean: Tensor, kind: torch.dtype) -> Tensor:
+def _added(old: Tensor, rows: Tensor, mean: Tensor, shift: Tensor, share: float) -> Tensor:
+    """The covariance of all rows, `share` of them being `rows`, whose mean is `mean`, `shift` off that of the others."""
     centred = rows - mean.to(rows.dtype)
-    rest = (mean - mean.to(rows.dtype).to(torch.float64)).to(kind)  # what the cast above lost
-    return _square(centred).to(kind).div_(len(rows)).addr_(rest, rest, alpha=-1)
+    if old.dtype == torch.float32:
+        # what it cannot tell apart need not be corrected; the shift is one more row
+        last = shift * (len(rows) * (1 - share)) ** 0.5
+        return _panels(old, torch.cat([centred.float(), last.float()[None]]), 1 - share, share / len(rows))
+    rest = (mean - mean.to(rows.dtype).to(torch.float64)).to(old.dtype)  # what the cast above lost
+    gram = (centred.T @ centred).to(old.dtype).div_(len(rows)).addr_(rest, rest, alpha=-1)
+    shift = shift.to(old.dtype)
+    return gram.mul_(share).add_(old, alpha=1 - share).addr_(shift, shift, alpha=share * (1 - share))
 
 
-def _square(rows: Float[Tensor, "rows in"]) -> Float[Tensor, "in in"]:
-    """X^T X; of wide ones only one triangle is computed, in panels, and mirrored."""
-    width = rows.shape[1]
-    if width < 2 * PANEL:
-        return rows.T @ rows
-    result = torch.empty(width, width, dtype=rows.dtype)
-    for start in range(0, width, PANEL):
-        stop = min(start + PANEL, width)
-        result[start:, start:stop] = rows[:, start:].T @ rows[:, start:stop]
-        result[start:stop, stop:] = result[stop:, start:stop].T
+def _panels(old: Tensor, rows: Tensor, keep: float, scale: float) -> Tensor:
+    """keep * old + scale * X^T X of a wide matrix: one triangle is computed, in panels and one pass, and mirrored."""
+    result = torch.empty_like(old)
+    for start in range(0, len(old), PANEL):
+        stop = min(start + PANEL, len(old))
+        panel = torch.addmm(old[start:, start:stop], rows[:, start:].T, rows[:, start:stop], beta=keep, alpha=scale)
+        result[start:, start:stop] = panel
+        result[start:stop, stop:] = panel[stop - start :].T
     return result
-
-
-def _merged(old: Tensor, new: Tensor, shift: Tensor, share: float) -> Tensor:
-    """Two covariances as one, `share` of the rows being new; in the memory of `new`."""
-    shift = shift.to(new.dtype)
-    return new.mul_(share).add_(old, alpha=1 - share).addr_(shift, shift, alpha=share * (1 - share))
 
 
 def empty_kronecker(channels: int, taps: int) -> Moments:

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, fx
 
 from flyweight.graph.operators import Layer, input_rows, layers, matrix, set_matrix, sharers
-from flyweight.numerics.moments import add_rows, empty_moments
+from flyweight.numerics.moments import WIDEST, add_rows, empty_moments
 from flyweight.numerics.obs import row_errors
 
 __all__ = ["resolve"]
 
 Batch = tuple[Tensor, ...]
 RIDGE = 0.01  # of the mean diagonal: how strongly the old weights hold
-POSITIONS = 32
+POSITIONS = 32  # patches of each sample that a convolution is fitted to
+MOST = 256  # of them where samples are few
 MEMORY_BYTES = 600_000_000  # for the values of both networks that are alive at once
 
 
@@ -67,8 +68,15 @@ def resolve(
 
 def _enough(layer: Layer, feeds: Sequence[Batch]) -> bool:
     """Whether the samples give at least four rows a column (METHODS 2.0); a layer called twice has no single output."""
-    rows = sum(len(feed[0]) for feed in feeds) * min(POSITIONS, layer.positions)
-    return len(layer.nodes) == 1 and rows >= 4 * layer.columns
+    fits = layer.columns + layer.outputs // layer.groups <= WIDEST
+    samples = sum(len(feed[0]) for feed in feeds)
+    rows = samples * min(_looks(layer, samples), layer.positions)
+    return len(layer.nodes) == 1 and fits and rows >= 4 * layer.columns
+
+
+def _looks(layer: Layer, samples: int) -> int:
+    """Patches of each sample: as many as give eight rows a column."""
+    return min(MOST, max(POSITIONS, -(-8 * layer.columns // max(samples, 1))))
 
 
 def _affordable(graph: fx.GraphModule, batches: Iterable[Batch]) -> list[Batch]:
@@ -143,7 +151,8 @@ def _fit(
     module: Any = result.get_submodule(layer.name)
     teacher: Any = original.get_submodule(layer.name)
     index = slice(None) if rows_kept is None else list(rows_kept)
-    found = _solved(module, teacher, matrix(teacher)[index], layer.bias or bool(layer.norm), new, old)
+    looks = _looks(layer, sum(len(x) for x in new))
+    found = _solved(module, teacher, matrix(teacher)[index], layer, looks, new, old)
     set_matrix(module, found.weights)
     with torch.no_grad():
         if layer.norm:  # what re-estimation would find, without another pass
@@ -158,24 +167,44 @@ def _solved(
     module: torch.nn.Module,
     teacher: torch.nn.Module,
     target: Tensor,
-    centred: bool,
+    layer: Layer,
+    looks: int,
     new: Sequence[Tensor],
     old: Sequence[Tensor],
 ) -> _Fit:
-    """Moments of the compressed inputs beside the original outputs, and the weights that follow."""
-    start = matrix(module)
-    width, seen = start.shape[1], 0
-    both = empty_moments(width + len(target))
+    """Moments of the compressed inputs beside the original outputs, and the weights that follow, group by group."""
+    groups = layer.groups
+    start = _by_group(matrix(module), groups)
+    target = _by_group(target, groups).to(old[0].dtype)
+    width, seen = start.shape[2], 0
+    both = empty_moments(width + target.shape[1], groups)
     for x, y in zip(new, old, strict=True):
-        rows = input_rows(module, x, seen, POSITIONS)
-        wanted = input_rows(teacher, y, seen, POSITIONS) @ target.T.to(y.dtype)
-        both = add_rows(both, torch.cat([rows, wanted], 1))
+        rows = input_rows(module, x, seen, looks).reshape(-1, groups, width)
+        given = input_rows(teacher, y, seen, looks).reshape(-1, groups, target.shape[2])
+        wanted = torch.einsum("ngi,goi->ngo", given, target)
+        both = add_rows(both, torch.cat([rows, wanted], 2).flatten(1))
         seen += len(x)
-    moment = both.gram if centred else both.raw
-    second, cross = moment[:width, :width], moment[width:, :width]
-    ridge = RIDGE * float(second.diagonal().mean()) + 1e-12
-    held = second + ridge * torch.eye(width, dtype=second.dtype)
-    weights = torch.linalg.solve(held, (cross + ridge * start).T).T
-    mean = weights @ both.mean[:width]
-    variance = row_errors(weights, both.gram[:width, :width])
-    return _Fit(weights, mean, variance, both.mean[width:] - mean)
+    moment = both.gram if layer.bias or layer.norm else both.raw
+    assert isinstance(moment, Tensor)
+    moment = moment.reshape(groups, width + target.shape[1], -1).to(torch.float64)
+    mean = both.mean.reshape(groups, -1)
+    weights = _ridge(start, moment[:, :width, :width], moment[:, width:, :width])
+    expected = (weights @ mean[:, :width, None])[..., 0]
+    centred = both.gram
+    assert isinstance(centred, Tensor)
+    centred = centred.reshape(moment.shape)[:, :width, :width].to(torch.float64)
+    variance = row_errors(weights, centred)
+    lost = mean[:, width:] - expected
+    return _Fit(weights.flatten(0, 1), expected.flatten(), variance.flatten(), lost.flatten())
+
+
+def _by_group(weights: Tensor, groups: int) -> Tensor:
+    return weights.reshape(groups, -1, weights.shape[1])
+
+
+def _ridge(start: Tensor, second: Tensor, cross: Tensor) -> Tensor:
+    """(cross + r start) (second + r I)^-1, with r as RIDGE says."""
+    ridge = RIDGE * float(second.diagonal(dim1=-2, dim2=-1).mean()) + 1e-12
+    held = second + ridge * torch.eye(second.shape[-1], dtype=second.dtype)
+    result: Tensor = torch.linalg.solve(held, (cross + ridge * start).mT).mT
+    return result
