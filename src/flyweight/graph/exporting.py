@@ -7,7 +7,7 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from ..errors import TraceError
 from .places import user_line
 from .proofs import check_batch_axis, first_line, in_batch, run_model
-from .signature import Call, batch_rows, dynamic_shapes, with_rows
+from .signature import Call, batch_rows, dynamic_shapes, free_axes, with_rows
 
-__all__ = ["exported", "quiet", "refuse_fixed_batch"]
+__all__ = ["exported", "name_free_sizes", "quiet", "refuse_fixed_batch"]
 
 FIXES = {
     "GuardOnDataDependentSymNode": "decide with torch.where (or torch.clamp, masks) instead of if or while on values",
@@ -43,8 +43,8 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def exported(own: nn.Module, call: Call) -> torch.export.ExportedProgram:
-    """The training IR of the model with a free batch, from a call of two rows.
+def exported(own: nn.Module, call: Call, others: Sequence[Call] = ()) -> torch.export.ExportedProgram:
+    """The training IR of the model with a free batch, and free sizes where `others` differ, from a call of two rows.
 
     Raises TraceError, with the user's line, where the model fails on two rows or cannot be exported.
     """
@@ -62,7 +62,7 @@ def exported(own: nn.Module, call: Call) -> torch.export.ExportedProgram:
         ) from error
     try:
         with quiet():
-            shapes = dynamic_shapes(own, call)
+            shapes = dynamic_shapes(own, call, others)
             return torch.export.export(own, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         check_batch_axis(expected, 2)  # a wrong batch is the better explanation
@@ -107,6 +107,30 @@ def refuse_fixed_batch(graph: fx.Graph, call: Call) -> None:
                 why="the batch size must be free",
                 fix="look for a batch size written into forward, a loop over rows, or int(x.shape[0])",
             )
+
+
+def name_free_sizes(graph: fx.Graph, call: Call, others: Sequence[Call]) -> None:
+    """Writes on every placeholder which of its sizes are free, by name: "batch", "size_1", … equal where they must be.
+
+    Raises TraceError where the examples differ in a size that the export found to be fixed, or tied to another by more
+    than being equal.
+    """
+    names: dict[str, str] = {}
+    axes = [free for free, value in zip(free_axes(call, others), call.inputs, strict=True) if isinstance(value, Tensor)]
+    for node, free in zip((n for n in graph.nodes if n.op == "placeholder"), axes, strict=True):
+        sizes = node.meta["val"].shape
+        node.meta["free"] = {0: "batch"} if len(sizes) and not _is_number(sizes[0]) else {}
+        if node.meta["free"]:
+            names[str(sizes[0].node.expr)] = "batch"
+        for axis in free:
+            if _is_number(sizes[axis]) or not sizes[axis].node.expr.is_symbol:
+                raise TraceError(
+                    f"forward fixes the size of axis {axis} of input `{node.target}`, and the examples differ in it",
+                    why="a recurrent layer, a reshape or a table holds this size",
+                    fix="pad all inputs to one length, or compute with x.shape instead of a number",
+                )
+            expression = str(sizes[axis].node.expr)
+            node.meta["free"][axis] = names.setdefault(expression, f"size_{len(set(names.values()) - {'batch'}) + 1}")
 
 
 def _is_number(size: int | torch.SymInt) -> bool:

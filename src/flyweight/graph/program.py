@@ -7,6 +7,7 @@ every name that becomes a word of generated code is checked. `weights.safetensor
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,14 @@ from ..types import Note
 from .allowed import name_of, operator_named
 from .encoding import DTYPES, check_plain, check_schema, decode, encode, safe_name, safe_path
 from .modules import tensor_key
-from .shapes import annotate
+from .shapes import annotate, free_names, input_of
 from .specs import PARAMETRIZED, STATELESS, Spec, build, spec_of
 
 __all__ = ["load", "load_files", "save", "save_files"]
 
 SCHEMA_VERSION = 1
 PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
+FREE_SIZE = re.compile(r"batch|size_\d{1,3}=\d{1,9}")
 EXTRA = "extra:"  # a colon is in no module's path
 
 
@@ -54,7 +56,7 @@ Operation = Literal["placeholder", "get_attr", "call_module", "call_function", "
 
 
 class StoredNode(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A node of the graph; a placeholder also says what it takes ("batch" is the free size)."""
+    """A node of the graph; a placeholder also says what it takes: "batch" is free, "size_1=6" too and was 6 in the trace."""
 
     op: Operation
     name: str
@@ -62,7 +64,7 @@ class StoredNode(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     args: Any
     kwargs: Any
     dtype: str = ""
-    shape: tuple[int | Literal["batch"], ...] = ()
+    shape: tuple[int | str, ...] = ()
 
 
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,11 +153,10 @@ def _stored_node(node: fx.Node) -> StoredNode:
             raise ModelError(f"operator {node.target} is not on the list of operators that a program may hold")
         target = name
     dtype = ""
-    shape: tuple[int | Literal["batch"], ...] = ()
+    shape: tuple[int | str, ...] = ()
     if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
-        value = node.meta["val"]
-        dtype = str(value.dtype).removeprefix("torch.")
-        shape = tuple(size if isinstance(size, int) else "batch" for size in value.shape)
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+        shape = (input_of(node) or ("", ()))[1]
     operation = msgspec.convert(node.op, Operation)
     return StoredNode(operation, node.name, target, encode(tuple(node.args)), encode(dict(node.kwargs)), dtype, shape)
 
@@ -310,10 +311,17 @@ def _read_graph(program: Program, root: nn.Module) -> fx.Graph:
         if nodes[name].name != name:
             raise UnsafeFileError(f"node `{name}` has the name of something else")
         if stored.dtype:
-            nodes[name].meta["input"] = (DTYPES[stored.dtype], stored.shape)
+            nodes[name].meta.update(input=(DTYPES[stored.dtype], _checked_sizes(stored)), free=free_names(stored.shape))
     if not program.nodes or program.nodes[-1].op != "output" or [s.op for s in program.nodes].count("output") != 1:
         raise UnsafeFileError("a program ends in one output")
     return graph
+
+
+def _checked_sizes(stored: StoredNode) -> tuple[int | str, ...]:
+    wrong = [size for size in stored.shape if isinstance(size, str) and not FREE_SIZE.fullmatch(size)]
+    if wrong or any(isinstance(size, int) and size < 0 for size in stored.shape):
+        raise UnsafeFileError(f"node `{stored.name}` has a size that no program has: {str(stored.shape)[:80]}")
+    return stored.shape
 
 
 def _target(stored: StoredNode, args: tuple[Any, ...], kwargs: dict[Any, Any], root: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.shape_prop import ShapeProp
 
-__all__ = ["annotate", "shapes"]
+__all__ = ["annotate", "free_names", "input_of", "shapes"]
 
 
 def _sizes_of_rounded(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -42,20 +43,20 @@ def shapes(module: fx.GraphModule, args: tuple[Any, ...]) -> dict[str, tuple[int
 
 
 def annotate(module: fx.GraphModule) -> None:
-    """Writes fresh sizes (`meta["val"]`, a fake tensor with a free batch) on every node. Nothing is computed.
+    """Writes fresh sizes (`meta["val"]`, a fake tensor whose free sizes are symbols) on every node. Nothing is computed.
 
-    What goes in is read from the placeholders: `meta["input"]` (dtype and shape, "batch" where the size is free) as a
-    stored program says it, else the old `meta["val"]`. Does nothing where a placeholder has neither.
+    What goes in is read from the placeholders: `meta["input"]` (dtype and sizes) as a stored program says it, else the
+    old `meta["val"]` and `meta["free"]`. Does nothing where a placeholder has neither.
     """
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    known = [node.meta.pop("input", None) or _input_of(node) for node in placeholders]
+    known = [node.meta.pop("input", None) or input_of(node) for node in placeholders]
+    entries = [entry for entry in known if entry is not None]
+    if len(entries) < len(known):
+        return
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    inputs: list[Tensor] = []
-    for entry in known:
-        if entry is None:
-            return
-        inputs.append(_fake(mode, entry, inputs))
+    symbols = _symbols(mode, entries)
     with enable_python_dispatcher(), mode:  # as the export does: without it an LSTM asks for symbolic sizes in C++
+        inputs = [torch.empty([symbols.get(s, s) for s in shape], dtype=dtype) for dtype, shape in entries]
         _Sizes(module, mode).propagate_dont_convert_inputs(*inputs)
 
 
@@ -68,24 +69,34 @@ class _Sizes(FakeTensorProp):
         return super().call_function(target, args, kwargs)
 
 
-Input = tuple[torch.dtype, tuple[Any, ...]]
+Size = int | str  # a fixed size, "batch", or the name of another free size and its size in the trace: "size_1=6"
+Input = tuple[torch.dtype, tuple[Size, ...]]
 
 
-def _input_of(node: fx.Node) -> Input | None:
+def input_of(node: fx.Node) -> Input | None:
+    """What a placeholder takes; None if it has not been traced."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None
-    return value.dtype, tuple(size if isinstance(size, int) else "batch" for size in value.shape)
+    names = node.meta.get("free", {})
+    return value.dtype, tuple(_size(names.get(axis, ""), size) for axis, size in enumerate(value.shape))
 
 
-def _fake(mode: FakeTensorMode, entry: Input, before: list[Tensor]) -> Tensor:
-    """A fake input; the batch is one symbol for all inputs, so that they may be added to each other."""
-    dtype, shape = entry
-    known = [size for tensor in before for size in tensor.shape if isinstance(size, torch.SymInt)]
-    if known:
-        with mode:
-            return torch.empty([known[0] if size == "batch" else size for size in shape], dtype=dtype)
-    sizes = [2 if size == "batch" else size for size in shape]
-    dynamic = [DimDynamic.DYNAMIC if size == "batch" else DimDynamic.STATIC for size in shape]
-    context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic)
-    return mode.from_tensor(torch.empty(sizes, dtype=dtype), symbolic_context=context)
+def _size(name: str, size: int | torch.SymInt) -> Size:
+    if name in ("", "batch"):
+        return "batch" if name or not isinstance(size, int) else size
+    return f"{name}={size if isinstance(size, int) else size.node.hint}"
+
+
+def free_names(shape: Sequence[Size]) -> dict[int, str]:
+    """The names of the free sizes, by axis: what a placeholder keeps in `meta["free"]`."""
+    return {axis: size.partition("=")[0] for axis, size in enumerate(shape) if isinstance(size, str)}
+
+
+def _symbols(mode: FakeTensorMode, entries: Sequence[Input]) -> dict[Any, Any]:
+    """One symbol for each name, the same in all inputs, so that these may be added to each other."""
+    names = list(dict.fromkeys(size for _, shape in entries for size in shape if isinstance(size, str)))
+    sizes = [int(name.partition("=")[2] or 2) for name in names]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))
+    made = mode.from_tensor(torch.empty(sizes, device="meta"), symbolic_context=context)
+    return dict(zip(names, made.shape, strict=True))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
 from ..types import Note
 
-__all__ = ["Call", "batch_rows", "bind", "dynamic_shapes", "plain", "tensors_in", "with_rows"]
+__all__ = ["Call", "batch_rows", "bind", "dynamic_shapes", "free_axes", "plain", "tensors_in", "with_rows"]
 
 CONSTANTS = (bool, int, float, str, torch.dtype, torch.device)
 
@@ -155,16 +154,38 @@ def _row(value: Tensor, index: int, have: int) -> Tensor:
     return rolled * (1.0 - 0.125 * turn) if rolled.is_floating_point() else rolled
 
 
-def dynamic_shapes(model: nn.Module, call: Call) -> dict[str, Any]:
-    """What torch.export is told: the first axis of every tensor that holds the batch is free, all else is fixed."""
+def dynamic_shapes(model: nn.Module, call: Call, others: Sequence[Call] = ()) -> dict[str, Any]:
+    """What torch.export is told: the batch axis is free, and every axis on which `others` differ; all else is fixed."""
     rows = batch_rows(call)
 
-    def spec(value: Any) -> Any:
+    def spec(value: Any, free: Sequence[int]) -> Any:
         batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
-        return {0: torch.export.Dim.AUTO} if batched else None
+        axes = ([0] if batched else []) + [*free]
+        return dict.fromkeys(axes, torch.export.Dim.AUTO) if axes else None
 
-    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
-    return {name: pytree.tree_map(spec, value) for name, value in bound.arguments.items()}
+    free = free_axes(call, others)
+    marked = call.mapped(tuple(spec(value, axes) for value, axes in zip(call.inputs, free, strict=True)))
+    return dict(inspect.signature(model.forward).bind(*marked.args, **marked.kwargs).arguments)
+
+
+def free_axes(call: Call, others: Sequence[Call]) -> list[tuple[int, ...]]:
+    """For every input the axes after the first on which the calls differ. Raises TraceError where more than sizes does."""
+    found: list[tuple[int, ...]] = []
+    for index, (name, value) in enumerate(zip(call.names, call.inputs, strict=True)):
+        beside = [other.inputs[index] for other in others if other.names == call.names]
+        same_kind = all(type(one) is type(value) for one in beside)
+        if not isinstance(value, Tensor) and same_kind:
+            found.append(())
+            continue
+        if len(beside) < len(others) or not same_kind or any(one.dim() != value.dim() for one in beside):
+            raise TraceError(
+                f"the examples differ in more than sizes: input `{name}`",
+                fix="give every example the same inputs with the same number of axes",
+            )
+        found.append(
+            tuple(axis for axis in range(1, value.dim()) if {one.shape[axis] for one in beside} - {value.shape[axis]})
+        )
+    return found
 
 
 def tensors_in(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:

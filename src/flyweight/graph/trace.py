@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ModelError
 from ..types import Note
-from .exporting import exported, quiet, refuse_fixed_batch
+from .exporting import exported, name_free_sizes, quiet, refuse_fixed_batch
 from .functional import (
     erase_checks,
     explicit_sizes,
@@ -32,7 +32,7 @@ from .wrappers import unwrapped, wrapper_note
 
 __all__ = ["Traced", "shapes", "trace"]
 
-KEPT_META = ("val", "stack_trace", "nn_module_stack")
+KEPT_META = ("val", "free", "stack_trace", "nn_module_stack")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +43,16 @@ class Traced:
     notes: tuple[Note, ...]
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Traced:
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    others: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]] = (),
+) -> Traced:
     """The model as an own graph of real modules, proven equal to it at batch 2, 1 and 3; the model is not changed.
 
-    `args` and `kwargs` are one example call; the first axis of every tensor is the batch, of any size.
+    `args` and `kwargs` are one example call; the first axis of every tensor is the batch, of any size. `others` are
+    calls (args, kwargs) of other sizes: axes on which they differ become free, and the graph is proven on each of them.
     Raises ModelError for weights that are NaN, infinite or missing, and TraceError for a model that cannot be
     exported, whose outputs are not led by the batch, or whose rows influence each other.
     """
@@ -57,13 +63,16 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     state = {name: buffer.clone() for name, buffer in own.named_buffers()}
     call = bind(own, tuple(args), dict(kwargs or {}))
     call = with_rows(call, max(2, min(batch_rows(call), 5)))
+    beside = tuple(bind(own, tuple(args), dict(kwargs)) for args, kwargs in others)
     two = with_rows(call, 2)
     with torch.random.fork_rng(devices=[]):
-        program = exported(own, two)
+        program = exported(own, two, beside)
         notes += _hooks_only_look(model, own, two)
         prove_repeats(own, call, len(program.graph.nodes))
-        module, more = _as_graph(own, program, two)
+        module, more = _as_graph(own, program, two, beside)
         prove_batches(own, module, call)
+        for other in beside:
+            prove_batches(own, module, other, (2, 1))
         prove_rows(own, call, len(module.graph.nodes))
     for name, buffer in own.named_buffers():
         buffer.copy_(state[name])  # a forward that counts its calls has counted ours
@@ -112,7 +121,9 @@ def _hooks_only_look(model: nn.Module, own: nn.Module, call: Call) -> tuple[Note
     return (Note("trace.hooks-untried", text),)
 
 
-def _as_graph(own: nn.Module, program: torch.export.ExportedProgram, call: Call) -> tuple[fx.GraphModule, list[Note]]:
+def _as_graph(
+    own: nn.Module, program: torch.export.ExportedProgram, call: Call, others: Sequence[Call]
+) -> tuple[fx.GraphModule, list[Note]]:
     with quiet():
         raw = program.module(check_guards=False)
     assert isinstance(raw, fx.GraphModule)
@@ -122,6 +133,7 @@ def _as_graph(own: nn.Module, program: torch.export.ExportedProgram, call: Call)
     notes = [*functionalise(graph)]
     notes += _plain_interface(graph, program, call)
     refuse_fixed_batch(graph, call)
+    name_free_sizes(graph, call, others)
     notes += explicit_sizes(graph)
     plain_spelling(graph)
     graph.eliminate_dead_code()

@@ -38,8 +38,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
     integers (`methods.int8`). Raises ModelError when an operator has no ONNX form.
     """
     lowered = lower(graph, inputs)
-    batch = {0: torch.export.Dim("batch")}  # one name for all inputs: two symbols would be compared by guards
-    dynamic = tuple(batch if x.ndim and x.shape[0] == inputs[0].shape[0] else None for x in inputs)
+    dynamic = _dynamic(graph, inputs)
     names = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
     try:
         with warnings.catch_warnings(), _silent("torch.onnx"), torch.no_grad():
@@ -59,6 +58,16 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
         ) from error
     assert made is not None
     onnx.save(_stripped(_lean(made.model_proto)), path)
+
+
+def _dynamic(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[dict[int, Any] | None, ...]:
+    """The free sizes of every input. One name for the batch of all: two symbols for it would be compared by guards."""
+    batch = torch.export.Dim("batch")
+    found = []
+    for node, x in zip((n for n in graph.graph.nodes if n.op == "placeholder"), inputs, strict=True):
+        free: dict[int, Any] = {axis: torch.export.Dim.AUTO for axis in node.meta.get("free", {}) if axis}
+        found.append((free | ({0: batch} if x.ndim and x.shape[0] == inputs[0].shape[0] else {})) or None)
+    return tuple(found)
 
 
 def _innermost(error: BaseException) -> str:
