@@ -66,9 +66,11 @@ class Evidence:
     """What all groups are judged by."""
 
     graph: fx.GraphModule
-    layers: Mapping[str, Layer]
+    trial: fx.GraphModule  # a copy to try changes in; afterwards it is as before (copying a deep network takes longer)
+    layers: Mapping[str, Layer]  # that read a group
     groups: Sequence[Group]
     stats: Stats
+    power: Mapping[str, float]  # of every reader's outputs
     contributions: Mapping[str, Tensor] | None
     judge: Judge
     judged: int  # samples
@@ -97,19 +99,18 @@ def evidence_of(
 ) -> Evidence:
     """Second moments on all of calib, gradients on a part of it, outputs to compare with on what was set aside."""
     yardstick, reason = yardstick_of(graph, found, Settings("", task=task, divergence=divergence))
-    present = layers(graph)
     readers = {use.layer for group in open_groups for use in group.consumers}
-    wanted = {name: layer for name, layer in present.items() if name in readers}
+    wanted = {name: layer for name, layer in layers(graph).items() if name in readers}
     stats = measure(graph, (b.inputs for b in found.calib), wanted, advance=stage("measure", found.calib.samples))
     slopes, notes = _slopes(graph, _first(found.calib, GRADIENT_SAMPLES), readers, yardstick.task, seed, stage)
     affordable = JUDGE_MACS / max(1, len(SHARES) * len(open_groups) * total_macs(graph))
     batches = _first(found.tune or found.calib, int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable))))
     judge = Judge(batches, outputs_of(graph, batches), yardstick.divergences)
+    power = {name: _power(graph, layer, stats) for name, layer in wanted.items()}
     few = _few_rows(wanted, stats)
-    return Evidence(
-        graph, present, open_groups, stats, slopes, judge, sum(len(b[0]) for b in batches),
-        f"{yardstick.task} ({reason})", seed, (*notes, *few),
-    )  # fmt: skip
+    judged = sum(len(batch[0]) for batch in batches)
+    told, trial = f"{yardstick.task} ({reason})", copy.deepcopy(graph)
+    return Evidence(graph, trial, wanted, open_groups, stats, power, slopes, judge, judged, told, seed, (*notes, *few))
 
 
 def _first(batches: Any, samples: int) -> list[tuple[Tensor, ...]]:
@@ -168,12 +169,20 @@ def _levels(evidence: Evidence, group: Group, gone: Sequence[int]) -> tuple[Leve
     looks = []
     for level in sorted({max(1, round(group.size * share)) for share in SHARES} - {group.size}, reverse=True):
         refits = {name: one.refit(level) for name, one in families.items()}
-        trial = copy.deepcopy(evidence.graph)
-        for name, new in refits.items():
-            channels.apply(trial, evidence.layers[name], new)
         error = sum(one.error for one in refits.values())
-        looks.append(LevelLook(level, error, _shares(evidence, refits), evidence.judge(trial)))
+        looks.append(LevelLook(level, error, _shares(evidence, refits), _divergence(evidence, refits)))
     return tuple(looks)
+
+
+def _divergence(evidence: Evidence, refits: Mapping[str, channels.Refit]) -> float:
+    """What the outputs lose with the readers refitted."""
+    for name, new in refits.items():
+        channels.apply(evidence.trial, evidence.layers[name], new)
+    found = evidence.judge(evidence.trial)
+    for name in refits:
+        for path in filter(None, (name, evidence.layers[name].norm)):
+            evidence.trial.get_submodule(path).load_state_dict(evidence.graph.get_submodule(path).state_dict())
+    return found
 
 
 def _scored(evidence: Evidence, group: Group) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -201,12 +210,12 @@ def _at_half(evidence: Evidence, group: Group, kept: Sequence[int]) -> tuple[flo
 
 def _shares(evidence: Evidence, refits: Mapping[str, channels.Refit]) -> dict[str, float]:
     """The squared change of every reader's outputs as a share of their power."""
-    return {name: one.error / _power(evidence, name) for name, one in refits.items()}
+    return {name: one.error / evidence.power[name] for name, one in refits.items()}
 
 
-def _power(evidence: Evidence, name: str) -> float:
-    weights = matrix(evidence.graph.get_submodule(name))
-    gram = channels.gram_of(evidence.layers[name], evidence.stats.inputs[name])
+def _power(graph: fx.GraphModule, layer: Layer, stats: Stats) -> float:
+    """The mean square of the layer's outputs (of their changes, where a constant can be given back)."""
+    weights, gram = matrix(graph.get_submodule(layer.name)), channels.gram_of(layer, stats.inputs[layer.name])
     return max(float(row_errors(weights, gram).sum()), 1e-30)
 
 

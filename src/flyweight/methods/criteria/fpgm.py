@@ -17,7 +17,7 @@ def fpgm(context: Context) -> Float[Tensor, " channels"]:
     Needs no data. Small where others are like the channel, however large its weights. Source: He et al. 2019,
     arXiv:1811.00250, section 3.3, for the filter alone; here over coupled layers.
     """
-    # differences and not the expanded square, which loses the small distances that matter here
-    return torch.stack(
-        [torch.cdist(w, w, compute_mode="donot_use_mm_for_euclid_dist").sum(1) for w in weights(context)]
-    ).sum(0)
+    # in float64 the product form errs by 1e-8 of a channel's norm, and is many times faster
+    return torch.stack([torch.cdist(w, w, compute_mode="use_mm_for_euclid_dist").sum(1) for w in weights(context)]).sum(
+        0
+    )
