@@ -188,7 +188,7 @@ SHAPES: dict[str, Case] = {
     "slice": Case(slices, image(), {"a": 24, "b": 16}),
     "shufflenet": Case(shufflenet, image(), {"stem": 8, "a": 16, "c": 24}),
     "channel shuffle": Case(channel_shuffle, image(), {"a": 8, "b": 32}),
-    "one channel": Case(one_channel, image(), {"a": 7, "b": 32, "c": 16}),
+    "one channel": Case(one_channel, image(), {"a": "select", "b": 32, "c": 16}),
     "flatten": Case(flattened, image(), {"a": 16, "lin": 32}),
     "channels last": Case(channels_last, image(), {"a": 16, "lin": 32, "lin2": 24}),
     "expand": Case(expanded, vector(), {"lin": 16, "a": 24, "b": 16}),
