@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from flyweight.methods import channels, int8
-from flyweight.testing import CHANNELS, INT8, Method, Subject, laws, small_network, subject
+from flyweight.testing import CHANNELS, INT8, LOWRANK, Method, Subject, laws, small_network, subject
 from flyweight.types import Cost
 
-METHODS = {m.name: m for m in (CHANNELS, INT8)}
+METHODS = {m.name: m for m in (CHANNELS, LOWRANK, INT8)}
 
 
 @cache

@@ -8,23 +8,24 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from flyweight.graph.operators import layers
-from flyweight.methods import channels, int8
+from flyweight.methods import channels, int8, lowrank
+from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder, ladder
 from flyweight.stages.deliver import Prepared, prepared, with_numbers
 from flyweight.stages.price import Format, Menu, Sizes, options, problem
 from flyweight.testing.subject import Method, Subject
 from flyweight.types import Option, Step
 
-__all__ = ["CHANNELS", "INT8"]
+__all__ = ["CHANNELS", "INT8", "LOWRANK"]
 
 RUNGS = 3  # levels offered per group: the laws need few
 FINE = 1 << 24  # integers so fine that rounding to them is no change
 
 
 def _menu(
-    one: Subject, ladders: Sequence[Ladder] = (), formats: Sequence[Format] = ()
+    one: Subject, ladders: Sequence[Ladder] = (), formats: Sequence[Format] = (), ranks: Sequence[Ranks] = ()
 ) -> dict[str, tuple[Option, ...]]:
-    menu = Menu(one.layers, tuple(ladders), tuple(formats), {}, (), Sizes(0, 0.0))
+    menu = Menu(one.layers, tuple(ladders), tuple(formats), {}, (), Sizes(0, 0.0), ranks=tuple(ranks))
     return options(menu, problem(menu, None), None)
 
 
@@ -90,5 +91,34 @@ def _all_bits(one: Subject, site: str) -> fx.GraphModule:
     return _change_int8(one, [int8.step(site.removeprefix("numbers:"))], FINE)[1]
 
 
+def _propose_ranks(one: Subject) -> Mapping[str, Sequence[Option]]:
+    stay = lowrank.refused(one.graph, one.layers)
+    offered = {n: lowrank.levels(layer, count=RUNGS) for n, layer in one.layers.items() if n not in stay}
+    priced = [
+        lowrank.ranks(one.graph, one.layers[n], one.stats, some, one.judge) for n, some in offered.items() if some
+    ]
+    return _menu(one, ranks=priced)
+
+
+def _apply_ranks(one: Subject, steps: Sequence[Step]) -> fx.GraphModule:
+    return lowrank.restructure(one.graph, one.layers, one.stats, steps)
+
+
+def _change_ranks(one: Subject, steps: Sequence[Step]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    after = copy.deepcopy(one.graph)
+    for step in steps:
+        layer, moments = one.layers[step.target], one.stats.inputs[step.target]
+        found = lowrank.principal(one.graph, layer, moments)
+        new = lowrank.factor(one.graph, layer, moments, found, int(step.setting["rank"]))
+        lowrank.change(after, layer, new)
+    return one.graph, after
+
+
+def _full_rank(one: Subject, site: str) -> fx.GraphModule:
+    layer = one.layers[site.removeprefix("rank:")]
+    return _apply_ranks(one, [lowrank.step(layer.name, min(layer.outputs, layer.columns))])
+
+
 CHANNELS = Method("channels", _propose_channels, _apply_channels, _change_channels, _keep_every_channel)
+LOWRANK = Method("lowrank", _propose_ranks, _apply_ranks, _change_ranks, _full_rank)
 INT8 = Method("int8", _propose_int8, _apply_int8, _change_int8, _all_bits)
