@@ -78,10 +78,11 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Site(msgspec.Struct, frozen=True):
-    """A place where one decision is made: a coupled group of channels, the rank or the number format of one layer."""
+    """A place where one decision is made: a coupled group of channels, the rank or the number format of one layer,
+    a residual block."""
 
     name: str
-    kind: Literal["channels", "rank", "numbers"]
+    kind: Literal["channels", "rank", "block", "numbers"]
     layers: tuple[str, ...]  # the layers that the decision touches
     size: int = 0  # channels in the group; 0 where it has no meaning
     frozen: str = ""  # why nothing is offered here; "" if something is

@@ -32,6 +32,7 @@ class LatencyTable(msgspec.Struct, frozen=True):
     `whole[regime]`: the whole model with every layer in that number format. `saved[regime][group][level]`: what is saved
     when that group alone has `level` channels. `extra[layer]`: what is added when that layer alone stays float in the
     int8 model. `split[regime][layer][rank]`: what is saved when that layer alone is made two of that rank.
+    `without[regime][block]`: what is saved when that block alone is left out.
     """
 
     reference_s: Mapping[str, float]
@@ -44,6 +45,7 @@ class LatencyTable(msgspec.Struct, frozen=True):
     threads: int
     notes: tuple[Note, ...] = ()
     split: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]] = {}
+    without: Mapping[str, Mapping[str, Mapping[str, float]]] = {}
     schema_version: int = 1
 
 
@@ -84,6 +86,7 @@ def measure_table(
     seconds_per_shape: float | None = None,
     advance: Callable[[int], None] = lambda variants: None,
     narrowed: Callable[[Group, int], onnx.ModelProto] | None = None,
+    without: Mapping[str, Callable[[str], onnx.ModelProto]] | None = None,
 ) -> LatencyTable:
     """Times every variant against `reference` and takes differences.
 
@@ -91,7 +94,8 @@ def measure_table(
     model with that group cut to a level); in int8 it is taken to save the same share of the whole.
 
     `bases` maps a number format ("float", "int8") to the exported model with all layers in it; `levels` are the channel
-    counts to price per group; `float_layers` are priced one by one as float inside the int8 model.
+    counts to price per group; `float_layers` are priced one by one as float inside the int8 model; `without` makes, for a
+    number format, the model that lacks a block.
     """
     with tempfile.TemporaryDirectory(prefix="flyweight-table-") as folder:
         files: dict[str, Path] = {REFERENCE: reference}
@@ -107,10 +111,12 @@ def measure_table(
                     widths = widths_of(layers, {group.name: level}, groups)
                     touched = {n: widths[n] for n in (*group.producers, *(u.layer for u in group.consumers))}
                     files[f"{regime}|{group.name}|{level}"] = _saved(folder, patched(model, touched), len(files))
+            for block, make in (without or {}).items():
+                files[f"{regime}|without|{block}"] = _saved(folder, make(regime), len(files))
             for layer in float_layers if regime == INT8 else ():
                 files[f"extra|{layer}"] = _saved(folder, with_float_layer(model, layer), len(files))
         timings = _timed(files, feeds, runtime, threads, deadline_s, seconds_per_shape, advance)
-    return _table(timings, bases, groups, levels, float_layers)
+    return _table(timings, bases, groups, levels, float_layers, list(without or {}))
 
 
 def is_plain(group: Group, layers: Mapping[str, Layer]) -> bool:
@@ -149,6 +155,7 @@ def _table(
     groups: Sequence[Group],
     levels: Mapping[str, Sequence[int]],
     float_layers: Sequence[str],
+    blocks: Sequence[str],
 ) -> LatencyTable:
     shapes = list(timings.noise)
     share = {name: {s: by[s].share.value for s in shapes} for name, by in timings.times.items()}
@@ -168,6 +175,10 @@ def _table(
         extra={
             layer: {s: share[f"extra|{layer}"][s] - share[INT8][s] for s in shapes}
             for layer in (float_layers if INT8 in bases else ())
+        },
+        without={
+            regime: {b: {s: _difference(share, regime, f"without|{b}", s) for s in shapes} for b in blocks}
+            for regime in bases
         },
         noise=timings.noise,
         fingerprint=timings.fingerprint,

@@ -12,7 +12,7 @@ from flyweight.graph.axes import Group
 from flyweight.graph.operators import Layer, layers, module_of, sizes
 from flyweight.graph.rewrite import part_before
 
-__all__ = ["Other", "layer_macs", "others", "total_macs", "weight_bytes"]
+__all__ = ["Other", "layer_macs", "others", "total_macs", "weight_bytes", "work_of"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -43,7 +43,7 @@ def others(graph: fx.GraphModule, groups: Sequence[Group], layers: Mapping[str, 
             key = (one.owner, one.tensor)
             tensors[key] = tensor
             shares.setdefault(key, {})[group.name] = (one.dim, one.entries.shape[1] / tensor.shape[one.dim])
-    work = _work(graph, layers)
+    work = work_of(graph, layers)
     return tuple(
         Other(owner, name, tensors[owner, name].numel() * 4, work.get(owner, 0) if name == "weight" else 0, by)
         for (owner, name), by in shares.items()
@@ -58,7 +58,7 @@ def _tensor(graph: fx.GraphModule, owner: str, name: str) -> Tensor:
     return value
 
 
-def _work(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str, int]:
+def work_of(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str, int]:
     """Multiply-accumulates per sample of the convolutions that are no `layers`, by module."""
     work: dict[str, int] = {}
     for node in graph.graph.nodes:
@@ -79,17 +79,22 @@ def total_macs(graph: fx.GraphModule, weights: fx.GraphModule | None = None) -> 
     """
     present = layers(graph)
     if weights is None:
-        return sum(layer.macs for layer in present.values()) + sum(_work(graph, present).values())
+        return sum(layer.macs for layer in present.values()) + sum(work_of(graph, present).values())
     parts = {name: part_before(weights, name) for name in present}
-    numbers = {name: _weight(weights, name).numel() for name in present}
+    numbers = {name: _numbers(weights, name) for name in present}
     numbers |= {name: numbers[name] + _weight(weights, part).numel() for name, part in parts.items() if part}
     small = sum(numbers[name] * layer.positions for name, layer in present.items())
-    work, full = _work(graph, present), {name: _weight(graph, name).numel() for name in _work(graph, present)}
-    return small + sum(macs // full[name] * _weight(weights, name).numel() for name, macs in work.items())
+    work, full = work_of(graph, present), {name: _weight(graph, name).numel() for name in work_of(graph, present)}
+    return small + sum(macs // full[name] * _numbers(weights, name) for name, macs in work.items())
 
 
 def _weight(graph: fx.GraphModule, name: str) -> Tensor:
     return _tensor(graph, name, "weight")
+
+
+def _numbers(graph: fx.GraphModule, name: str) -> int:
+    """Weights of a layer, 0 if it went with its block."""
+    return _weight(graph, name).numel() if name in dict(graph.named_modules()) else 0
 
 
 def layer_macs(layer: Layer, inputs: int, outputs: int) -> int:

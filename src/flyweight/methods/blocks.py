@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -33,12 +33,13 @@ SUMS = (torch.ops.aten.add.Tensor, operator.add)
 
 @dataclass(frozen=True)
 class Block:
-    """A residual branch: `node` adds it to `skip`. `layers`: the layers that nothing else needs, in graph order."""
+    """A residual branch: `node` adds it to `skip`. `modules`, `layers`: those that nothing else needs, in graph order."""
 
     name: str  # of its last layer, what users read
     node: str
     skip: str
     nodes: tuple[str, ...]
+    modules: tuple[str, ...]
     layers: tuple[str, ...]
 
 
@@ -77,7 +78,9 @@ def blocks(graph: fx.GraphModule) -> tuple[Block, ...]:
         if not held[1 - side] and skip not in _above(sides[side]):
             continue  # not a stream that goes round: two values of their own
         chosen = tuple(n.name for n in branches[side])
-        found.append(Block(held[side][-1], node.name, skip.name, chosen, tuple(dict.fromkeys(held[side]))))
+        modules = tuple(dict.fromkeys(str(n.target) for n in branches[side] if n.op == "call_module"))
+        made = tuple(name for name in modules if name in names)
+        found.append(Block(held[side][-1], node.name, skip.name, chosen, modules, made))
     return tuple(_named_apart(found))
 
 
@@ -114,7 +117,7 @@ def _named_apart(found: Sequence[Block]) -> list[Block]:
     for block in found:
         number = taken[block.name] = taken.get(block.name, -1) + 1
         name = f"{block.name}[{number}]" if number else block.name
-        made.append(Block(name, block.node, block.skip, block.nodes, block.layers))
+        made.append(replace(block, name=name))
     return made
 
 

@@ -1,6 +1,6 @@
 """What a choice costs and errs: a factor graph of small tables, and the exact sum over it.
 
-A `Problem` has one variable per site (its options are numbered, 0 is "keep") and factors: tables over 0 to 3 variables
+A `Problem` has one variable per site (its options are numbered, 0 is "keep") and factors: tables over a few variables
 that hold an error and any number of named costs. What depends on one site is a unary factor; what depends on two
 neighbouring widths and a number format is a factor over three variables. Nothing here knows what the numbers mean.
 """
@@ -40,7 +40,7 @@ RELATIVE_TOLERANCE = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A table over 0 to 3 variables.
+    """A table over a few variables.
 
     `error[a, b, c]` is what that combination adds to the error; +inf forbids the combination. `costs` maps a cost's
     name to a finite table of the same shape; a missing name adds nothing.

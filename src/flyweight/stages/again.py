@@ -16,6 +16,7 @@ from flyweight.graph.axes import groups
 from flyweight.graph.measure import measure
 from flyweight.graph.operators import layers
 from flyweight.graph.program import load_files
+from flyweight.methods.blocks import blocks
 from flyweight.search.problem import Solution
 from flyweight.stages.buy import REFERENCE_FILE, Purchase, delivered, reference_of
 from flyweight.stages.deliver import Network
@@ -34,7 +35,8 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     present = layers(job.graph)
     known = {g.name: g for g in groups(job.graph, job.example)}
     steps = tuple(step for option in plan.choices.values() for step in option.steps)
-    missing = [s.target for s in steps if s.target not in known and s.target not in present]
+    sums = {block.node for block in blocks(job.graph)}
+    missing = [s.target for s in steps if s.target not in known and s.target not in present and s.target not in sums]
     if missing:
         raise UsageError(f"the plan changes {missing[0]!r}, which the model does not have", fix="plan this model anew")
     advance = stage("measure", job.roles.calib.samples)
@@ -53,8 +55,9 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     )  # fmt: skip
 
 
-def _kind(site: str) -> Literal["channels", "rank", "numbers"]:
-    return "channels" if site.startswith("channels:") else "rank" if site.startswith("rank:") else "numbers"
+def _kind(site: str) -> Literal["channels", "rank", "block", "numbers"]:
+    kinds: tuple[Literal["channels", "rank", "block"], ...] = ("channels", "rank", "block")
+    return next((kind for kind in kinds if site.startswith(f"{kind}:")), "numbers")
 
 
 def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Results:

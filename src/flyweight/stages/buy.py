@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from flyweight.deploy.latency import FLOAT, INT8, LatencyTable, measure_table
 from flyweight.errors import UsageError
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import total_macs, weight_bytes
+from flyweight.graph.operators import layers
 from flyweight.graph.rewrite import refresh
 from flyweight.graph.surgery import cut
-from flyweight.methods import int8
+from flyweight.methods import blocks, int8
+from flyweight.methods.blocks import Block
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
 from flyweight.stages.choose import Choice, Reference, choose, cost_limits, goal, steps_of
-from flyweight.stages.deliver import deliver, prepared, with_numbers
+from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.price import Market, Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes, Stage, largest_integer
 from flyweight.stages.setup import Job, joined
@@ -106,14 +109,14 @@ def priced(
     if kept is not None and timed:
         return replace(menu, sizes=Sizes(**msgspec.json.decode(kept))), table
     with tempfile.TemporaryDirectory(prefix="flyweight-bases-") as place:
-        bases, sizes = _bases(job, quotes, folder, Path(place))
+        bases, sizes, ready = _bases(job, quotes, folder, Path(place))
         folder.save(
             "sizes.json", msgspec.json.encode({"overhead": sizes.overhead, "per_int8_layer": sizes.per_int8_layer})
         )
         menu = replace(menu, sizes=sizes)
         if not timed:
             job.checkpoint("measuring latencies")
-            table = _measured_table(job, menu, bases, folder, stage, Path(place))
+            table = _measured_table(job, menu, bases, ready, folder, stage, Path(place))
             folder.save("table.json", to_json(table).encode())
     return menu, table
 
@@ -124,6 +127,7 @@ def _check_table(table: LatencyTable, menu: Menu) -> None:
     unknown = [f"the model in {regime}" for regime in regimes if regime not in table.whole]
     unknown += [f.layer for f in menu.formats if f.layer not in table.extra] if not unknown else []
     unknown += [g.name for g in menu.groups for r in regimes if g.name not in table.saved.get(r, {})]
+    unknown += [p.block.name for p in menu.blocks for r in regimes if p.block.node not in table.without.get(r, {})]
     unknown += [
         f"{g.name} with {k} of {g.size} channels"
         for g in menu.groups
@@ -138,7 +142,7 @@ def _check_table(table: LatencyTable, menu: Menu) -> None:
         )
 
 
-def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[str, Path], Sizes]:
+def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[str, Path], Sizes, Prepared]:
     """The folded float model and the one with every layer in int8, as files; what files weigh beyond the weights."""
     menu, network = quotes.menu, quotes.network
     ready = prepared(network.graph, network.example, [f.layer for f in menu.formats], job.calib, network.stats)
@@ -156,29 +160,47 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
 
     overhead = bases[FLOAT].stat().st_size - stored(())
     if not menu.formats:
-        return bases, Sizes(overhead, 0.0)
+        return bases, Sizes(overhead, 0.0), ready
     everything = [f.layer for f in menu.formats]
     graph, _ = with_numbers(ready, [int8.step(name) for name in everything], largest_integer())
     bases[INT8] = place / "int8.onnx"
     export(graph, job.example, bases[INT8])
     extra = bases[INT8].stat().st_size - stored(everything) - overhead
-    return bases, Sizes(overhead, extra / len(everything))
+    return bases, Sizes(overhead, extra / len(everything)), ready
 
 
 def _measured_table(
-    job: Job, menu: Menu, bases: Mapping[str, Path], folder: Folder, stage: Stage, place: Path
+    job: Job, menu: Menu, bases: Mapping[str, Path], ready: Prepared, folder: Folder, stage: Stage, place: Path
 ) -> LatencyTable:
     levels = {lad.group.name: lad.levels[1:] for lad in menu.ladders}
     float_layers = [f.layer for f in menu.formats]
-    variants = 1 + len(bases) * (1 + sum(len(v) for v in levels.values())) + len(float_layers)
+    variants = 1 + len(bases) * (1 + sum(len(v) for v in levels.values()) + len(menu.blocks)) + len(float_layers)
+    without = {
+        p.block.node: partial(_without, job, ready, p.block, float_layers, place) for p in menu.blocks
+    }  # fmt: skip
     advance = stage("measure latencies", variants)
     left = job.time_left_s()
     return measure_table(
         bases, folder.path / REFERENCE_FILE, menu.layers, menu.groups, levels,
         feeds_of(job.graph, job.judged, job.shapes, place), runtime=job.settings.target, threads=job.settings.threads,
         float_layers=float_layers, deadline_s=None if left is None else left / 3, advance=advance,
-        narrowed=lambda group, level: _narrowed(job, group, level, place),
+        narrowed=lambda group, level: _narrowed(job, group, level, place), without=without,
     )  # fmt: skip
+
+
+def _without(
+    job: Job, ready: Prepared, block: Block, int8_layers: Sequence[str], place: Path, regime: str
+) -> onnx.ModelProto:
+    """The folded model without a block, all layers in one number format: for the clock."""
+    graph = blocks.restructure(ready.graph, [blocks.step(block)])
+    refresh(graph, job.example)
+    if regime == INT8:
+        present = layers(graph)
+        steps = [int8.step(name) for name in int8_layers if name in present]
+        graph, _ = with_numbers(Prepared(graph, present, ready.stats), steps, largest_integer())
+    path = place / "without.onnx"
+    export(graph, job.example, path)
+    return onnx.load(path)
 
 
 def _narrowed(job: Job, group: Group, level: int, place: Path) -> onnx.ModelProto:

@@ -14,7 +14,7 @@ from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers
 from flyweight.graph.rewrite import part_before, pooled_means, refresh
 from flyweight.graph.surgery import fold_norms
-from flyweight.methods import channels, int8, lowrank
+from flyweight.methods import blocks, channels, int8, lowrank
 from flyweight.methods.channels import removed
 from flyweight.recover.normstats import reestimate
 from flyweight.recover.resolve import resolve
@@ -53,9 +53,10 @@ def deliver(
     largest: int = int8.LARGEST,
 ) -> tuple[fx.GraphModule, tuple[Note, ...]]:
     """The compressed graph, eval mode, and notes. `calib()` walks the calibration batches anew."""
-    structure = [s for s in steps if s.method in (channels.NAME, lowrank.NAME)]
+    structure = [s for s in steps if s.method != int8.NAME]
     graph = restructured(network, structure, calib)
-    numbers = _of_both_parts(graph, [s for s in steps if s.method == int8.NAME])
+    left = set(layers(graph))  # without those of blocks left out
+    numbers = _of_both_parts(graph, [s for s in steps if s.method == int8.NAME and s.target in left])
     if not numbers:
         return graph, ()
     ready = prepared(graph, network.example, {s.target for s in numbers}, calib)
@@ -75,6 +76,7 @@ def restructured(network: Network, steps: Collection[Step], calib: Callable[[], 
     cuts, ranks = ([s for s in steps if s.method == name] for name in (channels.NAME, lowrank.NAME))
     graph = channels.restructure(network.graph, network.groups, network.layers, network.stats, cuts)
     lowrank.split_all(graph, network.graph, network.layers, network.stats, ranks)
+    blocks.drop(graph, [s.target for s in steps if s.method == blocks.NAME])
     refresh(graph, network.example)
     reestimate(graph, calib())
     if all(one.setting.get("compensate", True) for one in steps):

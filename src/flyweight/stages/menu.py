@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import Other
 from flyweight.graph.operators import Layer
+from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
 
-__all__ = ["Format", "Menu", "Sizes"]
+__all__ = ["Format", "Menu", "Rest", "Sizes"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,17 @@ class Sizes:
     per_split_layer: float = 0.0
 
 
+@dataclass(frozen=True)
+class Rest:
+    """What goes with a block beside its layers: bytes in the file, multiply-accumulates that nothing else prices."""
+
+    bytes: int
+    macs: int
+
+
 @dataclass(frozen=True, eq=False)
 class Menu:
-    """All decisions, in the order of the search's variables: ladders first, then formats, then ranks.
+    """All decisions, in the order of the search's variables: ladders first, then formats, ranks and blocks.
 
     `combined[group]` is what rounding all readers adds to the divergence of that group's second measured level, beyond
     the sum of both prices, as a share of the level's own price; `meetings[layer]` the same for a layer's rank.
@@ -51,6 +60,8 @@ class Menu:
     fixed_macs: int = 0  # of what no group touches and is no layer
     ranks: tuple[Ranks, ...] = ()
     meetings: Mapping[str, float] = field(default_factory=dict)
+    blocks: tuple[Price, ...] = ()
+    rest: Mapping[str, Rest] = field(default_factory=dict)  # by the block's node
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -61,7 +72,12 @@ class Menu:
         """Layer name -> variable of its number format."""
         return {f.layer: len(self.ladders) + i for i, f in enumerate(self.formats)}
 
-    def decision(self, variable: int) -> Ladder | Format | Ranks:
+    def decision(self, variable: int) -> Ladder | Format | Ranks | Price:
         """What a variable of the search decides."""
-        every: tuple[Ladder | Format | Ranks, ...] = (*self.ladders, *self.formats, *self.ranks)
+        every: tuple[Ladder | Format | Ranks | Price, ...] = (*self.ladders, *self.formats, *self.ranks, *self.blocks)
         return every[variable]
+
+    def sizes_of(self, variable: int) -> int:
+        """How many options a variable has."""
+        decision = self.decision(variable)
+        return len(decision.levels) if isinstance(decision, Ladder | Ranks) else 2

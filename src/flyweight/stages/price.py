@@ -18,10 +18,12 @@ from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.graph.axes import Group, rows_of
 from flyweight.graph.cost import Other, layer_macs, weight_bytes
 from flyweight.graph.operators import Layer
-from flyweight.methods import channels, int8, lowrank
+from flyweight.methods import blocks, channels, int8, lowrank
+from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Factor, Floats, Problem, evaluate
+from flyweight.stages.depth import block_factors
 from flyweight.stages.menu import Format, Menu, Sizes
 from flyweight.stages.ranks import rank_factors
 from flyweight.types import Cost, Option, Step
@@ -66,6 +68,7 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
         *(len(lad.levels) for lad in menu.ladders),
         *(2 for _ in menu.formats),
         *(len(r.levels) for r in menu.ranks),
+        *(2 for _ in menu.blocks),
     )
     factors = [Factor((i,), np.array(lad.errors)) for i, lad in enumerate(menu.ladders)]
     where = menu.format_index()
@@ -74,14 +77,18 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
         factors.append(Factor((where[f.layer],), np.array(error)))
     regime = INT8 if menu.formats else FLOAT
     own = {shape: own_times(menu, table, shape, regime) for shape in table.reference_s} if table is not None else {}
-    for layer in menu.layers.values():
-        factors += _layer_factors(menu, layer, table, own)
-    factors += [factor for other in menu.others for factor in _other_factors(menu, other)]
+    of_layer = {layer.name: _layer_factors(menu, layer, table, own) for layer in menu.layers.values()}
+    of_other: dict[str, list[Factor]] = {}
+    for other in menu.others:
+        of_other.setdefault(other.owner, []).extend(_other_factors(menu, other))
+    between = _boundaries(menu, table) if table is not None else []
+    factors += [factor for made in (*of_layer.values(), *of_other.values()) for factor in made]
+    factors += [factor for _, factor in between]
     factors += _combined_factors(menu) + rank_factors(menu, table, regime)
+    factors += block_factors(menu, table, regime, of_layer, of_other, between)
     base: dict[str, float] = {"size": menu.sizes.overhead, "macs": menu.fixed_macs}
     if table is not None:
-        base |= {f"latency@{s}": v for s, v in table.whole[INT8 if menu.formats else FLOAT].items()}
-        factors += _boundaries(menu, table)
+        base |= {f"latency@{s}": v for s, v in table.whole[regime].items()}
     return Problem(size, tuple(factors), base)
 
 
@@ -339,11 +346,11 @@ def _combined_factors(menu: Menu) -> list[Factor]:
     return factors
 
 
-def _boundaries(menu: Menu, table: LatencyTable) -> list[Factor]:
+def _boundaries(menu: Menu, table: LatencyTable) -> list[tuple[tuple[str, str], Factor]]:
     """Two neighbouring float layers need no conversion between them: the price that makes the all-float model's time
     come out right, the same for every pair of neighbours."""
     where = menu.format_index()
-    pairs = [(where[a], where[b]) for a, b in menu.neighbours if a in where and b in where and a != b]
+    pairs = [(a, b) for a, b in menu.neighbours if a in where and b in where and a != b]
     if not pairs or not table.extra:
         return []
     costs = {}
@@ -351,7 +358,7 @@ def _boundaries(menu: Menu, table: LatencyTable) -> list[Factor]:
         added = sum(by[shape] for by in table.extra.values())
         unit = (added - (table.whole[FLOAT][shape] - table.whole[INT8][shape])) / len(pairs)
         costs[f"latency@{shape}"] = np.array([[-unit, 0.0], [0.0, 0.0]])
-    return [Factor(tuple(sorted(pair)), np.zeros((2, 2)), costs) for pair in pairs]
+    return [((a, b), Factor(tuple(sorted((where[a], where[b]))), np.zeros((2, 2)), costs)) for a, b in pairs]
 
 
 def options(menu: Menu, built: Problem, table: LatencyTable | None) -> dict[str, tuple[Option, ...]]:
@@ -372,7 +379,7 @@ def options(menu: Menu, built: Problem, table: LatencyTable | None) -> dict[str,
 def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float], table: LatencyTable | None) -> Option:
     latency = {s: change[f"latency@{s}"] * t for s, t in (table.reference_s if table else {}).items()}
     decision = menu.decision(variable)
-    apart = {Ladder: 0.0, Format: menu.sizes.per_int8_layer, Ranks: menu.sizes.per_split_layer}[type(decision)]
+    apart = {Format: menu.sizes.per_int8_layer, Ranks: menu.sizes.per_split_layer}.get(type(decision), 0.0)
     weights = round(change["size"] - (apart if option else 0))
     cost = Cost(round(change["macs"]), weights, round(change["size"]), latency or None)
     done = steps(menu, variable, option)
@@ -381,6 +388,8 @@ def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float],
             site, label = f"channels:{group.name}", f"{levels[option]} of {group.size} channels"
         case Ranks(levels=levels, layer=layer, layer_errors=layer_errors, errors=errors):
             site, label = f"rank:{layer}", f"rank {levels[option]} of {levels[0]}"
+        case Price(block=block, layer_error=layer_error, error=error):
+            site, label, layer_errors, errors = f"block:{block.name}", "left out", (0.0, layer_error), (0.0, error)
         case Format(layer=layer, layer_error=layer_error, error=error):
             site, label, layer_errors, errors = f"numbers:{layer}", "int8", (0.0, layer_error), (0.0, error)
     return Option(site, label if option else "keep", done, layer_errors[option], errors[option], cost)
@@ -395,5 +404,7 @@ def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:
             return (channels.step(lad.group, lad.kept(lad.levels[option])),)
         case Ranks(layer=layer, levels=levels):
             return (lowrank.step(layer, levels[option]),)
+        case Price(block=block):
+            return (blocks.step(block),)
         case Format(layer=layer):
             return (int8.step(layer),)

@@ -19,10 +19,11 @@ from flyweight.graph.cost import others, total_macs
 from flyweight.graph.measure import from_tensors, measure, to_tensors
 from flyweight.graph.operators import Layer, layers, sharers
 from flyweight.graph.surgery import folded, prove_all
-from flyweight.methods import channels, int8, lowrank
+from flyweight.methods import blocks, channels, int8, lowrank
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Judge, Ladder, ladder, outputs_of
 from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
+from flyweight.stages.depth import rest_of
 from flyweight.stages.price import Format, Menu, Sizes, edges
 from flyweight.stages.ranks import meeting
 from flyweight.stages.setup import Inputs, Job
@@ -89,10 +90,16 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
     job.checkpoint("pricing ranks")
     ranks, meetings = _ranks(job, network, formats, judge, store, stage)
+    job.checkpoint("pricing blocks")
+    depth = _blocks(job, network, judge, store, stage)
     neighbours = edges(job.graph, present)
     beside = others(job.graph, [lad.group for lad in ladders], present)
     fixed = total_macs(job.graph) - sum(one.macs for one in present.values()) - sum(o.macs for o in beside)
-    menu = Menu(present, ladders, formats, combined, neighbours, Sizes(0, 0.0), beside, fixed, ranks, meetings)
+    rest = rest_of(job.graph, [price.block for price in depth], present, beside)
+    sizes = Sizes(0, 0.0)
+    menu = Menu(
+        present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest
+    )  # fmt: skip
     few = _few_samples(job, network)
     return Quotes(network, menu, frozen, refused, (*notes, *few))
 
@@ -157,6 +164,22 @@ def _ladders(
         if advance:
             advance(1)
     return tuple(made)
+
+
+def _blocks(job: Job, network: Network, judge: Judge, store: Store, stage: Stage) -> tuple[blocks.Price, ...]:
+    """The residual blocks that may be left out, with their prices."""
+    if "blocks" not in job.methods:
+        return ()
+    found = [b for b in blocks.blocks(network.graph) if not job.kept_reason(b.layers)]
+    kept = store.load("blocks.json")
+    if kept is not None:
+        known = msgspec.json.decode(kept, type=dict[str, tuple[float, float]])
+    else:
+        advance = stage("price blocks", len(found))
+        known = {p.block.node: (p.layer_error, p.error) for p in blocks.prices(network.graph, found, judge)}
+        store.save("blocks.json", msgspec.json.encode(known))
+        advance(len(found))
+    return tuple(blocks.Price(b, *known[b.node]) for b in found)
 
 
 def _ranks(

@@ -39,8 +39,8 @@ __all__ = [
     "yardstick_of",
 ]
 
-METHODS = ("channels", "lowrank", "int8")
-USUAL = ("channels", "int8")  # without being asked for: what low rank adds to them is still to be measured
+METHODS = ("blocks", "channels", "lowrank", "int8")
+USUAL = ("channels", "int8")  # without being asked for: what the others add to them is still to be measured
 Inputs = tuple[Tensor, ...]
 
 

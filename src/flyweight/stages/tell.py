@@ -15,6 +15,7 @@ from flyweight.graph.cost import layer_macs, weight_bytes
 from flyweight.graph.operators import Layer
 from flyweight.graph.rewrite import part_before
 from flyweight.methods import lowrank
+from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Solution
@@ -54,7 +55,7 @@ def layer_rows(
                 name=name,
                 kind=layer.kind,
                 shape_before=tuple(old.shape),
-                shape_after=tuple(new.shape),
+                shape_after=tuple(new.shape) if new.numel() else (),
                 bits_before=32,
                 bits_after=bits,
                 weight_bytes_before=weight_bytes(layer, layer.inputs, layer.outputs, 32),
@@ -62,20 +63,25 @@ def layer_rows(
                 macs_before=layer.macs,
                 macs_after=sum(layer_macs(part, part.inputs, part.outputs) for part in parts),
                 histogram_before=_histogram(old) if changed else None,
-                histogram_after=_histogram(new) if changed else None,
+                histogram_after=_histogram(new) if changed and new.numel() else None,
             )
         )
     return tuple(rows)
 
 
 def _parts(after: fx.GraphModule, layer: Layer, new: Tensor) -> tuple[Layer, ...]:
-    """What a layer became: itself with the sizes of its weight, or two of a lower rank."""
+    """What a layer became: itself with the sizes of its weight, two of a lower rank, or nothing."""
+    if not new.numel():
+        return ()
     if part_before(after, layer.name):
         return lowrank.factored_layers(layer, new.shape[1])
     return (replace(layer, inputs=new.shape[1], outputs=new.shape[0]),)
 
 
 def _weight(graph: fx.GraphModule, name: str) -> Tensor:
+    """A layer's weight; empty if it went with its block."""
+    if name not in dict(graph.named_modules()):
+        return torch.zeros(0)
     weight = graph.get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight.detach()
@@ -106,6 +112,8 @@ def decisions(
                 site = Site(f"channels:{group.name}", "channels", touched, group.size)
             case Ranks(layer=layer, levels=levels):
                 site = Site(f"rank:{layer}", "rank", (layer,), levels[0])
+            case Price(block=block):
+                site = Site(f"block:{block.name}", "block", block.layers)
             case Format(layer=layer):
                 site = Site(f"numbers:{layer}", "numbers", (layer,))
         offered = options[site.name]
