@@ -214,9 +214,11 @@ def _shares(evidence: Evidence, refits: Mapping[str, channels.Refit]) -> dict[st
 
 
 def _power(graph: fx.GraphModule, layer: Layer, stats: Stats) -> float:
-    """The mean square of the layer's outputs (of their changes, where a constant can be given back)."""
-    weights, gram = matrix(graph.get_submodule(layer.name)), channels.gram_of(layer, stats.inputs[layer.name])
-    return max(float(row_errors(weights, gram).sum()), 1e-30)
+    """The mean square of the layer's outputs, its bias apart, summed over them: 0 only if nothing ever comes in.
+
+    Not their variance: a layer that says the same to every sample (a gate after pooling) would have none.
+    """
+    return max(float(row_errors(matrix(graph.get_submodule(layer.name)), stats.inputs[layer.name].raw).sum()), 1e-30)
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
