@@ -79,7 +79,7 @@ def held(layer: Layer, moments: Moments) -> Form:
     return _held(moments, absorbs(layer))
 
 
-@functools.lru_cache(maxsize=2)  # wide ones are dear to make, and dear to keep
+@functools.lru_cache(maxsize=1)  # asked for twice in a row; wide ones are dear to make, and dear to keep
 def _held(moments: Moments, centred: bool) -> Form:
     def lowered(gram: Tensor) -> Tensor:
         result, power = shrunk(gram, moments.count, FLOOR), gram.diagonal()

@@ -119,7 +119,7 @@ def _factor(layer: Layer, moments: Moments) -> Rounding:
     return forms.rounding(shrunk(gram_of(layer, moments), moments.count, FLOOR))
 
 
-_remembered_factor = functools.lru_cache(maxsize=2)(_factor)
+_remembered_factor = functools.lru_cache(maxsize=1)(_factor)  # half a gigabyte for the widest
 
 
 def apply(
