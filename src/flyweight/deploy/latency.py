@@ -12,9 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from flyweight.deploy.clock import Timings, compare
+from flyweight.deploy.splits import with_split_layer
 from flyweight.deploy.variants import Width, patched, with_float_layer
 from flyweight.graph.axes import Group, rows_of
 from flyweight.graph.operators import Layer
@@ -24,6 +27,7 @@ __all__ = ["LatencyTable", "measure_table", "table_hash", "widths_of"]
 
 FLOAT, INT8 = "float", "int8"
 REFERENCE = "reference"
+Weights = NDArray[np.float32]
 
 
 class LatencyTable(msgspec.Struct, frozen=True):
@@ -87,6 +91,7 @@ def measure_table(
     advance: Callable[[int], None] = lambda variants: None,
     narrowed: Callable[[Group, int], onnx.ModelProto] | None = None,
     without: Mapping[str, Callable[[str], onnx.ModelProto]] | None = None,
+    ranks: Mapping[str, tuple[Weights, Sequence[int]]] | None = None,
 ) -> LatencyTable:
     """Times every variant against `reference` and takes differences.
 
@@ -95,7 +100,8 @@ def measure_table(
 
     `bases` maps a number format ("float", "int8") to the exported model with all layers in it; `levels` are the channel
     counts to price per group; `float_layers` are priced one by one as float inside the int8 model; `without` makes, for a
-    number format, the model that lacks a block.
+    number format, the model that lacks a block; `ranks` are those to price per layer, beside its weight "out in" (a layer
+    that no node of the file computes gets no price).
     """
     with tempfile.TemporaryDirectory(prefix="flyweight-table-") as folder:
         files: dict[str, Path] = {REFERENCE: reference}
@@ -113,10 +119,29 @@ def measure_table(
                     files[f"{regime}|{group.name}|{level}"] = _saved(folder, patched(model, touched), len(files))
             for block, make in (without or {}).items():
                 files[f"{regime}|without|{block}"] = _saved(folder, make(regime), len(files))
+            for layer, (weight, offered) in (ranks or {}).items():
+                for rank in offered:
+                    if (split := with_split_layer(model, layer, rank, weight)) is not None:
+                        files[f"{regime}||{layer}|{rank}"] = _saved(folder, split, len(files))
             for layer in float_layers if regime == INT8 else ():
                 files[f"extra|{layer}"] = _saved(folder, with_float_layer(model, layer), len(files))
         timings = _timed(files, feeds, runtime, threads, deadline_s, seconds_per_shape, advance)
-    return _table(timings, bases, groups, levels, float_layers, list(without or {}))
+    table = _table(timings, bases, groups, levels, float_layers, list(without or {}))
+    offered_ranks = {layer: offered for layer, (_, offered) in (ranks or {}).items()}
+    return msgspec.structs.replace(table, split={regime: _split(timings, regime, offered_ranks) for regime in bases})
+
+
+def _split(timings: Timings, regime: str, ranks: Mapping[str, Sequence[int]]) -> dict[str, dict[str, dict[str, float]]]:
+    """What every layer made two saves, by rank and shape; layers without a variant are left out."""
+    share = {name: {s: one.share.value for s, one in by.items()} for name, by in timings.times.items()}
+    return {
+        layer: {
+            str(rank): {s: share[regime][s] - share[f"{regime}||{layer}|{rank}"][s] for s in timings.noise}
+            for rank in offered
+        }
+        for layer, offered in ranks.items()
+        if all(f"{regime}||{layer}|{rank}" in share for rank in offered)
+    }
 
 
 def is_plain(group: Group, layers: Mapping[str, Layer]) -> bool:

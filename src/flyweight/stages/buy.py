@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from flyweight.stages.choose import Choice, Reference, choose, cost_limits, goal
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.price import Market, Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes, Stage, largest_integer
+from flyweight.stages.ranks import split_overhead, timed_ranks, weights_of
 from flyweight.stages.setup import Job, joined
 from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, feeds_of
@@ -83,7 +84,8 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     corrected, file = _corrected(job, offers, reference, table, choice, aim, attempt, folder)
     advance(1)
     bought = _purchase(quotes, reference, table, corrected)
-    return replace(bought, notes=(*bought.notes, *_search_notes(choice, corrected)), file=file)
+    notes = (*bought.notes, *_search_notes(choice, corrected), *_untimed_note(quotes.menu, menu))
+    return replace(bought, notes=notes, file=file)
 
 
 def reference_of(job: Job, folder: Folder) -> Reference:
@@ -107,18 +109,21 @@ def priced(
         _check_table(table, menu)
     timed = table is not None or not job.times_matter
     if kept is not None and timed:
-        return replace(menu, sizes=Sizes(**msgspec.json.decode(kept))), table
+        return _timed(replace(menu, sizes=Sizes(**msgspec.json.decode(kept))), table), table
     with tempfile.TemporaryDirectory(prefix="flyweight-bases-") as place:
         bases, sizes, ready = _bases(job, quotes, folder, Path(place))
-        folder.save(
-            "sizes.json", msgspec.json.encode({"overhead": sizes.overhead, "per_int8_layer": sizes.per_int8_layer})
-        )
+        folder.save("sizes.json", msgspec.json.encode(asdict(sizes)))
         menu = replace(menu, sizes=sizes)
         if not timed:
             job.checkpoint("measuring latencies")
             table = _measured_table(job, menu, bases, ready, folder, stage, Path(place))
             folder.save("table.json", to_json(table).encode())
-    return menu, table
+    return _timed(menu, table), table
+
+
+def _timed(menu: Menu, table: LatencyTable | None) -> Menu:
+    """The menu without the ranks that the table, if there is one, cannot price."""
+    return menu if table is None else replace(menu, ranks=timed_ranks(menu, table))
 
 
 def _check_table(table: LatencyTable, menu: Menu) -> None:
@@ -159,14 +164,15 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
         )
 
     overhead = bases[FLOAT].stat().st_size - stored(())
+    per_split = split_overhead(menu, ready, job.example, bases[FLOAT]) if menu.ranks else 0.0
     if not menu.formats:
-        return bases, Sizes(overhead, 0.0), ready
+        return bases, Sizes(overhead, 0.0, per_split), ready
     everything = [f.layer for f in menu.formats]
     graph, _ = with_numbers(ready, [int8.step(name) for name in everything], largest_integer())
     bases[INT8] = place / "int8.onnx"
     export(graph, job.example, bases[INT8])
     extra = bases[INT8].stat().st_size - stored(everything) - overhead
-    return bases, Sizes(overhead, extra / len(everything)), ready
+    return bases, Sizes(overhead, extra / len(everything), per_split), ready
 
 
 def _measured_table(
@@ -175,6 +181,7 @@ def _measured_table(
     levels = {lad.group.name: lad.levels[1:] for lad in menu.ladders}
     float_layers = [f.layer for f in menu.formats]
     variants = 1 + len(bases) * (1 + sum(len(v) for v in levels.values()) + len(menu.blocks)) + len(float_layers)
+    variants += len(bases) * sum(len(one.levels) - 1 for one in menu.ranks)
     without = {
         p.block.node: partial(_without, job, ready, p.block, float_layers, place) for p in menu.blocks
     }  # fmt: skip
@@ -185,6 +192,7 @@ def _measured_table(
         feeds_of(job.graph, job.judged, job.shapes, place), runtime=job.settings.target, threads=job.settings.threads,
         float_layers=float_layers, deadline_s=None if left is None else left / 3, advance=advance,
         narrowed=lambda group, level: _narrowed(job, group, level, place), without=without,
+        ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
     )  # fmt: skip
 
 
@@ -316,6 +324,16 @@ def _search_notes(first: Choice, last: Choice) -> tuple[Note, ...]:
         text = f"the search ended by time: a better choice may exist, by at most {last.solution.gap:.1%}"
         notes.append(Note("search.unproven", text, fix="run on a machine with less other work"))
     return tuple(notes)
+
+
+def _untimed_note(asked: Menu, priced: Menu) -> tuple[Note, ...]:
+    """A note on ranks that were left out because nothing says how long they take."""
+    known = {one.layer for one in priced.ranks}
+    lost = [one.layer for one in asked.ranks if one.layer not in known]
+    if not lost:
+        return ()
+    text = f"{len(lost)} layer(s) are offered no lower rank: the latency table has no time for them"
+    return (Note("latency.ranks-untimed", text, where=", ".join(lost[:4]), fix="have the table measured by this run"),)
 
 
 def _purchase(quotes: Quotes, reference: Reference, table: LatencyTable | None, choice: Choice) -> Purchase:

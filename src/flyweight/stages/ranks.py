@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, fx
 
-from flyweight.deploy.latency import LatencyTable
+from flyweight.deploy.formats.onnx import export
+from flyweight.deploy.latency import LatencyTable, Weights
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import layer_macs, weight_bytes
 from flyweight.graph.operators import Layer
 from flyweight.graph.rewrite import part_before, refresh
+from flyweight.graph.surgery import folded
 from flyweight.methods import int8, lowrank
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Judge
 from flyweight.search.problem import Factor, Floats
-from flyweight.stages.deliver import Network, prepared, with_numbers
+from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
 from flyweight.stages.menu import Menu
 
-__all__ = ["meeting", "rank_factors"]
+__all__ = ["meeting", "rank_factors", "split_overhead", "timed_ranks", "weights_of"]
 
 FEW_SAMPLES = 128  # for the ranges of one trial: a price, not a delivery
 
@@ -38,6 +41,33 @@ def rank_factors(menu: Menu, table: LatencyTable | None, regime: str) -> list[Fa
                 error[1:, 1:] = np.inf
                 found.append(Factor((variable, group), error))
     return found
+
+
+def timed_ranks(menu: Menu, table: LatencyTable) -> tuple[Ranks, ...]:
+    """The ranks that the table has a time for, in every number format that it knows."""
+    return tuple(
+        one
+        for one in menu.ranks
+        if table.split
+        and all(set(map(str, one.levels[1:])) <= set(by.get(one.layer, {})) for by in table.split.values())
+    )
+
+
+def split_overhead(menu: Menu, ready: Prepared, example: tuple[Tensor, ...], base: Path) -> float:
+    """Bytes beyond the weights that one more layer adds to the float file: measured on the first that may become two."""
+    one, made = menu.ranks[0], base.with_name("split.onnx")
+    layer, rank = ready.layers[one.layer], one.levels[-1]
+    graph = lowrank.restructure(ready.graph, ready.layers, ready.stats, [lowrank.step(one.layer, rank)])
+    export(graph, example, made)
+    weights = sum(weight_bytes(p, p.inputs, p.outputs, 32) for p in lowrank.factored_layers(layer, rank))
+    grown = made.stat().st_size - base.stat().st_size
+    return float(grown - weights + weight_bytes(layer, layer.inputs, layer.outputs, 32))
+
+
+def weights_of(graph: fx.GraphModule, layer: Layer) -> Weights:
+    """The layer's matrix in the exported file, its norm folded in."""
+    values: Weights = folded(graph, layer)[0].detach().flatten(1).float().numpy()
+    return values
 
 
 def _touched(group: Group) -> set[str]:
