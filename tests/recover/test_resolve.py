@@ -49,8 +49,9 @@ def test_the_outputs_come_nearer_on_the_calibration_data():
     assert after < 0.9 * before
 
 
-def test_the_last_layer_is_a_ridge_regression_onto_the_original_outputs():
+def test_the_last_layer_is_a_ridge_regression_onto_the_original_outputs(monkeypatch: pytest.MonkeyPatch):
     """Closed form: with nothing behind it, its weights solve the normal equations of what it is really fed."""
+    monkeypatch.setattr(resolving, "HELD_BACK", 1 << 40)  # no sample: then the least ridge
     graph, rows = cut()
     mended = resolve(graph, one().graph, rows, one().batches)
     fed: list[torch.Tensor] = []
@@ -63,7 +64,7 @@ def test_the_last_layer_is_a_ridge_regression_onto_the_original_outputs():
     x = torch.cat(fed)
     start = matrix(graph.last)
     centred, target = x - x.mean(0), wanted - wanted.mean(0)
-    ridge = resolving.RIDGE * float(centred.square().mean(0).mean())
+    ridge = resolving.RIDGES[0] * float(centred.square().mean(0).mean())
     held = centred.T @ centred / len(x) + ridge * torch.eye(x.shape[1], dtype=x.dtype)
     expected = torch.linalg.solve(held, (target.T @ centred / len(x) + ridge * start).T).T
     # moments are summed in float32: 2^-24 * sqrt(rows) of their size, times a condition number of about 100
@@ -191,7 +192,7 @@ def test_nodes_that_only_one_network_has_are_passed_over():
     graph.recompile()
     mended = resolve(graph, one().graph, {}, one().batches)
     assert torch.equal(mended.get_submodule("block.conv2_in").weight, graph.get_submodule("block.conv2_in").weight)
-    assert not torch.equal(mended.get_submodule("block.conv2").weight, graph.get_submodule("block.conv2").weight)
+    assert not torch.equal(mended.get_submodule("inner").bias, graph.get_submodule("inner").bias)
     assert one().judge(mended) < one().judge(graph)
 
 
@@ -218,3 +219,71 @@ def test_groups_of_channels_are_fitted_one_by_one():
     again = resolve(half, original, {}, batches)
     # float32 moments
     assert torch.allclose(again.b.weight[:2], mended.b.weight[:2], atol=1e-5)
+
+
+class Residual(nn.Module):
+    """A stream that a cut has hurt, and a linear layer behind it that adds to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 24), nn.Linear(24, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.b(torch.relu(self.a(x)))
+        return x + self.d(torch.relu(self.c(x)))
+
+
+def test_a_layer_mends_what_its_stream_has_lost():
+    torch.manual_seed(0)
+    model = Residual().eval()
+    batches = [(torch.randn(256, 6),) for _ in range(4)]
+    graph = trace(model, batches[0]).module
+    hurt = copy.deepcopy(graph)
+    with torch.no_grad():
+        hurt.a.weight[4:], hurt.a.bias[4:] = 0, 0
+    alone = copy.deepcopy(hurt)
+    for name in ("b",):  # all that a fit of the layer that was hurt itself can do
+        alone.b.load_state_dict(resolve(hurt, graph, {}, batches).get_submodule(name).state_dict())
+    mended = resolve(hurt, graph, {}, batches)
+    x = torch.randn(2000, 6)
+    with torch.no_grad():
+        errors = [float((g(x) - graph(x)).square().mean()) for g in (alone, mended)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_fit_that_held_back_samples_refuse_is_not_made():
+    """Outputs that have nothing to do with the inputs: weights fitted to noise, where the old ones are right."""
+    torch.manual_seed(1)
+    start, x = torch.randn(1, 3, 40, dtype=torch.float64), torch.randn(64, 40, dtype=torch.float64)
+    y = x @ start[0].T + 8 * torch.randn(64, 3, dtype=torch.float64)
+    parts = [
+        ((x[s].T @ x[s])[None], (y[s].T @ x[s])[None], y[s].square().sum(0)[None]) for s in (slice(48), slice(48, 64))
+    ]
+    assert resolving._best_share(start, *parts) in (None, 10.0)
+    clean = x @ torch.randn(3, 40, dtype=torch.float64).T
+    right = [
+        ((x[s].T @ x[s])[None], (clean[s].T @ x[s])[None], clean[s].square().sum(0)[None])
+        for s in (slice(48), slice(48, 64))
+    ]
+    assert resolving._best_share(start, *right) == resolving.RIDGES[0]
+
+
+def test_padding_is_left_out():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x))) * mask[..., None]
+
+    torch.manual_seed(2)
+    mask = (torch.arange(5) < torch.randint(1, 6, (64, 1))).float()
+    x = torch.randn(64, 5, 4)
+    graph = trace(Tokens().eval(), (x, mask)).module
+    hurt = copy.deepcopy(graph)
+    with torch.no_grad():
+        hurt.a.weight[2:] = 0
+    noise = torch.where(mask[..., None] == 1, x, 50 * torch.randn(64, 5, 4))
+    first, second = (resolve(hurt, graph, {}, [(value, mask)]) for value in (x, noise))
+    assert torch.equal(first.b.weight, second.b.weight)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flyweight.graph.operators import Layer, input_rows, patches_at
+from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.numerics.forms import Blocks
 from flyweight.numerics.kronecker import Kronecker
 from flyweight.numerics.moments import (
@@ -60,12 +61,15 @@ def measure(
 
     Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each batch. `samples`: how many
     are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (four
-    above WIDE columns, whose products are dear). `positions` sets the number of patches for every convolution.
+    above WIDE columns, whose products are dear). `positions` sets the number of patches for every convolution. Padding
+    (`graph.tokens`) is left out of the rows of linear layers.
     """
     looks = {name: positions or _positions(layer, samples) for name, layer in layers.items()}
     recorder = _Recorder(graph, layers, ranges, looks)
+    mask = mask_input(graph)
     with torch.no_grad():
         for batch in batches:
+            recorder.tokens = None if mask is None else kept_tokens(batch[mask])
             recorder.run(*batch)
             recorder.samples += len(batch[0])
             advance(len(batch[0]))
@@ -120,6 +124,7 @@ class _Recorder(fx.Interpreter):
         self.moments = {name: _empty(layers[name]) for name in dict.fromkeys(self.owners.values())}
         self.waiting: dict[str, list[Tensor]] = {name: [] for name in self.moments}
         self.histograms = {name: empty_histogram() for name in ranges}
+        self.tokens: Tensor | None = None  # which tokens of the batch are real
 
     def run_node(self, n: fx.Node) -> object:
         if n.op == "call_module" and n.target in self.moments:
@@ -137,6 +142,8 @@ class _Recorder(fx.Interpreter):
             self.moments[layer] = add_patches(moments, *patches_at(module, x, self.samples, self.looks[layer]))
             return
         rows = input_rows(module, x, self.samples, self.looks[layer])
+        real = real_rows(module, x, self.tokens)
+        rows = rows if real is None else rows[real]
         self.waiting[layer].append(rows)
         # merging a wide moment costs more than the product itself
         if sum(len(part) for part in self.waiting[layer]) >= min(rows.shape[1], WAITING):

@@ -23,6 +23,7 @@ __all__ = [
     "empty_kronecker",
     "empty_moments",
     "enough",
+    "merged",
     "shrunk",
 ]
 
@@ -104,6 +105,19 @@ def add_rows(moments: Moments, rows: Float[Tensor, "rows in"]) -> Moments:
     else:
         gram = _added(moments.gram, rows, mean, shift, share)
     return Moments(total, moments.mean + shift * share, gram)
+
+
+def merged(first: Moments, second: Moments) -> Moments:
+    """Moments of all rows of both. Dense and stacked ones only. Source: as `add_rows`."""
+    assert isinstance(first.gram, Tensor)
+    assert isinstance(second.gram, Tensor)
+    total = first.count + second.count
+    if not total:
+        return first
+    share, shift = second.count / total, second.mean - first.mean
+    apart = (shift[..., :, None] * shift[..., None, :]).to(first.gram.dtype)
+    gram = first.gram * (1 - share) + second.gram * share + apart * (share * (1 - share))
+    return Moments(total, first.mean + shift * share, gram)
 
 
 def _added(old: Tensor, rows: Tensor, mean: Tensor, shift: Tensor, share: float) -> Tensor:

@@ -2,13 +2,16 @@
 
 Layers compressed one by one assume exact inputs. Walking the network in order, the least-squares weights from the
 compressed inputs x~ to the original outputs y take the errors made so far into account:
-W* = (E[y x~^T] + r W') (E[x~ x~^T] + r I)^-1, shrunk towards the weights W' it starts from.
+W* = (E[y x~^T] + r W') (E[x~ x~^T] + r I)^-1, shrunk towards the weights W' it starts from, as strongly as a quarter of
+the samples, held back, find best (or not at all: then only its bias is). A linear layer whose outputs are added to a stream
+is fitted to y + (s - s~), so that it also mends what the stream s has lost before.
 Source: METHODS 2.8 (pass 2); the idea as in Li et al. 2025, arXiv:2504.02692 (GPTAQ), who fit rounded weights.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from flyweight.graph.operators import Layer, input_rows, layers, matrix, set_matrix, sharers
-from flyweight.numerics.moments import WIDEST, add_rows, empty_moments
+from flyweight.graph.operators import Layer, input_rows, layers, matrix, module_of, set_matrix, sharers
+from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
+from flyweight.numerics.moments import WIDEST, Moments, add_rows, empty_moments, merged
 from flyweight.numerics.obs import row_errors
 
 __all__ = ["resolve"]
 
 Batch = tuple[Tensor, ...]
-RIDGE = 0.01  # of the mean diagonal: how strongly the old weights hold
+SUMS = (torch.ops.aten.add.Tensor, operator.add)
+RIDGES = (0.01, 0.1, 1.0, 10.0)  # of the mean diagonal: how strongly the old weights hold
+HELD_BACK = 4  # every fourth sample judges how strongly
 POSITIONS = 32  # patches of each sample that a convolution is fitted to
 MOST = 256  # of them where samples are few
-MEMORY_BYTES = 600_000_000  # for the values of both networks that are alive at once
+MEMORY_BYTES = 1_200_000_000  # for the values of both networks that are alive at once
 
 
 def resolve(
@@ -49,7 +55,8 @@ def resolve(
     result = copy.deepcopy(graph)
     present = layers(result)
     new, old = _Flow(result), _Flow(original)
-    feeds, shared = _affordable(original, batches), sharers(result)
+    feeds, shared, mask = _affordable(original, batches), sharers(result), mask_input(original)
+    masks = [None if mask is None else kept_tokens(feed[mask]) for feed in feeds]
     with torch.no_grad():
         teachers, ahead = {node.name: node for node in original.graph.nodes}, deque(original.graph.nodes)
         for mine in list(result.graph.nodes):
@@ -58,7 +65,9 @@ def resolve(
                 old.step(ahead.popleft(), feeds)
             layer = present.get(str(mine.target)) if mine.op == "call_module" else None
             if theirs is not None and layer is not None and layer.name not in shared and _enough(layer, feeds):
-                _fit(result, original, layer, kept.get(layer.name), new.inputs(mine), old.inputs(theirs))
+                rows = kept.get(layer.name)
+                task = _Task(new.inputs(mine), old.inputs(theirs), _lost_streams(mine, theirs, new, old, rows), masks)
+                _fit(result, original, layer, rows, task)
                 advance(1)
             new.step(mine, feeds)
             if theirs is not None:
@@ -101,6 +110,7 @@ class _Flow:
     """The values of one network for all batches, alive as long as a later node reads them."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
+        self.graph = graph
         self.runner = fx.Interpreter(graph, garbage_collect_values=False)
         self.values: dict[fx.Node, list[object]] = {}
         self.inputs_seen = 0
@@ -133,6 +143,43 @@ class _Flow:
 
 
 @dataclass(frozen=True, eq=False)
+class _Task:
+    """What a layer is fitted with, batch by batch: inputs of both networks, what the stream lost, which tokens are real."""
+
+    new: Sequence[Tensor]
+    old: Sequence[Tensor]
+    lost: Sequence[Tensor] | None
+    masks: Sequence[Tensor | None]
+
+
+def _lost_streams(
+    mine: fx.Node, theirs: fx.Node, new: _Flow, old: _Flow, rows: Sequence[int] | None
+) -> list[Tensor] | None:
+    """Original less compressed stream at the sum that a linear layer's outputs go to, where both are known already."""
+    ours, sums = _stream(mine, new), _stream(theirs, old)
+    if rows is not None or ours is None or sums is None or ours.name != sums.name:
+        return None
+    pairs = list(zip(old.values[sums], new.values[ours], strict=True))
+    usable = all(isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape for a, b in pairs)
+    return [a - b for a, b in pairs] if usable else None  # type: ignore[operator]
+
+
+def _stream(node: fx.Node, flow: _Flow) -> fx.Node | None:
+    """The other side of the sum that alone reads a linear layer's outputs, through dropouts."""
+    if not isinstance(module_of(flow.graph, node), torch.nn.Linear):
+        return None
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.op == "call_function" and user.target in SUMS and len(user.args) == 2 and not user.kwargs:
+            other = next((a for a in user.args if a is not node), None)
+            return other if isinstance(other, fx.Node) and other in flow.values else None
+        if not isinstance(module_of(flow.graph, user), torch.nn.modules.dropout._DropoutNd):
+            return None
+        node = user
+    return None
+
+
+@dataclass(frozen=True, eq=False)
 class _Fit:
     weights: Tensor
     mean: Tensor  # of the new outputs, without the bias
@@ -145,14 +192,12 @@ def _fit(
     original: fx.GraphModule,
     layer: Layer,
     rows_kept: Sequence[int] | None,
-    new: Sequence[Tensor],
-    old: Sequence[Tensor],
+    task: _Task,
 ) -> None:
     module: Any = result.get_submodule(layer.name)
     teacher: Any = original.get_submodule(layer.name)
     index = slice(None) if rows_kept is None else list(rows_kept)
-    looks = _looks(layer, sum(len(x) for x in new))
-    found = _solved(module, teacher, matrix(teacher)[index], layer, looks, new, old)
+    found = _solved(module, teacher, matrix(teacher)[index], layer, task)
     set_matrix(module, found.weights)
     with torch.no_grad():
         if layer.norm:  # what re-estimation would find, without another pass
@@ -163,48 +208,82 @@ def _fit(
             module.bias.copy_(teacher.bias[index] + found.lost.to(module.bias.dtype))
 
 
-def _solved(
-    module: torch.nn.Module,
-    teacher: torch.nn.Module,
-    target: Tensor,
-    layer: Layer,
-    looks: int,
-    new: Sequence[Tensor],
-    old: Sequence[Tensor],
-) -> _Fit:
-    """Moments of the compressed inputs beside the original outputs, and the weights that follow, group by group."""
-    groups = layer.groups
-    start = _by_group(matrix(module), groups)
-    target = _by_group(target, groups).to(old[0].dtype)
-    width, seen = start.shape[2], 0
-    both = empty_moments(width + target.shape[1], groups)
-    for x, y in zip(new, old, strict=True):
+def _solved(module: torch.nn.Module, teacher: torch.nn.Module, target: Tensor, layer: Layer, task: _Task) -> _Fit:
+    """Moments of the compressed inputs beside the outputs wanted, and the weights that follow, group by group."""
+    groups, start = layer.groups, _by_group(matrix(module), layer.groups)
+    width = start.shape[2]
+    used, held = _moments(module, teacher, _by_group(target, groups), layer, task)
+    centred = layer.bias or bool(layer.norm)
+    both = merged(used, held)
+    weights = start
+    share = _best_share(start, _parts(used, width, groups, centred), _parts(held, width, groups, centred))
+    if not held.count or share is not None:
+        second, cross, _ = _parts(both, width, groups, centred)
+        weights = _ridge(start, second, cross, RIDGES[0] if share is None else share)
+    mean = both.mean.reshape(groups, -1)
+    expected = (weights @ mean[:, :width, None])[..., 0]
+    variance = row_errors(weights, _parts(both, width, groups, True)[0])
+    return _Fit(weights.flatten(0, 1), expected.flatten(), variance.flatten(), (mean[:, width:] - expected).flatten())
+
+
+_Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def _best_share(start: Tensor, used: _Parts, held: _Parts) -> float | None:
+    """The one of RIDGES whose fit to the samples used is best on those held back; None: the weights it starts from."""
+    best, least = None, _error(start, *held)
+    for share in RIDGES:
+        error = _error(_ridge(start, used[0], used[1], share), *held)
+        if error < least:
+            best, least = share, error
+    return best
+
+
+def _moments(
+    module: torch.nn.Module, teacher: torch.nn.Module, target: Tensor, layer: Layer, task: _Task
+) -> tuple[Moments, Moments]:
+    """Moments of (inputs, outputs wanted) over the samples that fit, and over those held back."""
+    groups, width = layer.groups, matrix(module).shape[1]
+    target = target.to(task.old[0].dtype)
+    looks, seen = _looks(layer, sum(len(x) for x in task.new)), 0
+    found = [empty_moments(width + target.shape[1], groups) for _ in range(2)]
+    for i, (x, y) in enumerate(zip(task.new, task.old, strict=True)):
         rows = input_rows(module, x, seen, looks).reshape(-1, groups, width)
         given = input_rows(teacher, y, seen, looks).reshape(-1, groups, target.shape[2])
         wanted = torch.einsum("ngi,goi->ngo", given, target)
-        both = add_rows(both, torch.cat([rows, wanted], 2).flatten(1))
+        if task.lost is not None:
+            wanted += task.lost[i].reshape(wanted.shape)
+        joined = torch.cat([rows, wanted], 2).flatten(1)
+        back = (seen + torch.arange(len(x))) % HELD_BACK == HELD_BACK - 1
+        back = back.repeat_interleave(len(joined) // len(x))
+        real = real_rows(module, x, task.masks[i])
+        for k, chosen in enumerate((~back, back)):
+            found[k] = add_rows(found[k], joined[chosen if real is None else chosen & real])
         seen += len(x)
-    moment = both.gram if layer.bias or layer.norm else both.raw
+    return found[0], found[1]
+
+
+def _parts(both: Moments, width: int, groups: int, centred: bool) -> _Parts:
+    """Of moments of (x, y): those of x, of y with x, and the power of y."""
+    moment = both.gram if centred else both.raw
     assert isinstance(moment, Tensor)
-    moment = moment.reshape(groups, width + target.shape[1], -1).to(torch.float64)
-    mean = both.mean.reshape(groups, -1)
-    weights = _ridge(start, moment[:, :width, :width], moment[:, width:, :width])
-    expected = (weights @ mean[:, :width, None])[..., 0]
-    centred = both.gram
-    assert isinstance(centred, Tensor)
-    centred = centred.reshape(moment.shape)[:, :width, :width].to(torch.float64)
-    variance = row_errors(weights, centred)
-    lost = mean[:, width:] - expected
-    return _Fit(weights.flatten(0, 1), expected.flatten(), variance.flatten(), lost.flatten())
+    moment = moment.reshape(groups, both.mean.numel() // groups, -1).to(torch.float64)
+    power = moment[:, width:, width:].diagonal(dim1=-2, dim2=-1)
+    return moment[:, :width, :width], moment[:, width:, :width], power
+
+
+def _error(weights: Tensor, second: Tensor, cross: Tensor, power: Tensor) -> float:
+    """The mean square of y - W x, summed over outputs."""
+    return float((row_errors(weights, second) - 2 * (weights * cross).sum(-1) + power).sum())
 
 
 def _by_group(weights: Tensor, groups: int) -> Tensor:
     return weights.reshape(groups, -1, weights.shape[1])
 
 
-def _ridge(start: Tensor, second: Tensor, cross: Tensor) -> Tensor:
-    """(cross + r start) (second + r I)^-1, with r as RIDGE says."""
-    ridge = RIDGE * float(second.diagonal(dim1=-2, dim2=-1).mean()) + 1e-12
+def _ridge(start: Tensor, second: Tensor, cross: Tensor, share: float) -> Tensor:
+    """(cross + r start) (second + r I)^-1, r being `share` of the mean diagonal."""
+    ridge = share * float(second.diagonal(dim1=-2, dim2=-1).mean()) + 1e-12
     held = second + ridge * torch.eye(second.shape[-1], dtype=second.dtype)
     result: Tensor = torch.linalg.solve(held, (cross + ridge * start).mT).mT
     return result
