@@ -103,6 +103,7 @@ def options_of(parser: ArgumentParser) -> ArgumentParser:
     """The options that the structured benchmarks share."""
     parser.add_argument("--quick", action="store_true", help="few rows: to see that everything runs; writes no CSV")
     parser.add_argument("--keep", type=Path, help="folder that keeps the quotes of an unfinished run")
+    parser.add_argument("--no-tool", action="store_true", help="leave Torch-Pruning out")
     parser.add_argument("--criteria", nargs="*", default=list(CRITERIA), choices=CRITERIA)
     return parser
 
@@ -376,5 +377,5 @@ def everything(case: Case, divides: Sequence[float], options: Any) -> tuple[list
             rows.append(row)
             made[row["goal"]] = graph
     rows += criteria_rows(found, divides, options.criteria)
-    rows += tool_rows(case, divides)
+    rows += () if options.no_tool else tool_rows(case, divides)
     return rows, made

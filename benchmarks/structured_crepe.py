@@ -97,11 +97,14 @@ def main() -> None:
     parser = options_of(arguments("Structured pruning of CREPE on tones with known pitch"))
     parser.add_argument("--capacity", choices=("tiny", "full"), default="full")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes per timing (default: %(default)s)")
+    parser.add_argument("--calib", type=int, default=ROWS["calib"], help="tones to calibrate on (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=ROWS["test"], help="tones to test on (default: %(default)s)")
     parser.set_defaults(criteria=["l2", "taylor"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    case = case_of(options.capacity, QUICK_ROWS if options.quick else ROWS)
+    rows_of = QUICK_ROWS if options.quick else {**ROWS, "calib": options.calib, "test": options.test}
+    case = case_of(options.capacity, rows_of)
     rows, made = everything(case, DIVIDES, options)
     print()
     print_table(rows, COLUMNS)
@@ -112,7 +115,7 @@ def main() -> None:
     print()
     print_table(times, ("goal", "ms", "share", "low", "high", "bytes"))
     if not options.quick:
-        about = facts(options.threads) | {"rows": str(ROWS), "timed with": "1 thread, ABBA pairs, fresh processes"}
+        about = facts(options.threads) | {"rows": str(rows_of), "timed with": "1 thread, ABBA pairs, fresh processes"}
         suffix = "" if options.capacity == "full" else f"_{options.capacity}"
         write_csv(RESULTS / f"structured_crepe{suffix}.csv", rows, about)
         write_csv(RESULTS / f"structured_crepe{suffix}_times.csv", times, about)
