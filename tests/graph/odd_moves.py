@@ -191,6 +191,33 @@ def scaled_stream(self: nn.Module, x: Tensor) -> Tensor:
     return y + self.gamma * self.c(F.gelu(self.b(y)))
 
 
+def constant_on_unknown() -> nn.Module:
+    """A table added to the input is part of the input from then on, not a constant that follows what it meets."""
+
+    def forward(self, x):
+        y = x + self.table
+        return self.fc(y + self.b(F.gelu(self.a(y))))
+
+    return net(forward, a=nn.Linear(6, 9), b=nn.Linear(9, 6), fc=nn.Linear(6, 5), table=torch.rand(1, 6))
+
+
+def token_before_unknown() -> nn.Module:
+    def forward(self, x):
+        y = torch.cat([self.token.expand(x.shape[0], 1, 6), x], 1)
+        return self.fc(y + self.b(y)).mean(1)
+
+    return net(forward, b=nn.Linear(6, 6), fc=nn.Linear(6, 5), token=torch.rand(1, 1, 6))
+
+
+def table_read_twice() -> nn.Module:
+    """The scale of the channels is also summed: it cannot shrink."""
+
+    def forward(self, x):
+        return self.fc(self.a(x) * self.scale) + self.scale.cumsum(0)[:5]
+
+    return net(forward, a=nn.Linear(6, 8), fc=nn.Linear(8, 5), scale=torch.rand(8))
+
+
 def softmax_gate() -> nn.Module:
     return net(lambda self, x: self.fc(torch.softmax(self.a(x), -1)), a=nn.Linear(6, 8), fc=nn.Linear(8, 5))
 
@@ -338,6 +365,12 @@ MOVES: dict[str, Case] = {
     "scaled stream": (
         pooled(scaled_stream, 4, a=conv(3, 4), b=conv(4, 9, 1), c=conv(9, 4, 1), gamma=SCALE), (PIXELS,), {
             "a": Found(4, "a c", {"b": 1, "fc": 1}, {"gamma": 1}), "b": Found(9, "b", {"c": 1}), "fc": HEAD}),
+    "constant on unknown": (constant_on_unknown, (VECTOR,), {
+        "a": Found(9, "a", {"b": 1}), "b": Found(6, "b", frozen="whose channels are not known"), "fc": HEAD}),
+    "token before unknown": (token_before_unknown, (TOKENS,), {
+        "b": Found(6, "b", frozen="whose channels are not known"), "fc": HEAD}),
+    "table read twice": (table_read_twice, (VECTOR,), {
+        "a": Found(8, "a", frozen="works along the channels"), "fc": HEAD}),
     "softmax gate": (softmax_gate, (VECTOR,), {"a": Found(8, "a", frozen="works along the channels"), "fc": HEAD}),
     "chosen by index": (chosen_by_index, (VECTOR,), {"a": Found(8, "a", frozen="no rule for index"), "fc": HEAD}),
     "masked channels": (masked_channels, (VECTOR,), {

@@ -127,8 +127,6 @@ class Walk:
     def freeze(self, marks: Tensor | Labels | None, reason: str) -> None:
         """Nothing with these labels may be cut."""
         if isinstance(marks, Labels):
-            if marks.weak:
-                return
             marks = marks.marks
         if marks is not None and bool((marks != FIXED).any()):
             self.reasons.append((np.unique(marks[marks != FIXED].numpy()), reason))
@@ -196,7 +194,10 @@ class Walk:
         for d in range(head.ndim):
             if d not in cut:
                 head = head.narrow(d, 0, 1)
-        self.join(one.other.full.reshape(one.sizes), head.expand(one.sizes) if head.ndim else head)
+        other = one.other.full.reshape(one.sizes)
+        self.join(other, head.expand(one.sizes) if head.ndim else head)
+        if bool((other == FIXED).any()):
+            self.freeze(one.labels, one.reason)
 
 
 def seen(labels: Labels, roots: Tensor) -> Labels | None:

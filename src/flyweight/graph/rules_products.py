@@ -68,6 +68,8 @@ def matmul(call: Call) -> Result:
 def _outer(call: Call, first: Labels | None, second: Labels | None) -> Labels | None:
     """A x B where only the rows of A, or only the columns of B, are channels."""
     rank = len(shape_of(call.value))
+    if (first is not None and first.weak) or (second is not None and second.weak):
+        return None
     if second is None and first is not None and first.varying == (len(first.shape) - 2,):
         return on_dimension(numbers_along(first, -2), rank - 2, rank, shape_of(call.value))
     if first is None and second is not None and second.varying == (len(second.shape) - 1,):

@@ -156,7 +156,8 @@ def elementwise(call: Call) -> Result:
         aligned.append((found, own))
     strong = [(f, own) for f, own in aligned if f is not None and not f.weak]
     leading = strong or [(f, own) for f, own in aligned if f is not None]
-    if not leading:
+    unknowns = any(f is None and any(size != 1 for size in own) for f, own in aligned)
+    if not leading or (unknowns and not strong):  # a constant combined with what always stays is no constant any more
         return None
     base = broadcast(*(f.marks for f, _ in leading))
     result = base[0]
