@@ -8,7 +8,7 @@ knows stays whole, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor, fx
 
 from flyweight.graph.calls import Call, Result, operator_name, unknown
 from flyweight.graph.functional import arguments_of
-from flyweight.graph.labels import FIXED, LARGEST_LOOSE, Held, Labels, Walk, numbers_along, seen
+from flyweight.graph.labels import FIXED, LARGEST_LOOSE, Held, Labels, Walk
 from flyweight.graph.operators import Layer, layers, module_of, sharers
 from flyweight.graph.rules import FUNCTIONS, MODULES
+from flyweight.graph.written import Sizes, Written, counted, note_sizes
 
 __all__ = ["Group", "Literal", "Slice", "Use", "groups", "rows_of"]
 
@@ -77,19 +78,6 @@ class Group:
     frozen: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class _Written:
-    """A number in the graph that counts the entries of `labels` along `dim`; `first` and `stop` bound them."""
-
-    node: str
-    path: tuple[int, ...]
-    labels: Labels
-    dim: int
-    first: int = 0
-    stop: int | None = None
-    sign: int = 1
-
-
 def rows_of(group: Group, layer: str) -> Numbers | None:
     """The output rows of `layer` that are the group's channels, [channels, block]; None if it writes none of them."""
     return next((s.entries for s in group.slices if s.owner == layer and s.role == "writes"), None)
@@ -123,8 +111,7 @@ class _Walker(fx.Interpreter):
         self.graph_module = graph
         self.walk = Walk()
         self.labels: dict[fx.Node, Result] = {}
-        self.written: list[_Written] = []
-        self.even: list[tuple[str, list[Labels | None], int]] = []  # pieces that must shrink alike
+        self.sizes = Sizes(self.walk)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -142,8 +129,8 @@ class _Walker(fx.Interpreter):
                     self.walk.freeze(labels, "it is an output of the model")
             return None
         if operator_name(node) == "getitem":
-            source, index = node.args[0], node.args[1]
-            parts = self.labels[source] if isinstance(source, fx.Node) else None
+            origin, index = node.args[0], node.args[1]
+            parts = self.labels[origin] if isinstance(origin, fx.Node) else None
             return parts[index] if isinstance(parts, list) and isinstance(index, int) else None
         call = self._call(node, value)
         if not isinstance(value, Tensor) and not isinstance(value, (tuple, list)):
@@ -154,7 +141,7 @@ class _Walker(fx.Interpreter):
             unknown(call)
             return None
         found = rule(call)
-        self._sizes(call, found)
+        note_sizes(self.sizes, call, found)
         return found
 
     def _loose(self, target: str, value: Any) -> Labels | None:
@@ -177,12 +164,6 @@ class _Walker(fx.Interpreter):
         name = type(module).__name__ if module is not None else operator_name(node)
         return Call(self.walk, node, name, values, labels, value, module)
 
-    def _sizes(self, call: Call, found: Result) -> None:
-        """Remembers the numbers written into the call that count channels."""
-        rule = SIZES.get(call.name)
-        if rule is not None and call.module is None and call.first is not None:
-            rule(self, call, found)
-
 
 def _flat(found: Result) -> list[Labels]:
     return [one for one in (found if isinstance(found, list) else [found]) if one is not None]
@@ -194,86 +175,6 @@ def _labels(argument: Any, known: Mapping[fx.Node, Result]) -> Any:
     if isinstance(argument, (list, tuple)):
         return [_labels(one, known) for one in argument]
     return None
-
-
-# ---- numbers written into the graph
-
-
-def _list_of_sizes(walker: _Walker, call: Call, found: Result, place: int = 1, offset: int = 0) -> None:
-    sizes = call.node.args[place] if len(call.node.args) > place else None
-    if not isinstance(found, Labels) or not isinstance(sizes, (list, tuple)):
-        return
-    for i, size in enumerate(sizes):
-        if isinstance(size, fx.Node):
-            walker.written.append(_Written(call.node.name, (), found, i + offset))
-        elif isinstance(size, int) and size != -1:
-            walker.written.append(_Written(call.node.name, (place, i), found, i + offset))
-
-
-def _unflattened(walker: _Walker, call: Call, found: Result) -> None:
-    _list_of_sizes(walker, call, found, 2, int(call.args["dim"]) % len(call.first.shape))  # type: ignore[union-attr]
-
-
-def _pieces(walker: _Walker, call: Call, found: Result) -> None:
-    parts = found if isinstance(found, list) else []
-    dim = int(call.args.get("dim", 0))
-    sizes = call.node.args[1] if len(call.node.args) > 1 else None
-    if isinstance(sizes, (list, tuple)):
-        for i, part in enumerate(parts):
-            if part is not None and isinstance(sizes[i], int):
-                walker.written.append(_Written(call.node.name, (1, i), part, dim % len(part.shape)))
-        return
-    known = [p for p in parts if p is not None]
-    if len(known) == len(parts) and len({p.shape for p in parts if p is not None}) == 1:
-        for part in known[1:]:  # equal pieces stay equal: what goes from one goes from all
-            walker.walk.join(known[0].full, part.full)
-    walker.even.append((call.node.name, list(parts), dim))
-    if "split" in call.name and parts and parts[0] is not None:
-        walker.written.append(_Written(call.node.name, (1,), parts[0], dim % len(parts[0].shape)))
-
-
-def _bounds(walker: _Walker, call: Call, found: Result) -> None:
-    first = call.first
-    assert first is not None
-    dim = int(call.args["dim"]) % len(first.shape)
-    size = first.shape[dim]
-    for place, name in ((2, "start"), (3, "end")):
-        if len(call.node.args) <= place:
-            continue
-        bound = call.node.args[place]
-        if isinstance(bound, fx.Node):
-            walker.written.append(_Written(call.node.name, (), first, dim))
-        elif isinstance(bound, int) and not (bound >= size and name == "end"):
-            if bound >= 0:
-                walker.written.append(_Written(call.node.name, (place,), first, dim, 0, bound))
-            else:
-                walker.written.append(_Written(call.node.name, (place,), first, dim, size + bound, None, -1))
-
-
-def _narrowed(walker: _Walker, call: Call, found: Result) -> None:
-    first, start, length = call.first, call.args["start"], call.args["length"]
-    assert first is not None
-    dim = int(call.args["dim"]) % len(first.shape)
-    if isinstance(start, int):
-        walker.written.append(_Written(call.node.name, (2,), first, dim, 0, start))
-        walker.written.append(_Written(call.node.name, (3,), first, dim, start, start + length))
-
-
-def _index(walker: _Walker, call: Call, found: Result) -> None:
-    first, index = call.first, call.node.args[2]
-    assert first is not None
-    if isinstance(index, int):
-        walker.written.append(_Written(call.node.name, (2,), first, int(call.args["dim"]) % len(first.shape), 0, index))
-
-
-SIZES: Mapping[str, Callable[[_Walker, Call, Result], None]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _list_of_sizes),
-    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk"), _pieces),
-    "unflatten": _unflattened,
-    "slice": _bounds,
-    "select": _index,
-    "narrow": _narrowed,
-}
 
 
 # ---- from labels to groups
@@ -302,7 +203,7 @@ def _assembled(graph: fx.GraphModule, walker: _Walker) -> tuple[Group, ...]:
         for index, root in enumerate(line.tolist()):
             if root in channels:
                 channels[root].entries.setdefault(i, []).append(index)
-    numbers = _counted(walker, roots, channels)
+    numbers = counted(walker.sizes, roots, channels)
     for labels, reason in walk.reasons:
         for root in np.unique(roots[labels]).tolist():
             if root in channels and reason not in channels[root].reasons:
@@ -344,44 +245,11 @@ def _cut_dimension(marks: Tensor) -> int | None:
     return best
 
 
-def _counted(
-    walker: _Walker, roots: Numbers, channels: Mapping[int, _Channel]
-) -> list[tuple[_Written, dict[int, int]]]:
-    """How much every channel takes from each written number; numbers that cannot be rewritten freeze."""
-    classes = torch.from_numpy(roots).long()
-    found = []
-    for one in walker.written:
-        line = _line(one.labels, one.dim, classes)
-        if line is None:
-            continue
-        if not one.path:
-            walker.walk.freeze(one.labels, f"{one.node!r} holds a size that is computed")
-            continue
-        part = line[one.first : one.stop]
-        classes_seen, times = np.unique(part.numpy(), return_counts=True)
-        counts = dict(zip(classes_seen.tolist(), (one.sign * times).tolist(), strict=True))
-        found.append((one, {r: n for r, n in counts.items() if r in channels}))
-    for name, parts, dim in walker.even:
-        lines = [None if p is None else _line(p, dim % len(p.shape), classes) for p in parts]
-        known = [line for line in lines if line is not None]
-        bags = {tuple(line.sort().values.tolist()) for line in known}
-        if known and (len(bags) > 1 or len(known) < len(lines)):
-            for p in parts:
-                walker.walk.freeze(p, f"the pieces of {name!r} must stay equal")
-    return found
-
-
-def _line(labels: Labels, dim: int, classes: Tensor) -> Tensor | None:
-    """The classes along `dim`, if that is where the value shrinks."""
-    now = seen(labels, classes)
-    return numbers_along(now, dim) if now is not None and now.varying == (dim,) else None
-
-
 def _grouped(
     graph: fx.GraphModule,
     held: Sequence[Held],
     channels: Mapping[int, _Channel],
-    numbers: Sequence[tuple[_Written, Mapping[int, int]]],
+    numbers: Sequence[tuple[Written, Mapping[int, int]]],
 ) -> tuple[Group, ...]:
     alike: dict[tuple[Any, ...], list[int]] = {}
     for root, channel in channels.items():

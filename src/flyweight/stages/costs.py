@@ -1,0 +1,260 @@
+"""What layers and the tensors beside them cost, as tables over the choices that touch them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import nnls
+
+from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
+from flyweight.graph.axes import Group, rows_of
+from flyweight.graph.cost import Other, layer_macs, weight_bytes
+from flyweight.graph.operators import Layer
+from flyweight.methods.pricing import Ladder
+from flyweight.search.problem import Factor, Floats
+from flyweight.stages.menu import Menu
+
+__all__ = ["layer_factors", "other_factors", "own_times"]
+
+
+def layer_factors(
+    menu: Menu, layer: Layer, table: LatencyTable | None, own: Mapping[str, Mapping[str, float]]
+) -> list[Factor]:
+    """Costs of one layer, as few factors as the groups that it reads and writes allow."""
+    into = [i for i, lad in enumerate(menu.ladders) if _reads(lad.group, layer)]
+    out = [i for i, lad in enumerate(menu.ladders) if layer.name in lad.group.producers]
+    if len(into) < 2 and len(out) < 2:
+        return [_layer_factor(menu, layer, table, own, next(iter(into), None), next(iter(out), None))]
+    return _joined_factors(menu, layer, table, own, into, out)
+
+
+def _joined_factors(
+    menu: Menu,
+    layer: Layer,
+    table: LatencyTable | None,
+    own: Mapping[str, Mapping[str, float]],
+    into: Sequence[int],
+    out: Sequence[int],
+) -> list[Factor]:
+    """Costs of a layer that reads or writes several groups: both products are sums over pairs of parts.
+
+    Savings of time add up, each split over the group's layers; what two cuts of one layer save twice stays unpriced.
+    """
+    form = menu.format_index().get(layer.name)
+    bits = [32, 8] if form is not None else [32]
+    unit = {width: weight_bytes(layer, 1, 1, width) - weight_bytes(layer, 0, 1, width) for width in bits}
+    each = {width: weight_bytes(layer, 0, 1, width) for width in bits}
+    extra = {32: 0.0, 8: menu.sizes.per_int8_layer}
+    parts_in = _parts(layer.inputs, {i: _input_counts(menu.ladders[i], layer) for i in into})
+    parts_out = _parts(layer.outputs, {o: _output_counts(menu.ladders[o], layer) for o in out})
+    tail = () if form is None else (form,)
+    factors = []
+    for a, inputs in parts_in:
+        for b, outputs in parts_out:
+            pairs = np.multiply.outer(np.array(inputs, dtype=float), np.array(outputs, dtype=float))
+            size = np.stack([pairs * unit[w] for w in bits], -1)
+            macs = np.stack([pairs * layer_macs(layer, 1, 1) for _ in bits], -1)
+            factors.append(_squeezed((a, b), tail, {"size": size, "macs": macs}))
+    for b, outputs in parts_out:
+        size = np.stack([np.array(outputs, dtype=float) * each[w] + (extra[w] if b is None else 0) for w in bits], -1)
+        factors.append(_squeezed((None, b), tail, {"size": size[None]}))
+    if table is not None:
+        for i in (*into, *out):
+            factors.append(_saving_factor(menu, layer, table, own, i))
+        if form is not None:
+            stays = {f"latency@{s}": np.array([table.extra.get(layer.name, {}).get(s, 0.0), 0.0]) for s in own}
+            factors.append(Factor((form,), np.zeros(2), stays))
+    return factors
+
+
+def _saving_factor(
+    menu: Menu, layer: Layer, table: LatencyTable, own: Mapping[str, Mapping[str, float]], index: int
+) -> Factor:
+    regime = INT8 if menu.formats else FLOAT
+    saved = {
+        f"latency@{s}": -np.array(_savings(menu, layer, table, s, regime, index, times)) for s, times in own.items()
+    }
+    return Factor((index,), np.zeros(len(menu.ladders[index].levels)), saved)
+
+
+def _parts(total: int, by_group: Mapping[int, Sequence[int]]) -> list[tuple[int | None, list[int]]]:
+    """A width as a fixed part and one part a group, each a table over the group's levels."""
+    lost = {i: [counts[0] - c for c in counts] for i, counts in by_group.items()}
+    owned = {i: max(by) for i, by in lost.items()}
+    fixed = total - sum(owned.values())
+    return [(None, [fixed]), *((i, [owned[i] - gone for gone in by]) for i, by in lost.items())]
+
+
+def _squeezed(pair: tuple[int | None, int | None], tail: tuple[int, ...], costs: Mapping[str, Floats]) -> Factor:
+    """A factor over the variables that there are; one over a group twice keeps the diagonal."""
+    if pair[0] is not None and pair[0] == pair[1]:
+        return _diagonal(costs, pair[0], tail[0] if tail else None)
+    variables = tuple(v for v in (*pair, *tail) if v is not None)
+    shape = next(iter(costs.values())).shape
+    present = tuple(n for n, v in zip(shape, (*pair, *(tail or (None,))), strict=True) if v is not None)
+    return Factor(variables, np.zeros(present), {n: t.reshape(present) for n, t in costs.items()})
+
+
+def other_factors(menu: Menu, other: Other) -> list[Factor]:
+    """What a tensor outside of the layers loses with the groups that it belongs to."""
+    where = {lad.group.name: i for i, lad in enumerate(menu.ladders)}
+    by_dim: dict[int, dict[int, list[float]]] = {}
+    for name, (dim, part) in other.shares.items():
+        if name in where:
+            lad = menu.ladders[where[name]]
+            by_dim.setdefault(dim, {})[where[name]] = [(lad.group.size - level) * part for level in lad.levels]
+    dims = [_shares(parts) for parts in by_dim.values()]
+    if len(dims) == 1:
+        dims.append([(None, [1.0])])
+    factors = []
+    for a, first in dims[0] if dims else []:
+        for b, second in dims[1]:
+            left = np.multiply.outer(np.array(first), np.array(second))[..., None]
+            whole = float(left.flat[0])  # of the full width; the file's rest already holds it
+            costs = {"size": (left - whole) * other.bytes, "macs": left * other.macs}
+            factors.append(_squeezed((a, b), (), costs))
+    return factors
+
+
+def _shares(lost: Mapping[int, Sequence[float]]) -> list[tuple[int | None, list[float]]]:
+    owned = {i: max(by) for i, by in lost.items()}
+    return [(None, [1 - sum(owned.values())]), *((i, [owned[i] - gone for gone in by]) for i, by in lost.items())]
+
+
+def _layer_factor(
+    menu: Menu,
+    layer: Layer,
+    table: LatencyTable | None,
+    own: Mapping[str, Mapping[str, float]],
+    into: int | None,
+    out: int | None,
+) -> Factor:
+    """Costs of one layer over (channels in, channels out, number format); axes without a variable are dropped."""
+    form = menu.format_index().get(layer.name)
+    inputs = _input_counts(menu.ladders[into], layer) if into is not None else [layer.inputs]
+    outputs = _output_counts(menu.ladders[out], layer) if out is not None else [layer.outputs]
+    bits = [32, 8] if form is not None else [32]
+    shape = (len(inputs), len(outputs), len(bits))
+    costs: dict[str, Floats] = {"macs": np.zeros(shape), "size": np.zeros(shape)}
+    for (i, a), (o, b), (k, width) in _grid(inputs, outputs, bits):
+        costs["macs"][i, o, k] = layer_macs(layer, a, b)
+        extra = menu.sizes.per_int8_layer if width == 8 else 0.0
+        costs["size"][i, o, k] = weight_bytes(layer, a, b, width) + extra
+    if table is not None:
+        for name, times in own.items():
+            costs[f"latency@{name}"] = _latency(menu, layer, table, name, into, out, shape, times)
+    variables = [v for v in (into, out, form) if v is not None]
+    present = tuple(size for size, v in zip(shape, (into, out, form), strict=True) if v is not None)
+    if into is not None and into == out:  # a layer that reads the group it writes: only equal counts exist
+        return _diagonal(costs, into, form)
+    return Factor(tuple(variables), np.zeros(present), {n: t.reshape(present) for n, t in costs.items()})
+
+
+def _diagonal(costs: Mapping[str, Floats], group: int, form: int | None) -> Factor:
+    tables = {n: np.moveaxis(np.diagonal(t, axis1=0, axis2=1), -1, 0) for n, t in costs.items()}
+    tables = {n: t if form is not None else t[:, 0] for n, t in tables.items()}
+    variables = (group,) if form is None else (group, form)
+    return Factor(variables, np.zeros(next(iter(tables.values())).shape), tables)
+
+
+def _grid(*axes: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
+    inputs, outputs, bits = axes
+    return [(i, o, k) for i in enumerate(inputs) for o in enumerate(outputs) for k in enumerate(bits)]
+
+
+def _reads(group: Group, layer: Layer) -> bool:
+    return any(use.layer == layer.name for use in group.consumers)
+
+
+def _input_counts(ladder: Ladder, layer: Layer) -> list[int]:
+    block = next(use.block for use in ladder.group.consumers if use.layer == layer.name)
+    return [layer.inputs - (ladder.group.size - level) * (block // layer.taps) for level in ladder.levels]
+
+
+def _output_counts(ladder: Ladder, layer: Layer) -> list[int]:
+    rows = rows_of(ladder.group, layer.name)
+    assert rows is not None
+    return [layer.outputs - (ladder.group.size - level) * rows.shape[1] for level in ladder.levels]
+
+
+def _latency(
+    menu: Menu,
+    layer: Layer,
+    table: LatencyTable,
+    shape: str,
+    into: int | None,
+    out: int | None,
+    size: tuple[int, ...],
+    times: Mapping[str, float],
+) -> Floats:
+    """Change of time by one layer's widths and format, in shares of the reference.
+
+    A group's measured saving is split over its layers by their own times (`own_times`). Where both widths of a layer
+    shrink, the second cut saves only on what the first has left: t (1 - (1 - s_in / t)(1 - s_out / t)), t the layer's
+    own time. A layer that stays float among int8 ones saves what its int8 form would: conversions around it hide the
+    rest, and a price from the all-float model promised times that no mixed model kept.
+    """
+    result = np.zeros(size)
+    regime = INT8 if menu.formats else FLOAT
+    own = max(times[layer.name], 1e-9)
+    for k in range(size[2]):
+        first = _savings(menu, layer, table, shape, regime, into, times)
+        second = _savings(menu, layer, table, shape, regime, out, times)
+        for i, a in enumerate(first):
+            for o, b in enumerate(second):
+                both = (min(max(a, 0.0), own) * min(max(b, 0.0), own)) / own
+                result[i, o, k] = -(a + b - both)
+        if size[2] == 2 and k == 0:
+            result[:, :, k] += table.extra.get(layer.name, {}).get(shape, 0.0)
+    return result
+
+
+def own_times(menu: Menu, table: LatencyTable, shape: str, regime: str) -> Mapping[str, float]:
+    """Each layer's own time, in shares of the reference: the non-negative least squares fit to all measured savings.
+
+    A group cut from C to k channels saves (1 - k / C) of the time of every layer that writes or reads it.
+    """
+    names = list(menu.layers)
+    rows, saved = [], []
+    for lad in menu.ladders:
+        members = _members(lad)
+        for level, by in table.saved[regime].get(lad.group.name, {}).items():
+            gone = 1 - int(level) / lad.group.size
+            rows.append([gone if name in members else 0.0 for name in names])
+            saved.append(by[shape])
+    if not rows:
+        return dict.fromkeys(names, 0.0)
+    fit, _ = nnls(np.array(rows), np.array(saved))
+    return dict(zip(names, (float(t) for t in fit), strict=True))
+
+
+def _members(ladder: Ladder) -> set[str]:
+    return {*ladder.group.producers, *(use.layer for use in ladder.group.consumers)}
+
+
+def _savings(
+    menu: Menu,
+    layer: Layer,
+    table: LatencyTable,
+    shape: str,
+    regime: str,
+    index: int | None,
+    times: Mapping[str, float],
+) -> list[float]:
+    if index is None:
+        return [0.0]
+    ladder = menu.ladders[index]
+    members = _members(ladder) & set(times)
+    total = sum(times[name] for name in members)
+    share = times[layer.name] / total if total > 0 else 1 / len(members)
+    measured = table.saved[regime].get(ladder.group.name, {})
+    return [share * _saved_at(measured, level, ladder.group.size, shape) for level in ladder.levels]
+
+
+def _saved_at(measured: Mapping[str, Mapping[str, float]], level: int, size: int, shape: str) -> float:
+    """The saving at a level: that of the nearest measured level not below it (kernels work in blocks)."""
+    above = [int(k) for k in measured if int(k) >= level]
+    if level >= size or not above:
+        return 0.0
+    return measured[str(min(above))][shape]
