@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import torch
 from torch import fx
 
 from flyweight.deploy import machine
@@ -24,8 +23,8 @@ from flyweight.deploy.formats.onnx import export, stored_name
 from flyweight.deploy.latency import table_hash
 from flyweight.deploy.runtimes import get
 from flyweight.errors import UsageError, VerificationError
-from flyweight.graph.measure import fingerprint
 from flyweight.graph.cost import total_macs
+from flyweight.graph.measure import fingerprint
 from flyweight.stages.buy import REFERENCE_FILE, Purchase
 from flyweight.stages.quote import Quotes, Stage
 from flyweight.stages.setup import Job
