@@ -40,7 +40,7 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     if missing:
         raise UsageError(f"the plan changes {missing[0]!r}, which the model does not have", fix="plan this model anew")
     advance = stage("measure", job.roles.calib.samples)
-    stats = measure(job.graph, job.calib(), present, advance=advance)
+    stats = measure(job.graph, job.calib(), present, advance=advance, samples=job.roles.calib.samples)
     network = Network(job.graph, present, known, stats, job.example)
     quotes = Quotes(network, Menu(present, (), (), {}, (), Sizes(0, 0.0)), (), {}, ())
     graph, notes = delivered(job, quotes, steps)

@@ -22,6 +22,7 @@ from flyweight.graph.surgery import folded, prove_all
 from flyweight.methods import blocks, channels, int8, lowrank
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Judge, Ladder, ladder, outputs_of
+from flyweight.numerics.moments import enough
 from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
 from flyweight.stages.depth import rest_of
 from flyweight.stages.price import Format, Menu, Sizes, edges
@@ -77,7 +78,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     kept = store.load("statistics.safetensors")
     if kept is None:
         advance = stage("measure", job.roles.calib.samples)
-        stats = measure(job.graph, job.calib(), present, advance=advance)
+        stats = measure(job.graph, job.calib(), present, advance=advance, samples=job.roles.calib.samples)
         store.save("statistics.safetensors", save(to_tensors(stats)))
     else:
         stats = from_tensors(load(kept))
@@ -307,7 +308,7 @@ def _transplanted(ready: Prepared, changed: fx.GraphModule, network: Network) ->
 
 def _few_samples(job: Job, network: Network) -> tuple[Note, ...]:
     """A note where the second moments rest on fewer rows than they have columns."""
-    poor = [n for n, m in network.stats.inputs.items() if m.count < 4 * network.layers[n].columns]
+    poor = [n for n, m in network.stats.inputs.items() if not enough(m)]
     if not poor:
         return ()
     return (

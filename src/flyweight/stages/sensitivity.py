@@ -101,7 +101,8 @@ def evidence_of(
     yardstick, reason = yardstick_of(graph, found, Settings("", task=task, divergence=divergence))
     readers = {use.layer for group in open_groups for use in group.consumers}
     wanted = {name: layer for name, layer in layers(graph).items() if name in readers}
-    stats = measure(graph, (b.inputs for b in found.calib), wanted, advance=stage("measure", found.calib.samples))
+    count = found.calib.samples
+    stats = measure(graph, (b.inputs for b in found.calib), wanted, advance=stage("measure", count), samples=count)
     slopes, notes = _slopes(graph, _first(found.calib, GRADIENT_SAMPLES), readers, yardstick.task, seed, stage)
     affordable = JUDGE_MACS / max(1, len(SHARES) * len(open_groups) * total_macs(graph))
     batches = _first(found.tune or found.calib, int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable))))
