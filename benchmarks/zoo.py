@@ -60,7 +60,7 @@ class Row:
     def cells(self) -> dict[str, Any]:
         """The columns of the table."""
         found = {name: getattr(self, name) for name in COLUMNS}
-        return found | {"seconds": round(self.seconds, 1), "remark": "; ".join(self.faults) or self.remark}
+        return found | {"seconds": f"{self.seconds:.1f}", "remark": ("; ".join(self.faults) or self.remark)[:150]}
 
 
 def differences(case: Case, found: Sequence[Group]) -> list[str]:
