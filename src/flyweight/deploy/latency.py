@@ -69,7 +69,7 @@ def widths_of(layers: Mapping[str, Layer], counts: Mapping[str, int], groups: Se
         for name in group.producers:
             rows = rows_of(group, name)
             if name in width and rows is not None:
-                width[name][1] -= gone * rows.shape[1]
+                width[name][1] -= gone * rows.shape[1] * layers[name].output_taps
         for use in group.consumers:
             width[use.layer][0] -= gone * (use.block // layers[use.layer].taps)
     return {name: Width(*pair) for name, pair in width.items()}
@@ -148,6 +148,7 @@ def is_plain(group: Group, layers: Mapping[str, Layer]) -> bool:
     """Whether narrowing the named layers in an exported file is all that cutting the group takes."""
     folded = {layer.norm for layer in layers.values()}
     known = all(s.owner in layers or s.owner in folded for s in group.slices)
+    known = known and all(layers[s.owner].output_taps == 1 for s in group.slices if s.owner in layers)
     return known and all(len(one.path) == 2 and one.path[1] == 1 for one in group.literals) and group.kind != "heads"
 
 

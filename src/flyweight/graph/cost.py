@@ -6,16 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from flyweight.graph.axes import Group
-from flyweight.graph.operators import Layer, layers, module_of, sizes
+from flyweight.graph.operators import CONVOLUTIONS, TRANSPOSED, Layer, layers, module_of, sizes
 from flyweight.graph.rewrite import part_before
 
 __all__ = ["Other", "layer_macs", "others", "total_macs", "weight_bytes", "work_of"]
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)

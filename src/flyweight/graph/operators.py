@@ -3,7 +3,8 @@
 A layer's matrix is `"out in"` with columns in the order (input channel, tap), so channel j of the input is the columns
 [j * taps, (j + 1) * taps). Rows are the vectors that the matrix multiplies: patches of a convolution, vectors of a
 linear layer. A convolution with channel groups is one small problem a group: its matrix is "out in", in being the columns
-of one group, and its rows hold the columns of all groups, group by group.
+of one group, and its rows hold the columns of all groups, group by group. A transposed convolution is a linear layer from
+the channels of one position to (output channel, tap); what overlaps is added outside of it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from flyweight.numerics.moments import WIDEST
 
 __all__ = [
     "CONVOLUTIONS",
+    "TRANSPOSED",
     "Layer",
     "input_rows",
     "layers",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -40,7 +43,9 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Layer:
     """A convolution or linear layer. `positions`: outputs per sample and channel, all calls.
 
-    `inputs` are those that one output reads: of a convolution with channel groups, the channels of one group.
+    `inputs` are those that one output reads: of a convolution with channel groups, the channels of one group. Of a
+    transposed convolution `outputs` are the rows of its matrix, `output_taps` an output channel, and `bias` says False:
+    no row has a bias of its own.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Layer:
     bias: bool
     norm: str = ""  # the batch norm that alone reads its output
     groups: int = 1
+    output_taps: int = 1
 
     @property
     def columns(self) -> int:
@@ -84,12 +90,15 @@ def layers(graph: fx.GraphModule) -> dict[str, Layer]:
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.graph.nodes:
         module = module_of(graph, node)
-        if isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and _mixes(module)):
+        if isinstance(module, nn.Linear) or (isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and _mixes(module)):
             calls.setdefault(str(node.target), []).append(node)
     return {name: _layer(graph, name, nodes) for name, nodes in calls.items()}
 
 
-def _mixes(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+def _mixes(module: nn.Module) -> bool:
+    if isinstance(module, TRANSPOSED):
+        return module.groups == 1
+    assert isinstance(module, CONVOLUTIONS)
     columns = module.weight[0].numel()
     return module.groups == 1 or (module.weight.shape[1] > 1 and columns <= WIDEST)
 
@@ -98,6 +107,11 @@ def _layer(graph: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> Layer:
     module = graph.get_submodule(name)
     weight = module.weight
     assert isinstance(weight, Tensor)
+    if isinstance(module, TRANSPOSED):
+        rows, taps = weight[0].numel(), weight[0, 0].numel()
+        count = sum(math.prod(int(s) for s in sizes(n.all_input_nodes[0])[2:]) for n in nodes)
+        names = tuple(n.name for n in nodes)
+        return Layer(name, type(module).__name__, names, rows, weight.shape[0], 1, count, False, output_taps=taps)
     return Layer(
         name=name,
         kind=type(module).__name__,
@@ -149,6 +163,8 @@ def matrix(module: nn.Module) -> Float[Tensor, "out in"]:
     """A copy of the layer's weight as a matrix, float64."""
     weight = module.weight
     assert isinstance(weight, Tensor)
+    if isinstance(module, TRANSPOSED):
+        weight = weight.movedim(0, -1).flatten(0, -2)
     return weight.detach().to(torch.float64).flatten(1).clone()
 
 
@@ -157,6 +173,8 @@ def set_matrix(module: nn.Module, values: Float[Tensor, "out in"]) -> None:
     weight = module.weight
     assert isinstance(weight, Tensor)
     with torch.no_grad():
+        if isinstance(module, TRANSPOSED):
+            values = values.reshape(*weight.shape[1:], weight.shape[0]).movedim(-1, 0)
         weight.copy_(values.reshape(weight.shape))
 
 
@@ -168,6 +186,9 @@ def input_rows(module: nn.Module, x: Tensor, first_sample: int, positions: int) 
     """
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])
+    if isinstance(module, TRANSPOSED):
+        chosen = _chosen(x.shape[2:], x.shape[0], first_sample, positions)
+        return x.movedim(1, -1)[(torch.arange(x.shape[0])[:, None], *chosen)].flatten(0, 1)
     assert isinstance(module, CONVOLUTIONS)
     patches = _unfolded(module, _padded(module, x))
     dims = len(module.kernel_size)

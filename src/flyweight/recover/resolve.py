@@ -77,7 +77,7 @@ def resolve(
 
 def _enough(layer: Layer, feeds: Sequence[Batch]) -> bool:
     """Whether the samples give at least four rows a column (METHODS 2.0); a layer called twice has no single output."""
-    fits = layer.columns + layer.outputs // layer.groups <= WIDEST
+    fits = layer.columns + layer.outputs // layer.groups <= WIDEST and layer.output_taps == 1
     samples = sum(len(feed[0]) for feed in feeds)
     rows = samples * min(_looks(layer, samples), layer.positions)
     return len(layer.nodes) == 1 and fits and rows >= 4 * layer.columns

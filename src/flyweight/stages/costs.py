@@ -175,7 +175,7 @@ def _input_counts(ladder: Ladder, layer: Layer) -> list[int]:
 def _output_counts(ladder: Ladder, layer: Layer) -> list[int]:
     rows = rows_of(ladder.group, layer.name)
     assert rows is not None
-    return [layer.outputs - (ladder.group.size - level) * rows.shape[1] for level in ladder.levels]
+    return [layer.outputs - (ladder.group.size - level) * rows.shape[1] * layer.output_taps for level in ladder.levels]
 
 
 def _latency(

@@ -75,6 +75,8 @@ def _parts(after: fx.GraphModule, layer: Layer, new: Tensor) -> tuple[Layer, ...
         return ()
     if part_before(after, layer.name):
         return lowrank.factored_layers(layer, new.shape[1])
+    if layer.output_taps > 1:  # transposed: "in out taps"
+        return (replace(layer, inputs=new.shape[0], outputs=new[0].numel()),)
     return (replace(layer, inputs=new.shape[1], outputs=new.shape[0]),)
 
 
