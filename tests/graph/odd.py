@@ -345,7 +345,7 @@ PLAIN: dict[str, dict[str, Found]] = {
     "norms": {  # two groups of four in the GroupNorm; then a LayerNorm over all of them
         "conv": Found(2, "conv", frozen="normalises over the channels"),
         "fc": Found(4, "fc", frozen="works along the channels")},
-    "conv1d": {"conv1": Found(4, "conv1", frozen=UNREAD), "up": Found(4, "up", {"fc": 1}),
+    "conv1d": {"conv1": Found(4, "conv1", {"up": 1}, {"bn": 1}), "up": Found(4, "up", {"fc": 1}),
                "fc": Found(2, "fc", frozen=OUTPUT)},
     "frozen_norm": {},
 }  # fmt: skip

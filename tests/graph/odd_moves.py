@@ -332,11 +332,11 @@ MOVES: dict[str, Case] = {
         "a": Found(4, "a", {"b": 18}, {"g": 2}), "b": Found(4, "b", {"fc": 1}), "fc": HEAD}),
     "transposed": (
         pooled(upsampled, 4, a=conv(3, 4), up=nn.ConvTranspose2d(4, 6, 2, stride=2), b=conv(6, 4)), (PIXELS,), {
-            "a": Found(4, "a", frozen=UNREAD), "up": Found(6, "up", {"b": 9}), "b": Found(4, "b", {"fc": 1}),
+            "a": Found(4, "a", {"up": 1}), "up": Found(6, "up", {"b": 9}), "b": Found(4, "b", {"fc": 1}),
             "fc": HEAD}),
     "transposed beside": (
         pooled(read_twice, 4, a=conv(3, 6), up=nn.ConvTranspose2d(6, 4, 2, stride=2), c=conv(6, 4)), (PIXELS,), {
-            "a": Found(6, "a", {"c": 9}, reads={"up": 1}), "up": Found(4, "up c", {"fc": 1}), "fc": HEAD}),
+            "a": Found(6, "a", {"c": 9, "up": 1}), "up": Found(4, "up c", {"fc": 1}), "fc": HEAD}),
     "group norm": (pooled(normed, 4, a=conv(3, 8), norm=nn.GroupNorm(4, 8), b=conv(8, 4)), (PIXELS,), {
         "a": Found(4, {"a": 2}, {"b": 18}, {"norm": 2}), "b": Found(4, "b", {"fc": 1}), "fc": HEAD}),
     "norm of one group": (pooled(normed, 4, a=conv(3, 8), norm=nn.GroupNorm(1, 8), b=conv(8, 4)), (PIXELS,), {
