@@ -16,7 +16,8 @@ import jaxtyping
 # our own errors, which the tests want to see.
 sys.path.insert(0, str(Path(__file__).parent))
 # `methods.int8` takes a Protocol, which no runtime checker can check.
-CHECKED = [f"flyweight.{room}" for room in ("numerics", "graph", "methods.channels", "methods.lowrank", "methods.pricing", "recover")]
+ROOMS = ("numerics", "graph", "methods.channels", "methods.lowrank", "methods.pricing", "recover")
+CHECKED = [f"flyweight.{room}" for room in ROOMS]
 HOOK = jaxtyping.install_import_hook(CHECKED, "typecheck.checked")
 
 import hypothesis  # noqa: E402

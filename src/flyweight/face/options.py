@@ -111,7 +111,10 @@ GOAL = (
         type=click.Choice(["quality", "latency", "size"]),
         help="What is best inside the budget.  [default: quality]",
     ),
-    _option("--methods", multiple=True, metavar="NAMES", help="Methods to use, comma separated: blocks, channels, lowrank, int8.  [default: channels,int8]"),
+    _option(
+        "--methods", multiple=True, metavar="NAMES",
+        help="Methods to use, comma separated: blocks, channels, lowrank, int8.  [default: channels,int8]",
+    ),  # fmt: skip
     _option("--keep", multiple=True, metavar="PATTERN", help="Layers to leave alone, by name. Repeatable."),
     _option(
         "--rule", "rules", multiple=True, metavar="PATTERN:BITS",
