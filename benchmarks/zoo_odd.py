@@ -343,7 +343,7 @@ ODD: dict[str, Case] = {
         lambda: nn.Sequential(nn.Linear(256, 64)), vector(256), {"0": OUTPUT}, budget="size<=60%"
     ),
     "gather": Case(
-        gathers, lambda n: (torch.randn(n, 6, 8), torch.rand(n, 6).argsort(1)[:, :4]), {"a": 32, "b": 24}
+        gathers, lambda n: (torch.randn(n, 6, 8), torch.rand(n, 6).argsort(1)[:, :4]), {"a": "gather", "b": 24}
     ),
     "any length": Case(any_length, signal(), {"a": 16, "b": 24}),
     "weight norm": Case(

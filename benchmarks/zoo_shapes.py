@@ -196,7 +196,7 @@ SHAPES: dict[str, Case] = {
     "unet nearest": Case(unet_nearest, image(), {"down1": 16, "up": 24, "out": OUTPUT}),
     "pixel shuffle": Case(pixel_shuffle, image(), {"a": 16, "b": 8, "c": 16, "out": OUTPUT}),
     "pixel unshuffle": Case(pixel_unshuffle, image(), {"a": 8, "b": 24}),
-    "padded shortcut": Case(padded_shortcut, image(), {"stem": 8, "a": 24, "b": 16, "c": 16}),
+    "padded shortcut": Case(padded_shortcut, image(), {"stem": 8, "a": 24, "b": 8, "c": 16}),
     "softmax of channels": Case(softmax_channels, image(), {"a": "softmax", "b": 32, "c": 16}),
     "softmax of places": Case(softmax_places, image(), {"a": 16, "lin": 24}),
 }

@@ -112,15 +112,20 @@ GOAL = (
         help="What is best inside the budget.  [default: quality]",
     ),
     _option(
-        "--methods", multiple=True, metavar="NAMES",
+        "--methods",
+        multiple=True,
+        metavar="NAMES",
         help="Methods to use, comma separated: blocks, channels, lowrank, int8.  [default: channels,int8]",
-    ),  # fmt: skip
+    ),
     _option("--keep", multiple=True, metavar="PATTERN", help="Layers to leave alone, by name. Repeatable."),
     _option(
-        "--rule", "rules", multiple=True, metavar="PATTERN:BITS",
+        "--rule",
+        "rules",
+        multiple=True,
+        metavar="PATTERN:BITS",
         help="Bits of the layers whose names match: 8, 32 or keep. Repeatable.",
     ),
-)  # fmt: skip
+)
 JUDGE = (
     _shown("--task", type=click.Choice(TASKS), default="auto", help="What the model does; decides the divergence."),
     _option("--metric", metavar="NAME", help="accuracy, … or package.module:function.  [default: the task's]"),
