@@ -9,6 +9,7 @@ test rows: each row of the table reads them once.
 from __future__ import annotations
 
 import copy
+import json
 import resource
 import time
 import warnings
@@ -115,8 +116,14 @@ def priced(case: Case, keep: Path | None) -> Priced:
     # a test set must be given, or half of what judges would be set aside as one; nothing here reads it
     roles = {"calib": case.calib, "tune": case.judged[:-1], "test": case.judged[-1:]}
     job = job_of(case.model, **roles, example=None, settings=settings)
-    quotes = quote(job, Memory(keep and keep / job.model_hash[:12]), _told)
+    store = Memory(keep and keep / job.model_hash[:12])
+    quotes = quote(job, store, _told)
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    first = store.load("spent.json")
+    if first is None:
+        store.save("spent.json", json.dumps([seconds, peak]).encode())
+    else:  # a run that goes on from kept quotes tells what they took when they were made
+        seconds, peak = json.loads(first)
     total = len(quotes.network.groups)
     print(f"{case.name}: {total} groups to cut, {len(quotes.frozen)} frozen, {seconds:.0f} s, peak {peak:.0f} MB")
     for reason in sorted({group.frozen for group in quotes.frozen}):
