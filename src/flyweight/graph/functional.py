@@ -159,11 +159,15 @@ def refuse_unknown(graph: fx.Graph) -> None:
     """Raises TraceError, with the user's line, for an operator that no stored program may name."""
     for node in graph.nodes:
         if node.op == "call_function" and name_of(node.target) is None:
-            raise _region_error(node) if isinstance(node.target, HigherOrderOperator) else TraceError(
-                f"operator {node.target} is not supported",
-                where=source_line(node),
-                why="it is not on the list of pure operators that a program may hold",
-                fix="write it with other operators of torch, or take it out of forward",
+            raise (
+                _region_error(node)
+                if isinstance(node.target, HigherOrderOperator)
+                else TraceError(
+                    f"operator {node.target} is not supported",
+                    where=source_line(node),
+                    why="it is not on the list of pure operators that a program may hold",
+                    fix="write it with other operators of torch, or take it out of forward",
+                )
             )
 
 
