@@ -27,6 +27,7 @@ from flyweight.errors import FlyweightError, UsageError
 from flyweight.graph.axes import Group
 from flyweight.graph.surgery import cut
 from flyweight.methods import channels, criteria
+from flyweight.numerics.intervals import proportion
 from flyweight.recover.normstats import reestimate
 from flyweight.search.knapsack import solve
 from flyweight.stages.choose import steps_of
@@ -342,6 +343,10 @@ def figures(weighed: Mapping[str, Tensor], source: Tensor) -> dict[str, float]:
     found = {name: float(values.double().mean()) for name, values in weighed.items()}
     first = next(iter(weighed))
     low, high = interval(weighed[first].double(), source)
+    if weighed[first].dtype == torch.bool and len(source.unique()) == len(source):
+        # a bootstrap of nothing but successes would promise certainty; the score interval does not
+        counted = proportion(int(weighed[first].sum()), len(source))
+        low, high = counted.low, counted.high
     return {first: found[first], "low": low, "high": high, **found}
 
 
