@@ -232,7 +232,7 @@ def test_an_evaluation_that_fails_loses_nothing(tmp_path):
 
 NAMES = {
     "a target": ({"target": "tensorrt"}, UsageError, ["unknown target runtime 'tensorrt'", "onnxruntime"]),
-    "a method": ({"methods": ["int4"]}, UsageError, ["unknown method 'int4'", "channels, int8"]),
+    "a method": ({"methods": ["int4"]}, UsageError, ["unknown method 'int4'", "channels, lowrank, int8"]),
     "methods as a text": ({"methods": "int8"}, UsageError, ["methods is one text", "methods=['int8']"]),
     "a shape": ({"shapes": ["seq=128"]}, UsageError, ["shape 'seq=128'", "batch=8"]),
     "shapes as a text": ({"shapes": "batch=8"}, UsageError, ["shapes=['batch=8']"]),

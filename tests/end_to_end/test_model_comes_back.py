@@ -121,7 +121,7 @@ def test_a_compressed_model_can_be_looked_at_and_cut_again(channels, int8, world
     example = world.data["test"][0][:2]
     smaller = {group.name: group for group in fw.inspect(fw.load(channels.folder), example=example).groups}
     assert smaller["conv1"].channels == len(channels.model.get_submodule("conv1").weight)
-    assert smaller["conv1"].frozen == smaller["conv2"].frozen == ""
+    assert {smaller["conv1"].frozen, smaller["conv2"].frozen} <= {"", "it is one channel alone"}
     rounded = fw.inspect(fw.load(int8.folder), example=example)
     assert all(group.frozen for group in rounded.groups)  # grids belong to the weights they were made for
 

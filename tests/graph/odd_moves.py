@@ -310,7 +310,7 @@ MOVES: dict[str, Case] = {
             "a": Found(6, "a out", {"inner": 1, "fc": 1}, literals=(1,)), "inner": Found(3, "inner", {"out": 1}),
             "fc": HEAD}),
     "spatial gate": (pooled(spatial_gate, 6, a=conv(3, 6), one=conv(3, 1)), (PIXELS,), {
-        "a": Found(6, "a", {"fc": 1}), "fc": HEAD}),
+        "a": Found(6, "a", {"fc": 1}), "one": Found(1, "one", frozen="one channel alone"), "fc": HEAD}),
     "shuffled by hand": (pooled(shuffled_by_hand, 4, a=conv(3, 6), b=conv(6, 4)), (PIXELS,), {
         "a": Found(3, {"a": PAIRS}, {"b": 18}, literals=(1, 2)), "b": Found(4, "b", {"fc": 1}), "fc": HEAD}),
     "channel shuffle": (

@@ -108,7 +108,7 @@ def test_dropout_and_identity_go():
 def test_fresh_sizes_are_those_of_running_the_cut_network():
     graph, example, _ = subject("tutorial")
     smaller = copy.deepcopy(graph)
-    cut(smaller, {g: range(g.size // 2) for g in groups(graph) if not g.frozen})
+    cut(smaller, {g: range(g.size // 2) for g in groups(graph, example) if not g.frozen})
     refresh(smaller, example)
     measured = shapes(smaller, example)
     fresh = {n.name: tuple(int(s) for s in sizes(n)) for n in smaller.graph.nodes if sizes(n)}

@@ -282,12 +282,12 @@ def _group(
     readers = [s for s in slices if s.role == "reads"]
     consumers = tuple(_use(s, present[s.owner]) for s in readers if s.owner in present)
     frozen = list(reasons)
+    if not frozen and len(channels) == 1:
+        frozen = ["it is one channel alone"]
     if not frozen and not readers:
         frozen = ["no layer reads these channels"]
     if not frozen and not consumers:
         frozen = ["no layer that reads these channels could make up for lost ones"]
-    if not frozen and len(channels) == 1:
-        frozen = ["it is one channel alone"]
     producers = tuple(dict.fromkeys(s.owner for s in slices if s.role == "writes"))
     return {
         "name": producers[0],

@@ -26,14 +26,14 @@ __all__ = [
 
 def _written(call: Call, owner: str, dim: int, size: int, bias: bool, rank: int, out_dim: int) -> Labels | None:
     """New labels for a layer's outputs, the same at each of its calls."""
-    if size < 2:
-        return None
     key = (owner, "weight", dim, "writes")
     marks = call.walk.held[key].labels if key in call.walk.held else call.walk.fresh(size)
     if key not in call.walk.held:
         call.walk.hold(owner, "weight", dim, "writes", marks)
         if bias:
             call.walk.hold(owner, "bias", 0, "carries", marks)
+    if size < 2:
+        return None  # one channel alone: it is listed, and nothing can be cut
     return on_dimension(marks, out_dim, rank, shape_of(call.value))
 
 

@@ -32,6 +32,7 @@ def product(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
 
 
 def kind_of(maker: Maker) -> str:
+    """A spelling of attention, drawn."""
     return maker.dice.choice(["written out", "one operator", "einsum"])
 
 

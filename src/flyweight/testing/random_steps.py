@@ -89,6 +89,7 @@ def normed(maker: Maker, i: int) -> int:
 
 
 def sloped(maker: Maker, i: int) -> int:
+    """A PReLU."""
     name = maker.own("slope", nn.PReLU(maker.dice.choice([1, maker.shape(i)[0]])))
     return maker.add(f"prelu {name}({i})", lambda net, v: net.part(name, v[i]))
 
@@ -109,6 +110,7 @@ def scaled(maker: Maker, i: int) -> int:
 
 
 def smaller(maker: Maker, i: int) -> int | None:
+    """Pooling."""
     if min(maker.shape(i)[1:]) < 4:
         return None
     best = maker.dice.random() < 0.5
@@ -116,6 +118,7 @@ def smaller(maker: Maker, i: int) -> int | None:
 
 
 def larger(maker: Maker, i: int) -> int | None:
+    """Interpolation."""
     if 4 * math.prod(maker.shape(i)) > LARGEST:
         return None
     return maker.add(f"interpolate({i})", lambda net, v: F.interpolate(v[i], scale_factor=2.0))
@@ -201,6 +204,7 @@ def window(maker: Maker, i: int) -> int | None:
 
 
 def glued(maker: Maker, i: int) -> int | None:
+    """A gated linear unit."""
     if width(maker, i) % 2:
         return None
     at = axis(maker, i)
@@ -208,6 +212,7 @@ def glued(maker: Maker, i: int) -> int | None:
 
 
 def shuffled(maker: Maker, i: int) -> int | None:
+    """Channels dealt out over groups."""
     count = width(maker, i)
     parts = [g for g in (2, 3, 4) if count % g == 0]
     if not parts:
@@ -222,6 +227,7 @@ def shuffled(maker: Maker, i: int) -> int | None:
 
 
 def pixels(maker: Maker, i: int) -> int | None:
+    """Pixel shuffle."""
     count, high, wide = maker.shape(i)
     if count % 4 == 0:
         return maker.add(f"pixel shuffle({i})", lambda net, v: F.pixel_shuffle(v[i], 2))
@@ -241,6 +247,7 @@ def squeezed(maker: Maker, i: int) -> int:
 
 
 def padded(maker: Maker, i: int) -> int | None:
+    """Zeros beside the channels or around the picture."""
     if 2 * math.prod(maker.shape(i)) > LARGEST:
         return None
     sides = maker.dice.choice([(1, 1), (0, 0, 1, 1), (0, 0, 0, 0, 1, 2)])
@@ -250,6 +257,7 @@ def padded(maker: Maker, i: int) -> int | None:
 
 
 def repeated(maker: Maker, i: int) -> int | None:
+    """Channels repeated."""
     if 2 * math.prod(maker.shape(i)) > LARGEST:
         return None
     at = axis(maker, i)
@@ -259,6 +267,7 @@ def repeated(maker: Maker, i: int) -> int | None:
 
 
 def reversed_(maker: Maker, i: int) -> int:
+    """Channels in reverse."""
     at, kind = axis(maker, i), maker.dice.choice(["flip", "roll", "alone"])
 
     def step(net: nn.Module, v: list[Tensor]) -> Tensor:
