@@ -2,8 +2,9 @@
 
 Our side takes the product's own stages (quote, the search, restructured): no labels, no fine-tuning. The criteria cut the
 very same proven groups, every group by the same share of its channels (as Torch-Pruning does by default), with no
-refitting; everybody's BatchNorm statistics are estimated anew on the same calibration rows. Nothing is chosen on the
-test rows: each row of the table reads them once.
+refitting. Where a network has BatchNorm every method has two rows: "raw", and with the statistics estimated anew on the
+same calibration rows. Re-estimation is no gift where the rows are not the training data: the control "float, BatchNorm
+re-estimated" says what it does to a network that nobody cut. Nothing is chosen on the test rows.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from flyweight.stages.setup import Job, Settings, job_of
 from flyweight.types import Step
 
 Batch = tuple[Tensor, ...]
+RAW = ", raw"  # behind a method's name: BatchNorm statistics as they were
 CRITERIA = tuple(name for name in criteria.ALL if name != "full")
 SCORED_BATCHES = 8  # calibration batches whose gradients are looked at
 RESAMPLES = 2_000  # of the bootstrap over sources
@@ -155,6 +157,9 @@ def flyweight_rows(found: Priced, divides: Sequence[float]) -> Iterator[tuple[di
         started = time.perf_counter()
         steps = bought(found, full / divide)
         graph = channels.restructure(network.graph, network.groups, network.layers, network.stats, steps)
+        if normed(graph):
+            row = row_of("flyweight", f"channels{RAW}", divide, graph, case, full)
+            yield row | {"seconds": time.perf_counter() - started + found.seconds, "peak_mb": found.peak_mb}, graph
         reestimate(graph, found.job.calib())
         again = restructured(network, steps, found.job.calib)
         seconds = time.perf_counter() - started + found.seconds
@@ -201,6 +206,8 @@ def criteria_rows(found: Priced, divides: Sequence[float], names: Sequence[str])
         for name, (order, fallbacks) in orders.items():
             started = time.perf_counter()
             graph = _uniform(network.graph, found.quotes.network.groups.values(), order, share)
+            if normed(graph):
+                yield row_of("criterion", f"{name}{RAW}", divide, graph, case, full)
             reestimate(graph, found.job.calib())
             row = row_of("criterion", name, divide, graph, case, full)
             note = f"l2 for {fallbacks} groups without a norm" if fallbacks else ""
@@ -263,6 +270,8 @@ def tool_rows(case: Case, divides: Sequence[float]) -> Iterator[dict[str, Any]]:
                 print(f"  torch-pruning {criterion} ÷{divide:.2f} fails: {reason}", flush=True)
                 yield blank | {"note": f"fails: {reason}"}
                 continue
+            if normed(small):
+                yield row_of("torch-pruning", f"{criterion}{RAW}", divide, small, case, full)
             small = reestimated_on(small, case.calib)
             row = row_of("torch-pruning", criterion, divide, small, case, full)
             yield row | {"seconds": time.perf_counter() - started, "note": f"ratio {ratio:.3f}"}
@@ -362,23 +371,36 @@ def interval(values: Tensor, source: Tensor) -> tuple[float, float]:
 
 
 def verdicts(case: Case) -> list[dict[str, Any]]:
-    """Per goal and rival: how much better the first figure of "channels + re-solve" is on the same rows, with interval."""
+    """Per goal and rival: how much better the first figure of ours is on the same rows, with interval.
+
+    Like meets like: raw rivals meet "channels, raw", re-estimated ones "channels + re-solve".
+    """
     rows = []
     for (tool, method, goal), rival in case.seen.items():
-        ours = case.seen.get(("flyweight", "channels + re-solve", goal))
+        name = f"channels{RAW}" if method.endswith(RAW) else "channels + re-solve"
+        ours = case.seen.get(("flyweight", name, goal))
         if ours is None or tool == "flyweight":
             continue
         first = next(iter(ours))
         difference = ours[first].double() - rival[first].double()
         low, high = interval(difference, case.source)
         ahead = {"figure": first, "ahead": float(difference.mean()), "low": low, "high": high}
-        rows.append({"goal": goal, "rival": f"{tool} {method}", **ahead})
+        rows.append({"goal": goal, "ours": name, "rival": f"{tool} {method}", **ahead})
     return rows
+
+
+def normed(model: nn.Module) -> bool:
+    """Whether the model has BatchNorm, so that re-estimation means something."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
 
 
 def everything(case: Case, divides: Sequence[float], options: Any) -> tuple[list[dict[str, Any]], dict[str, nn.Module]]:
     """All rows of a case, float first, and our delivered networks by goal ("÷4.00")."""
-    rows = [row_of("float", "unmodified", 1.0, case.model, case, case.count(case.model))]
+    full = case.count(case.model)
+    rows = [row_of("float", "unmodified", 1.0, case.model, case, full)]
+    if normed(case.model):
+        control = reestimated_on(case.model, case.calib)
+        rows.append(row_of("float", "BatchNorm re-estimated", 1.0, control, case, full))
     made: dict[str, nn.Module] = {}
     try:
         found = priced(case, options.keep)

@@ -110,7 +110,7 @@ def main() -> None:
     print_table(rows, COLUMNS)
     ahead = verdicts(case)
     print()
-    print_table(ahead, ("goal", "rival", "figure", "ahead", "low", "high"))
+    print_table(ahead, ("goal", "ours", "rival", "figure", "ahead", "low", "high"))
     times = timed(case.model, made, case.judged[0][0], 2 if options.quick else options.processes) if made else []
     print()
     print_table(times, ("goal", "ms", "share", "low", "high", "bytes"))

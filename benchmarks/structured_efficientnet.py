@@ -78,7 +78,7 @@ def main() -> None:
     print_table(rows, COLUMNS)
     ahead = verdicts(case)
     print()
-    print_table(ahead, ("goal", "rival", "figure", "ahead", "low", "high"))
+    print_table(ahead, ("goal", "ours", "rival", "figure", "ahead", "low", "high"))
     if not options.quick:
         pictures = len(case.source.unique())
         split = (

@@ -102,7 +102,7 @@ def main() -> None:
     print_table(rows, COLUMNS)
     ahead = verdicts(case)
     print()
-    print_table(ahead, ("goal", "rival", "figure", "ahead", "low", "high"))
+    print_table(ahead, ("goal", "ours", "rival", "figure", "ahead", "low", "high"))
     if not options.quick:
         split = f"calib {len(case.calib)} batches of {BATCH}, test {len(case.source)} mails of other families"
         write_csv(RESULTS / "structured_minilm.csv", rows, facts(options.threads) | {"rows": split})

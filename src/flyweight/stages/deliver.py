@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from flyweight.deploy.placement import Slot, slots
 from flyweight.graph.axes import Group, rows_of
@@ -81,9 +84,22 @@ def restructured(network: Network, steps: Collection[Step], calib: Callable[[], 
     reestimate(graph, calib())
     if all(one.setting.get("compensate", True) for one in steps):
         rows = _rows_left(network, cuts)
-        graph = resolve(graph, network.graph, rows, calib())
-        reestimate(graph, calib())
+        again = resolve(graph, network.graph, rows, calib())
+        reestimate(again, calib())
+        graph = _nearer(network.graph, (graph, again), calib())
     return graph
+
+
+def _nearer(original: fx.GraphModule, offered: Sequence[fx.GraphModule], batches: Iterable[Batch]) -> fx.GraphModule:
+    """The graph whose outputs are nearest to the original's on the last batch, which a large network was not fitted to."""
+    last = deque(batches, maxlen=1)[0]
+
+    def distance(graph: fx.GraphModule) -> float:
+        pairs = zip(tree_leaves(original(*last)), tree_leaves(graph(*last)), strict=True)
+        return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs if isinstance(a, Tensor))
+
+    with torch.no_grad():
+        return min(reversed(offered), key=distance)
 
 
 def _rows_left(network: Network, steps: Collection[Step]) -> dict[str, list[int]]:
