@@ -3,8 +3,9 @@
     python benchmarks/kill_resume.py [--kills 20] [--seed 0]
 
 Every trial starts in an empty folder, is killed at a moment drawn evenly from the length of an unbroken run (once the
-folder exists), is started again with the same latency table, and must then hold the same bytes. Exits 1 if one does not.
-Results: benchmarks/results/kill_resume.csv. `tests/end_to_end/test_resume.py` does five kills in a row in one folder.
+folder exists), is started again with the same latency table, and must then hold the same bytes. Trials go on until as many
+kills have struck as were asked for. Exits 1 if a run ends with other bytes or too few were struck.
+Results: benchmarks/results/kill_resume.csv. `tests/end_to_end/test_resume.py` does three kills in a row in one folder.
 """
 
 from __future__ import annotations
@@ -125,18 +126,20 @@ def main() -> int:
         length_s = finished(Path(place) / "unbroken", table)
         expected = bytes_of(Path(place) / "unbroken")
         print(f"an unbroken run takes {length_s:.1f} s")
-        for number in range(arguments.kills):
+        while sum(bool(row["killed"]) for row in rows) < arguments.kills and len(rows) < 3 * arguments.kills:
+            # A run on a machine that has grown faster ends before its kill: listed, and another moment is drawn
+            number = len(rows)
             rows.append(trial(Path(place) / str(number), table, moments.uniform(0, length_s), expected))
-            print({"kill": number, **rows[-1]}, flush=True)
+            print({"trial": number, **rows[-1]}, flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["kill", *rows[0]])
+        writer = csv.DictWriter(file, ["trial", *rows[0]])
         writer.writeheader()
-        writer.writerows({"kill": number, **row} for number, row in enumerate(rows))
+        writer.writerows({"trial": number, **row} for number, row in enumerate(rows))
     killed = [row for row in rows if row["killed"]]
     good = sum(bool(row["same_bytes"] and row["files_whole"]) for row in killed)
     print(f"{good} of {len(killed)} killed runs ended with the bytes of an unbroken one")
-    return 0 if good == len(rows) else 1
+    return 0 if good == len(killed) == arguments.kills else 1
 
 
 if __name__ == "__main__":
