@@ -316,6 +316,11 @@ MOVES: dict[str, Case] = {
     "channel shuffle": (
         pooled(lambda s, x: s.b(F.channel_shuffle(s.a(x), 2)), 4, a=conv(3, 6), b=conv(6, 4)), (PIXELS,), {
             "a": Found(3, {"a": PAIRS}, {"b": 18}), "b": Found(4, "b", {"fc": 1}), "fc": HEAD}),
+    "pixel shuffle, then channels dealt out": (  # labels of a pixel shuffle stand at every pixel: random network 376
+        pooled(lambda s, x: s.b(F.channel_shuffle(F.pixel_shuffle(s.a(x), 2), 2)), 4, a=conv(3, 16), b=conv(4, 4)),
+        (PIXELS,), {
+            "a": Found(2, {"a": [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]}, {"b": 18}),
+            "b": Found(4, "b", {"fc": 1}), "fc": HEAD}),
     "pixel shuffle": (
         pooled(lambda s, x: s.b(F.pixel_shuffle(s.a(x), 2)), 4, a=conv(3, 8), b=conv(2, 4)), (PIXELS,), {
             "a": Found(2, {"a": 4}, {"b": 9}), "b": Found(4, "b", {"fc": 1}), "fc": HEAD}),

@@ -14,7 +14,7 @@ from flyweight.graph.operators import layers, matrix
 from flyweight.graph.trace import trace
 from flyweight.methods import channels, lowrank
 from flyweight.recover import resolve as resolving
-from flyweight.recover.normstats import reestimate
+from flyweight.recover.normstats import rematch
 from flyweight.recover.resolve import resolve
 from flyweight.testing import Subject, small_network, subject
 
@@ -29,22 +29,22 @@ def one() -> Subject:
 
 @cache
 def cut() -> tuple[torch.fx.GraphModule, dict[str, list[int]]]:
-    """Every group cut to half, norms estimated anew; and the rows that each layer still has."""
-    steps, rows = [], {}
+    """Every group cut to half, norms matched; and the rows that each layer and norm still has."""
+    steps = []
     for group in one().groups.values():
         gone = channels.order(one().graph, group, one().layers, one().stats)
         kept = channels.kept_channels(group, gone, group.size // 2)
         steps.append(channels.step(group, kept))
-        rows |= dict.fromkeys(group.producers, kept)
     graph = channels.restructure(one().graph, one().groups, one().layers, one().stats, steps)
-    reestimate(graph, one().batches)
+    rows = channels.rows_left(one().graph, one().groups, one().layers, steps)
+    rematch(graph, one().graph, rows, one().batches)
     return graph, rows
 
 
 def test_the_outputs_come_nearer_on_the_calibration_data():
     graph, rows = cut()
     mended = resolve(graph, one().graph, rows, one().batches)
-    reestimate(mended, one().batches)
+    rematch(mended, one().graph, rows, one().batches)
     before, after = one().judge(graph), one().judge(mended)
     assert after < 0.9 * before
 
@@ -91,14 +91,13 @@ def test_where_nothing_was_cut_nothing_moves():
             assert torch.allclose(after["bias"], before["bias"], atol=1e-4)
 
 
-def test_norms_whose_statistics_are_those_of_the_data_hardly_move():
+def test_a_network_that_nobody_cut_hardly_moves_whatever_its_norms_say():
     graph = copy.deepcopy(one().graph)
-    whole = (torch.cat([b[0] for b in one().batches]),)  # one batch: the average of batches is that of all rows
-    reestimate(graph, [whole])
+    whole = (torch.cat([b[0] for b in one().batches]),)
     with torch.no_grad():
         expected, got = graph(*whole), resolve(graph, graph, {}, [whole])(*whole)
-    # torch's running variance is the unbiased one: 1 / (2 * 1600) of the scale of a norm on 64 * 25 rows
-    assert float((got - expected).square().mean().sqrt()) < 2e-3 * float(expected.std())
+    # what patches are looked at differs from layer to layer, so moments differ by their rounding alone
+    assert float((got - expected).square().mean().sqrt()) < 1e-3 * float(expected.std())
 
 
 def test_neither_network_given_is_changed():

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flyweight.graph.calls import Call, Result, carried, kept, shape_of, unknown
-from flyweight.graph.labels import FIXED, Labels, Pending, broadcast, numbers_along
+from flyweight.graph.calls import Call, Result, carried, kept, numbers_of, shape_of, unknown
+from flyweight.graph.labels import FIXED, Labels, Pending, broadcast
 
 __all__ = [
     "along",
@@ -79,8 +79,10 @@ def picked(call: Call) -> Result:
 def shuffled(call: Call) -> Result:
     """Channels dealt out over groups: the same ones go from every group."""
     first = call.first
-    if first is not None and first.varying == (1,):
-        call.walk.merge(numbers_along(first, 1).reshape(int(call.args["groups"]), -1), [0])
+    if first is not None and 1 in first.varying:
+        marks = numbers_of(call, first, 1, call.node.name)
+        assert marks is not None  # they vary along the channels
+        call.walk.merge(marks.reshape(int(call.args["groups"]), -1), [0])
     return moved(call)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from flyweight.graph.axes import Group, Use
 from flyweight.graph.measure import Stats
-from flyweight.graph.operators import Layer, matrix, set_matrix
+from flyweight.graph.operators import NORMS, Layer, matrix, set_matrix
 from flyweight.graph.surgery import cut
 from flyweight.numerics import forms
 from flyweight.numerics.forms import Form, Nested
@@ -47,6 +47,7 @@ __all__ = [
     "refit_readers",
     "removed",
     "restructure",
+    "rows_left",
     "step",
 ]
 
@@ -252,3 +253,24 @@ def restructure(
         apply(result, layers[name], refit(graph, layers[name], stats.inputs[name], left, name not in plain))
     cut(result, kept)
     return result
+
+
+def rows_left(
+    graph: fx.GraphModule, groups: Mapping[str, Group], layers: Mapping[str, Layer], steps: Collection[Step]
+) -> dict[str, list[int]]:
+    """The output rows of layers and the channels of batch norms that `steps` leave, for those that lose some."""
+    gone: dict[str, set[int]] = {}
+    sizes: dict[str, int] = {}
+    for one in steps:
+        group = groups[one.target]
+        channels = removed(group, one.setting["kept"])
+        for part in group.slices:
+            owner = graph.get_submodule(part.owner) if part.tensor == "running_mean" else None
+            if isinstance(owner, NORMS):
+                sizes[part.owner] = owner.num_features
+            elif part.role == "writes" and part.owner in layers:
+                sizes[part.owner] = layers[part.owner].outputs
+            else:
+                continue
+            gone.setdefault(part.owner, set()).update(part.entries[channels].flatten().tolist())
+    return {name: [row for row in range(size) if row not in gone[name]] for name, size in sizes.items()}

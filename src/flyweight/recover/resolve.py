@@ -24,6 +24,7 @@ from flyweight.graph.operators import Layer, input_rows, layers, matrix, module_
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.numerics.moments import WIDEST, Moments, add_rows, empty_moments, merged
 from flyweight.numerics.obs import row_errors
+from flyweight.recover.normstats import matched
 
 __all__ = ["resolve"]
 
@@ -181,10 +182,11 @@ def _stream(node: fx.Node, flow: _Flow) -> fx.Node | None:
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
+    """New weights, and the outputs that they give beside those wanted; means are without a bias."""
+
     weights: Tensor
-    mean: Tensor  # of the new outputs, without the bias
-    variance: Tensor
-    lost: Tensor  # what the new outputs lack of the old ones on average
+    given: tuple[Tensor, Tensor]  # mean and variance
+    wanted: tuple[Tensor, Tensor]
 
 
 def _fit(
@@ -200,12 +202,22 @@ def _fit(
     found = _solved(module, teacher, matrix(teacher)[index], layer, task)
     set_matrix(module, found.weights)
     with torch.no_grad():
-        if layer.norm:  # what re-estimation would find, without another pass
+        if layer.norm:  # what rematching would find, without another pass
             norm: Any = result.get_submodule(layer.norm)
-            norm.running_mean.copy_(found.mean + (0 if module.bias is None else module.bias))
-            norm.running_var.copy_(found.variance)
+            known: Any = original.get_submodule(layer.norm)
+            mine, theirs = _with_bias(found.given, module.bias), _with_bias(found.wanted, teacher.bias, index)
+            stated = known.running_mean[index], known.running_var[index]
+            mean, variance = matched(stated, theirs, mine, norm.eps)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
         elif layer.bias:
-            module.bias.copy_(teacher.bias[index] + found.lost.to(module.bias.dtype))
+            module.bias.copy_(teacher.bias[index] + (found.wanted[0] - found.given[0]).to(module.bias.dtype))
+
+
+def _with_bias(
+    moments: tuple[Tensor, Tensor], bias: Tensor | None, index: slice | list[int] = slice(None)
+) -> tuple[Tensor, Tensor]:
+    return moments if bias is None else (moments[0] + bias[index], moments[1])
 
 
 def _solved(module: torch.nn.Module, teacher: torch.nn.Module, target: Tensor, layer: Layer, task: _Task) -> _Fit:
@@ -222,8 +234,9 @@ def _solved(module: torch.nn.Module, teacher: torch.nn.Module, target: Tensor, l
         weights = _ridge(start, second, cross, RIDGES[0] if share is None else share)
     mean = both.mean.reshape(groups, -1)
     expected = (weights @ mean[:, :width, None])[..., 0]
-    variance = row_errors(weights, _parts(both, width, groups, True)[0])
-    return _Fit(weights.flatten(0, 1), expected.flatten(), variance.flatten(), (mean[:, width:] - expected).flatten())
+    second, _, power = _parts(both, width, groups, True)
+    given = expected.flatten(), row_errors(weights, second).flatten()
+    return _Fit(weights.flatten(0, 1), given, (mean[:, width:].flatten(), power.flatten()))
 
 
 _Parts = tuple[Tensor, Tensor, Tensor]

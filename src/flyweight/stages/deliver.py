@@ -12,14 +12,13 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from flyweight.deploy.placement import Slot, slots
-from flyweight.graph.axes import Group, rows_of
+from flyweight.graph.axes import Group
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers
 from flyweight.graph.rewrite import part_before, pooled_means, refresh
 from flyweight.graph.surgery import fold_norms
 from flyweight.methods import blocks, channels, int8, lowrank
-from flyweight.methods.channels import removed
-from flyweight.recover.normstats import reestimate
+from flyweight.recover.normstats import rematch
 from flyweight.recover.resolve import resolve
 from flyweight.types import Note, Step
 
@@ -27,6 +26,8 @@ __all__ = ["Network", "Prepared", "deliver", "prepared", "restructured", "with_n
 
 Batch = tuple[Tensor, ...]
 NUMBER_SAMPLES = 1024  # samples that ranges and rounding look at: their error is far below that of 8 bits
+NORM_SAMPLES = 1024  # samples that norms are matched on: each has many positions, and both networks see the same ones
+JUDGING_BATCHES = 4  # that say whether layers fitted once more are better
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def _of_both_parts(graph: fx.GraphModule, numbers: Sequence[Step]) -> list[Step]
 
 
 def restructured(network: Network, steps: Collection[Step], calib: Callable[[], Iterable[Batch]]) -> fx.GraphModule:
-    """The graph with channels removed, layers of lower rank, norm statistics estimated anew (a copy without steps)."""
+    """The graph with channels removed, layers of lower rank, norms matched to the original's (a copy without steps)."""
     if not steps:
         return copy.deepcopy(network.graph)
     cuts, ranks = ([s for s in steps if s.method == name] for name in (channels.NAME, lowrank.NAME))
@@ -81,39 +82,25 @@ def restructured(network: Network, steps: Collection[Step], calib: Callable[[], 
     lowrank.split_all(graph, network.graph, network.layers, network.stats, ranks)
     blocks.drop(graph, [s.target for s in steps if s.method == blocks.NAME])
     refresh(graph, network.example)
-    reestimate(graph, calib())
+    rows = channels.rows_left(network.graph, network.groups, network.layers, cuts)
+    rematch(graph, network.graph, rows, _first(calib(), NORM_SAMPLES))
     if all(one.setting.get("compensate", True) for one in steps):
-        rows = _rows_left(network, cuts)
         again = resolve(graph, network.graph, rows, calib())
-        reestimate(again, calib())
+        rematch(again, network.graph, rows, _first(calib(), NORM_SAMPLES))
         graph = _nearer(network.graph, (graph, again), calib())
     return graph
 
 
 def _nearer(original: fx.GraphModule, offered: Sequence[fx.GraphModule], batches: Iterable[Batch]) -> fx.GraphModule:
-    """The graph whose outputs are nearest to the original's on the last batch, which a large network was not fitted to."""
-    last = deque(batches, maxlen=1)[0]
+    """The graph whose outputs are nearest to the original's on the last batches, which large networks are not fitted to."""
+    last = deque(batches, maxlen=JUDGING_BATCHES)
 
     def distance(graph: fx.GraphModule) -> float:
-        pairs = zip(tree_leaves(original(*last)), tree_leaves(graph(*last)), strict=True)
+        pairs = (pair for x in last for pair in zip(tree_leaves(original(*x)), tree_leaves(graph(*x)), strict=True))
         return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs if isinstance(a, Tensor))
 
     with torch.no_grad():
         return min(reversed(offered), key=distance)
-
-
-def _rows_left(network: Network, steps: Collection[Step]) -> dict[str, list[int]]:
-    """The output rows that layers still have, for those that lost some."""
-    gone: dict[str, set[int]] = {}
-    for one in steps:
-        group = network.groups[one.target]
-        channels = removed(group, one.setting["kept"])
-        for name in group.producers:
-            rows = rows_of(group, name)
-            assert rows is not None
-            gone.setdefault(name, set()).update(rows[channels].flatten().tolist())
-    present = {name: network.layers[name].outputs for name in gone if name in network.layers}
-    return {name: [row for row in range(count) if row not in gone[name]] for name, count in present.items()}
 
 
 def prepared(
