@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flyweight import errors
+from shortclock import FIRST
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -55,7 +56,8 @@ def test_the_readmes_code_runs_in_order(tmp_path):
         pytest.skip("README.md has no Python yet")
     lines = [f"exec(compile({block!r}, {str(README)!r}, 'exec'))" for block in blocks]
     script = tmp_path / "readme.py"
-    script.write_text("import torch\ntorch.set_num_threads(1)\n" + "\n".join(lines), encoding="utf-8")
+    first = f"{FIRST}\nimport torch\ntorch.set_num_threads(1)\n"
+    script.write_text(first + "\n".join(lines), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
     )

@@ -1,11 +1,7 @@
-"""Finished folders that many tests look at are made once a session, also where several processes share the suite.
-
-The clock measures for real but shortly: two processes of 60 ms a shape. Nothing here asserts how fast something is.
-"""
+"""Finished folders that many tests look at are made once a session, also where several processes share the suite."""
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
@@ -23,22 +19,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flyweight as fw
+import shortclock
 from flyweight.compress import Result
 from flyweight.errors import Interrupted
-from flyweight.stages import again, make, weigh
 
 from . import driver
 from .nets import SmallNet, digits, trained
 
-SHORT = {"processes": 2, "seconds_per_shape": 0.06}
 DRIVER = Path(__file__).parent / "driver.py"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_clock() -> Iterator[None]:
+    modules, clocked = shortclock.places()
     with pytest.MonkeyPatch.context() as patch:
-        for place in (make, again):
-            patch.setattr(place, "clocked", functools.partial(weigh.clocked, **SHORT))
+        for module in modules:
+            patch.setattr(module, "clocked", clocked)
         yield
 
 

@@ -25,6 +25,7 @@ from flyweight.face.cli import cli, manual
 from flyweight.face.exits import Session
 from flyweight.face.rebuild import rebuild
 from flyweight.types import Plan, Results, from_json, to_json
+from shortclock import FIRST
 
 ROOT = Path(__file__).parents[2]
 VERBS = {"demo", "inspect", "plan", "compress", "apply", "verify", "report"}
@@ -62,7 +63,7 @@ def environment():
 
 
 def command(*arguments):
-    return [sys.executable, "-c", "from flyweight.face.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", FIRST + "from flyweight.face.cli import main; main()", *map(str, arguments)]
 
 
 def flyweight_(*arguments, cwd):
@@ -94,7 +95,7 @@ def shell(place, tmp_path_factory):
     """
     files = [tmp_path_factory.mktemp("streams") / name for name in ("out", "err")]
     server = subprocess.Popen(
-        [sys.executable, "-c", SHELL],
+        [sys.executable, "-c", FIRST + SHELL],
         cwd=place,
         env=environment(),
         stdin=subprocess.PIPE,
