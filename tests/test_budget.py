@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flyweight.budget import budget, format_limit, is_quality, judge_limit, parse, with_guard
+from flyweight.budget import budget, format_limit, is_quality, judge_limit, parse, shape_sizes, with_guard
 from flyweight.errors import BudgetError, UsageError
 from flyweight.types import Budget, Interval, Limit, from_json, to_json
 
@@ -49,8 +49,21 @@ def test_a_limit_reads_as_written(text, value, unit, shape):
 def test_limits_keep_their_order_and_shapes_may_hold_commas():
     limits = parse("latency<=50%, size<=25%,drop<=2pt;\nagreement>=90%").limits
     assert [limit.quantity for limit in limits] == ["latency", "size", "drop", "agreement"]
-    with pytest.raises(UsageError, match="shape seq comes with a later version"):
-        parse("latency@batch=8,seq=128<=4ms, size<=30%")
+    first, second = parse("latency@seq=128, batch=8<=4ms, size<=30%").limits
+    assert (first.shape, second.quantity) == ("batch=8,seq=128", "size")
+    assert format_limit(first) == "latency@batch=8,seq=128<=4ms"
+    assert parse(format_limit(first)).limits[0].shape == first.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "word"),
+    [("seq=128", "no batch size"), ("batch=8,width=3", "'width=3'"), ("batch=1,seq=2,seq=3", "'seq=3'")],
+)
+def test_shapes_name_the_batch_and_known_sizes_once(shape, word):
+    with pytest.raises(BudgetError, match=word):
+        parse(f"latency@{shape}<=4ms")
+    with pytest.raises(UsageError, match=word):
+        shape_sizes(shape)
 
 
 @pytest.mark.parametrize(

@@ -316,8 +316,11 @@ def test_labels_that_are_nan_or_too_many_or_partly_there_are_refused():
 
 def test_other_shapes_and_types_are_refused_in_and_between_roles():
     with pytest.raises(DataError, match="samples of x are 4 here and 3 elsewhere") as caught:
-        roles(one, calib=[X, rows(2, 4)])
-    assert caught.value.where == "calib, batch 1"
+        roles(one, calib=X, tune=[OTHER, rows(2, 4)], test=rows(5, 3))
+    assert caught.value.where == "tune, batch 1"
+    assert "into calib too" in caught.value.fix
+    with pytest.raises(DataError, match="samples of x are 3×1 here and 3 elsewhere"):
+        roles(one, calib=[X, rows(2, 3, 1)])
     with pytest.raises(DataError, match="1×28×28 here and 28×28 elsewhere"):
         roles(one, calib=rows(5, 28, 28), test=rows(5, 1, 28, 28))
     with pytest.raises(DataError, match="int64"):
@@ -326,6 +329,51 @@ def test_other_shapes_and_types_are_refused_in_and_between_roles():
         roles(masked, calib=[{"x": X}], test=[{"x": OTHER, "mask": OTHER}])
     with pytest.raises(DataError, match="single number"):
         roles(one, calib=[torch.tensor(1.0)])
+
+
+# --- batches that differ in size --------------------------------------------------------------------------------------
+
+RAGGED = [rows(6, size, seed=seed) for seed, size in enumerate((5, 5, 3, 8, 3, 5))]
+
+
+def test_every_role_knows_the_shapes_it_holds_most_frequent_first():
+    found = roles(one, calib=RAGGED, tune=rows(4, 7), test=[rows(4, 5), rows(9, 30)])
+    assert [(s.sizes, s.samples, s.batch) for s in found.calib.shapes] == [
+        (((5,),), 18, 0), (((3,),), 12, 2), (((8,),), 6, 3)
+    ]  # fmt: skip
+    assert [(s.sizes, s.samples) for s in found.test.shapes] == [(((30,),), 9), (((5,),), 4)]
+    assert [batch.sizes for batch in found.calib] == [((size,),) for size in (5, 5, 3, 8, 3, 5)]
+
+
+def test_a_split_role_never_joins_samples_of_different_sizes_and_loses_none():
+    found = roles(one, calib=RAGGED)
+    parts = [found.calib, found.tune, found.test]
+    assert sorted(part.samples for part in parts) == [7, 7, 22]
+    kept = [tuple(row.tolist()) for part in parts for batch in part for row in batch.inputs[0]]
+    assert sorted(kept) == sorted(tuple(row.tolist()) for batch in RAGGED for row in batch)
+    for part in parts:
+        counted = {shape.sizes: shape.samples for shape in part.shapes if shape.samples}
+        again: dict[object, int] = {}
+        for batch in part:
+            again[batch.sizes] = again.get(batch.sizes, 0) + batch.rows
+        assert again == counted
+    assert {shape.sizes for shape in found.calib.shapes} == {((3,),), ((5,),), ((8,),)}
+
+
+def test_labels_of_every_token_are_not_joined_across_lengths_either():
+    labelled = [(x, torch.arange(x.numel()).reshape(x.shape)) for x in RAGGED]
+    found = roles(one, calib=RAGGED[0] + 1, test=[(x, y) for x, y in labelled if x.shape[1] == 5])
+    assert all(batch.labels.shape == batch.inputs[0].shape for batch in (*found.tune, *found.test))
+
+
+def test_sizes_are_free_only_where_batches_of_calib_differ():
+    wide = [rows(6, size, 2, seed=size) for size in (4, 6)]
+    with pytest.raises(DataError, match="samples of x are 5×3 here and 4×2 elsewhere") as caught:
+        roles(one, calib=wide, tune=rows(5, 9, 2), test=[rows(5, 7, 2), rows(5, 5, 3)])
+    assert caught.value.where == "test, batch 1"
+    with pytest.raises(DataError, match="samples of x are 5 here and 3 elsewhere"):
+        roles(one, calib=X, tune=rows(5, 5), test=OTHER)
+    assert roles(one, calib=wide, tune=rows(5, 9, 2), test=rows(5, 30, 2)).test.samples == 5
 
 
 def test_labels_where_inputs_belong_are_recognised():

@@ -19,7 +19,9 @@ import msgspec
 from flyweight.errors import BudgetError, UsageError
 from flyweight.types import Budget, Interval, Limit, Note
 
-__all__ = ["METRICS", "QUANTITIES", "budget", "format_limit", "is_quality", "judge_limit", "parse", "with_guard"]
+__all__ = [
+    "METRICS", "QUANTITIES", "budget", "format_limit", "is_quality", "judge_limit", "parse", "shape_sizes", "with_guard",
+]  # fmt: skip
 
 Operator = Literal["<=", ">="]
 Direction = Literal["higher", "lower"]
@@ -311,16 +313,25 @@ def _shape(written: str, kind: _Kind, text: str) -> str:
         return ""
     if not kind.shapes:
         raise BudgetError(f"{text}: only latency depends on a shape", fix="leave out what follows the @")
+    try:
+        return ",".join(f"{name}={size}" for name, size in shape_sizes(written).items())
+    except UsageError as error:
+        raise BudgetError(f"{text}: {error.what}", fix="write latency@batch=8<=4ms, or …@batch=8,seq=128") from None
+
+
+def shape_sizes(written: str) -> dict[str, int]:
+    """The sizes that a shape such as "batch=8,seq=128" names, the batch first. Raises UsageError for anything else."""
     sizes: dict[str, int] = {}
     for part in written.split(","):
-        found = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*([1-9]\d*)\s*", part)
+        found = re.fullmatch(r"\s*(batch|seq|size_[1-9]\d*)\s*=\s*([1-9]\d*)\s*", part)
         if not found or found[1] in sizes:
-            raise BudgetError(f"{text}: {part.strip()!r} is no size of a shape", fix="write latency@batch=8<=4ms")
+            raise UsageError(
+                f"shape {written!r}: {part.strip()!r} is no size of a shape", fix="write batch=8, or batch=8,seq=128"
+            )
         sizes[found[1]] = int(found[2])
-    if set(sizes) != {"batch"}:
-        later = ", ".join(sorted(set(sizes) - {"batch"}))
-        raise UsageError(f"{text}: the shape {later} comes with a later version", fix="name only the batch size")
-    return f"batch={sizes['batch']}"
+    if "batch" not in sizes:
+        raise UsageError(f"shape {written!r} names no batch size", fix=f"write batch=8,{written}")
+    return {name: sizes[name] for name in sorted(sizes, key=lambda name: (name != "batch", name))}
 
 
 def _check_pairs(limits: tuple[Limit, ...]) -> tuple[Limit, ...]:

@@ -126,7 +126,8 @@ def compress(
     `model` is not changed. `calib` holds inputs (labels in it are ignored); `tune` chooses and `test` is read once
     at the end (only `test`: split in two; neither: a part of `calib` is set aside). `metric` is a name or
     fn(outputs, labels) -> one number per sample; `evaluate` is fn(predict) -> float for metrics that are no means,
-    shown in the report. `shapes`: "batch=8", …; default "batch=1" and those the budget names. `table`: a latency
+    shown in the report. `shapes`: "batch=8", or "batch=8,seq=128" where batches of calib differ in length (default: their
+    median); default "batch=1" and those the budget names. `table`: a latency
     table made earlier (a record or its file); with it the plan does not depend on the clock. `keep` and `rules` are
     patterns of layer names. `time_limit`: seconds or "20m". The same call in the same folder resumes; `fresh`
     starts over. `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that cannot be

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from flyweight.deploy import runtimes
-from flyweight.deploy.answers import ask, distance, tolerance
+from flyweight.deploy.answers import ask, ask_each, distance, tolerance
 from flyweight.deploy.formats.onnx import export
 from flyweight.errors import VerificationError
 from flyweight.graph.trace import trace
 
-from ..graph.nets import DictNet, OptionalNet
+from ..graph.nets import DictNet, OptionalNet, net
 
 SETTINGS = {"runtime": "onnxruntime", "threads": 1}
 
@@ -43,6 +45,24 @@ def test_answers_have_the_names_of_the_outputs(tmp_path: Path):
     assert {n: tuple(v.shape) for n, v in found["run"].items()} == {
         "logits": (3, 3), "pair_0": (3, 2), "pair_1": (3, 4)
     }  # fmt: skip
+
+
+def test_inputs_of_several_lengths_are_answered_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = net(lambda self, x: self.fc(x).mean(1), fc=nn.Linear(4, 3)).eval()
+    graph = trace(model, (torch.randn(2, 5, 4),), {}, [((torch.randn(2, 7, 4),), {})]).module
+    export(graph, (torch.randn(2, 5, 4),), tmp_path / "net.onnx")
+    started, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: (started.append(args), run(*args, **kwargs))[1])
+    inputs = [torch.randn(3, 5, 4), torch.randn(4, 9, 4)]
+    runs = [{"one": (1, 3)}, {"one": (1, 2), "all": (4, 4)}]
+    found = ask_each(tmp_path / "net.onnx", [{"x": x} for x in inputs], runs, **SETTINGS)
+    assert len(started) == 1
+    assert [list(one) for one in found] == [["one"], ["one", "all"]]
+    for x, by in zip(inputs, found, strict=True):
+        for answers in by.values():
+            (answer,) = answers.values()
+            torch.testing.assert_close(answer, model(x)[: len(answer)], rtol=1e-5, atol=1e-6)
+    assert [len(by["one"]["output"]) for by in found] == [3, 2]
 
 
 def test_a_file_the_runtime_refuses_is_a_verification_error(tmp_path: Path):

@@ -47,7 +47,7 @@ DATA = {
     "nothing": (lambda x: None, ["no calibration data were given", "give calib="]),
     "an empty list": (lambda x: [], ["calib is empty", "at least one batch"]),
     "a generator": (lambda x: iter(x.split(32)), ["calib is a one-shot generator", "list(...)", "walked several times"]),
-    "two shapes": (lambda x: [x[:8], x[8:16, :, :4]], ["picture are 1×4×8 here and 1×8×8", "calib, batch 1", "resize"]),
+    "two shapes": (lambda x: [x[:8], x[8:16, :, :4]], ["(8×1×4×8 float32)", "calib, batch 1", "resize"]),
     "another shape": (lambda x: x.repeat(1, 3, 1, 1), ["picture are 1×8×8 here and 3×8×8 elsewhere", "tune, batch 0"]),
     "bytes": (lambda x: (x * 50 + 100).byte(), ["picture is float32", "uint8 with samples of 1×8×8 elsewhere"]),
     "another scale": (lambda x: x * 255, ["picture has another scale", "not normalised"]),

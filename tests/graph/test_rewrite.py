@@ -50,6 +50,7 @@ def test_a_global_mean_becomes_average_pooling(name: str):
     pooled_means(rewritten)
     assert aten.avg_pool2d.default in operators(rewritten)
     assert not {aten.mean.dim, aten.adaptive_avg_pool2d.default} & set(operators(rewritten))
+    assert "pool" not in dict(rewritten.named_modules())  # what no node calls could not be stored
     for batch in (1, 5):
         (x,) = rows(PIXELS, batch)
         assert rewritten(x).shape == graph(x).shape
@@ -70,6 +71,15 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_means_are_left_alone(name: str):
     graph = traced(OTHERS[name], conv=nn.Conv2d(3, 4, 3))
+    before = graph.code
+    pooled_means(graph)
+    assert graph.code == before
+
+
+def test_a_global_mean_over_free_sizes_is_left_alone():  # the pooling would hold the sizes of one example
+    model = net(MEANS["mean"], conv=nn.Conv2d(3, 4, 3)).eval()
+    graph = trace(model, (torch.randn(2, 3, 8, 8),), {}, [((torch.randn(2, 3, 9, 8),), {})]).module
+    refresh(graph, (torch.randn(2, 3, 8, 8),))
     before = graph.code
     pooled_means(graph)
     assert graph.code == before

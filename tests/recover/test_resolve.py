@@ -179,6 +179,33 @@ def test_as_many_batches_are_used_as_fit(monkeypatch: pytest.MonkeyPatch):
     assert all(torch.equal(t, only_first.state_dict()[n]) for n, t in little.state_dict().items())
 
 
+def test_batches_of_several_lengths_are_fitted_together_and_long_ones_count_for_more(monkeypatch: pytest.MonkeyPatch):
+    model = net(lambda s, x: s.fc(F.relu(s.up(x))).mean(1), up=nn.Linear(4, 8), fc=nn.Linear(8, 3)).eval()
+    graph = trace(model, (torch.randn(2, 4, 4),), {}, [((torch.randn(2, 8, 4),), {})]).module
+    batches = [(torch.randn(20, length, 4),) for length in (4, 8, 4, 6)]
+    moved = copy.deepcopy(graph)
+    with torch.no_grad():
+        moved.get_submodule("fc").weight.mul_(0.5)
+    fitted = resolve(moved, graph, {}, batches)
+    for (x,) in batches:
+        assert (fitted(x) - graph(x)).abs().max() < 0.1 * (moved(x) - graph(x)).abs().max()
+    # room for 60 samples as traced: one of twice the length counts four times
+    monkeypatch.setattr(resolving, "MEMORY_BYTES", 60 * 8 * 4 * 4 * 8)
+    assert len(resolving._affordable(graph, batches)) == 2
+    assert len(resolving._affordable(graph, [batches[0]] * 9)) == 3
+
+
+def test_positions_that_all_samples_share_are_no_stream():
+    def forward(self, x):
+        positions = self.positions[:, : x.shape[1]]
+        return self.fc(self.up(x) + positions).mean(1)
+
+    model = net(forward, up=nn.Linear(4, 8), fc=nn.Linear(8, 3), positions=nn.Parameter(torch.randn(1, 9, 8))).eval()
+    x = torch.randn(40, 5, 4)
+    graph = trace(model, (x,)).module
+    assert torch.allclose(resolve(graph, graph, {}, [(x,)])(x), graph(x), atol=1e-5)
+
+
 def test_nodes_that_only_one_network_has_are_passed_over():
     """A first part that is new, and a branch that is gone: the layers behind are fitted all the same."""
     graph = copy.deepcopy(one().graph)

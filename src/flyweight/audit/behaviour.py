@@ -13,6 +13,7 @@ from torch import Tensor
 from flyweight.errors import DataError
 from flyweight.numerics.divergence import class_numbers, divergence, main_output
 from flyweight.numerics.intervals import holm, mcnemar_p, mean_interval, paired_proportions, proportion
+from flyweight.numerics.ragged import Ragged, pieces
 from flyweight.types import Behaviour, ClassRow, Interval
 
 __all__ = ["behaviour", "worst_class_drop"]
@@ -21,7 +22,7 @@ __all__ = ["behaviour", "worst_class_drop"]
 def behaviour(
     reference_outputs: Any,
     outputs: Any,
-    labels: Tensor | None,
+    labels: Tensor | Ragged | None,
     task: str,
     *,
     class_names: Sequence[str] | None = None,
@@ -63,7 +64,7 @@ def behaviour(
     )
 
 
-def worst_class_drop(reference_outputs: Any, outputs: Any, labels: Tensor, level: float = 0.95) -> Interval:
+def worst_class_drop(reference_outputs: Any, outputs: Any, labels: Tensor | Ragged, level: float = 0.95) -> Interval:
     """The largest drop of a class's recall, as a fraction, with an interval that holds for all classes at once.
 
     Per class Tango's paired interval at level 1 - (1 - level) / classes (Bonferroni); the largest value, lower and
@@ -101,12 +102,13 @@ def _class_rows(truth: Tensor, was: Tensor, now: Tensor, names: Sequence[str] | 
 
 def _answers(outputs: Any) -> Tensor:
     """The class that each row answers; -1 for a row with NaN, which would otherwise count as the largest score."""
-    scores = main_output(outputs)[0].detach()
-    answered = scores.argmax(1)
-    return torch.where(scores.isnan().any(1), -1, answered)
+    found = [main_output(piece)[0].detach() for piece in pieces(outputs)]
+    return torch.cat([torch.where(scores.isnan().any(1), -1, scores.argmax(1)) for scores in found])
 
 
-def _truth(labels: Tensor, outputs: Any) -> Tensor:
+def _truth(labels: Tensor | Ragged, outputs: Any) -> Tensor:
+    if isinstance(labels, Ragged):
+        return torch.cat([_truth(*pair) for pair in zip(labels.pieces, outputs.pieces, strict=True)])
     scores = main_output(outputs)[0]
     if len(labels) != len(scores):
         raise DataError(f"{len(labels)} labels cannot be compared with {len(scores)} outputs")

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flyweight.audit.behaviour import worst_class_drop
 from flyweight.errors import BudgetError
 from flyweight.numerics import divergence as div
 from flyweight.numerics.intervals import mean_interval, paired_difference, proportion, scaled
+from flyweight.numerics.ragged import Ragged, pieces
 from flyweight.types import Interval, Limit
 
 __all__ = ["Yardstick", "measured"]
@@ -36,13 +38,15 @@ class Yardstick:
         """The divergence of every sample."""
         return div.divergence(self.task, reference, outputs, variance=self.variance, fn=self.divergence)
 
-    def scores(self, outputs: Any, labels: Tensor) -> Tensor:
+    def scores(self, outputs: Any, labels: Tensor | Ragged) -> Tensor:
         """The metric of every sample."""
         assert self.metric is not None
         return div.quality(self.task, outputs, labels, self.metric)
 
 
-def measured(limit: Limit, yardstick: Yardstick, reference: Any, outputs: Any, labels: Tensor | None) -> Interval:
+def measured(
+    limit: Limit, yardstick: Yardstick, reference: Any, outputs: Any, labels: Tensor | Ragged | None
+) -> Interval:
     """The quantity of a quality limit on these samples, with its 95 % interval.
 
     Raises BudgetError where labels are missing for it.
@@ -51,7 +55,11 @@ def measured(limit: Limit, yardstick: Yardstick, reference: Any, outputs: Any, l
     if quantity == "divergence":
         return mean_interval(yardstick.divergences(reference, outputs))
     if quantity == "agreement":
-        same = div.main_output(reference)[0].argmax(1) == div.main_output(outputs)[0].argmax(1)
+        before, after = (
+            torch.cat([div.main_output(piece)[0].argmax(1) for piece in pieces(answers)])
+            for answers in (reference, outputs)
+        )
+        same = before == after
         return proportion(int(same.sum()), len(same))
     if labels is None or yardstick.metric is None:
         raise BudgetError(

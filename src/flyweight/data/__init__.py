@@ -2,13 +2,14 @@
 
 from flyweight.data.binding import Spec, bind_example, data
 from flyweight.data.files import load_data, load_model
-from flyweight.data.records import Batch, Batches, Roles, fingerprint, first_batch
+from flyweight.data.records import Batch, Batches, Roles, Shape, fingerprint, first_batch
 from flyweight.data.roles import role, roles
 
 __all__ = [
     "Batch",
     "Batches",
     "Roles",
+    "Shape",
     "Spec",
     "bind_example",
     "data",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from flyweight.data.binding import Signature, names_of
-from flyweight.data.records import Batch
+from flyweight.data.records import Batch, Shape
 from flyweight.errors import DataError
 from flyweight.types import Note
 
-__all__ = ["Form", "Survey", "check_overlap", "check_scales", "converted", "form_of", "survey"]
+__all__ = ["Form", "Survey", "check_overlap", "check_scales", "check_sizes", "converted", "form_of", "survey"]
 
 Noted = tuple[Batch, tuple[Note, ...]]
 
@@ -24,7 +25,7 @@ SCALE_RATIO = 10.0  # pixels 0..255 against 0..1 differ by 255, against mean 0 a
 
 @dataclass(frozen=True)
 class Form:
-    """What every batch has to look like, by input name: dtype and the shape of one sample."""
+    """What every batch has to look like, by input name: dtype and the shape of one sample (as the first one has it)."""
 
     dtypes: Mapping[str, torch.dtype]
     shapes: Mapping[str, tuple[int, ...]]
@@ -41,6 +42,8 @@ class Survey:
     labelled: bool
     form: Form
     scales: Mapping[str, float]  # root mean square of each floating input over the first batches
+    shapes: tuple[Shape, ...]  # the distinct ones, in the order seen
+    shape_of: list[int]  # every sample's, by its number in `shapes`
     notes: tuple[Note, ...] = ()
 
 
@@ -52,8 +55,15 @@ class _Tally:
     squares: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     notes: dict[str, Note] = field(default_factory=dict)
+    shapes: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = field(default_factory=dict)  # number, first batch
+    shape_of: list[int] = field(default_factory=list)
     labelled: bool | None = None
     batch_size: int = 0
+
+    def seen(self, batch: Batch, index: int) -> None:
+        self.batch_size = self.batch_size or batch.rows
+        number, _ = self.shapes.setdefault(batch.sizes, (len(self.shapes), index))
+        self.shape_of += [number] * batch.rows
 
 
 def converted(batch: Batch) -> Batch:
@@ -91,10 +101,11 @@ def survey(role: str, walk: Iterator[Noted], signature: Signature, form: Form | 
         _check_finite(batch, names, where)
         _check_labels(batch, tally, where)
         _weigh(batch, names, tally, index)
-        tally.batch_size = tally.batch_size or batch.rows
+        tally.seen(batch, index)
         _hash(batch, tally.hashes, digest)
     if not tally.hashes or form is None:
         raise DataError(f"{role} is empty", fix="give at least one batch with one sample")
+    counts = Counter(tally.shape_of)
     return Survey(
         role=role,
         hashes=tally.hashes,
@@ -103,6 +114,8 @@ def survey(role: str, walk: Iterator[Noted], signature: Signature, form: Form | 
         labelled=bool(tally.labelled),
         form=form,
         scales={name: (total / tally.counts[name]) ** 0.5 for name, total in tally.squares.items()},
+        shapes=tuple(Shape(sizes, counts[number], first) for sizes, (number, first) in tally.shapes.items()),
+        shape_of=tally.shape_of,
         notes=tuple(tally.notes.values()),
     )
 
@@ -148,6 +161,22 @@ def check_scales(surveys: list[Survey]) -> None:
                 )
 
 
+def check_sizes(found: Survey, calib: Survey, form: Form) -> None:
+    """Raises DataError where a size differs from that of `form` and calib's batches do not differ in it themselves."""
+    for shape in found.shapes:
+        for index, (name, sizes) in enumerate(zip(form.shapes, shape.sizes, strict=True)):
+            wanted = form.shapes[name]
+            seen = [{one.sizes[index][axis] for one in calib.shapes} for axis in range(len(wanted))]
+            if any(a != b and len(others) == 1 for a, b, others in zip(sizes, wanted, seen, strict=True)):
+                raise DataError(
+                    f"samples of {name} are {_sizes(sizes)} here and {_sizes(wanted)} elsewhere",
+                    where=f"{found.role}, batch {shape.batch}",
+                    why="only sizes in which batches of calib differ are free",
+                    fix="resize or pad to one shape, or put samples of such sizes into calib too; "
+                    "check that the first axis is the sample",
+                )
+
+
 def _dtype_notes(batch: Batch, names: tuple[str, ...]) -> Iterator[Note]:
     for name, tensor in zip(names, batch.inputs, strict=True):
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
@@ -183,7 +212,7 @@ def _check_form(batch: Batch, names: tuple[str, ...], form: Form, where: str) ->
         wanted, shape = form.dtypes[name], form.shapes[name]
         if _kind(tensor.dtype) != _kind(wanted):
             _refuse_kind(name, tensor, wanted, shape, where)
-        if tuple(tensor.shape[1:]) != shape:
+        if tensor.ndim != 1 + len(shape):
             raise DataError(
                 f"samples of {name} are {_sizes(tensor.shape[1:])} here and {_sizes(shape)} elsewhere",
                 where=where,

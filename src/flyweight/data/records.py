@@ -10,7 +10,7 @@ from torch import Tensor
 from flyweight.errors import DataError
 from flyweight.types import Note
 
-__all__ = ["Batch", "Batches", "Roles", "fingerprint", "first_batch"]
+__all__ = ["Batch", "Batches", "Roles", "Shape", "fingerprint", "first_batch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,20 @@ class Batch:
         """How many samples the batch holds: the first dimension of the first input."""
         return int(self.inputs[0].shape[0])
 
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of one sample, input by input: batches may differ in them, samples of one batch do not."""
+        return tuple(tuple(tensor.shape[1:]) for tensor in self.inputs)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a sample (see `Batch.sizes`) that some batches of a role have."""
+
+    sizes: tuple[tuple[int, ...], ...]
+    samples: int  # that have them
+    batch: int  # the first batch with them, of the data as they were given
+
 
 @dataclass(frozen=True, eq=False)
 class Batches:
@@ -49,6 +63,9 @@ class Batches:
     labelled: bool
     digest: str  # of all samples and labels in order
     walk: Callable[[], Iterator[Batch]]
+    shapes: tuple[
+        Shape, ...
+    ]  # the distinct ones, most frequent first; calib may name some that a split left it none of
 
     def __iter__(self) -> Iterator[Batch]:
         return self.walk()

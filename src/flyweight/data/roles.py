@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +18,13 @@ from flyweight.data.checks import (
     Survey,
     check_overlap,
     check_scales,
+    check_sizes,
     converted,
     form_of,
     restarted,
     survey,
 )
-from flyweight.data.records import Batch, Batches, Roles
+from flyweight.data.records import Batch, Batches, Roles, Shape
 from flyweight.data.sources import repeatable, walker
 from flyweight.errors import DataError
 from flyweight.types import Note
@@ -62,6 +64,9 @@ def roles(
     if not found or "calib" not in found:
         raise DataError("no calibration data were given", fix="give calib=, the inputs that steer the compression")
     surveys = [role.survey for role in found.values()]
+    assert form is not None
+    for one in surveys:
+        check_sizes(one, found["calib"].survey, form)
     check_scales(surveys)
     check_overlap(surveys)
     notes = [note for role in found.values() for note in role.survey.notes]
@@ -216,7 +221,16 @@ def _batches(name: str, role: _Role, rows: frozenset[int] | None) -> Batches:
         labelled=found.labelled and name != "calib",
         digest=digest,
         walk=walk,
+        shapes=_shapes(name, found, rows),
     )
+
+
+def _shapes(name: str, found: Survey, rows: frozenset[int] | None) -> tuple[Shape, ...]:
+    """The shapes of a role or of its part, most frequent first."""
+    counts = Counter(found.shape_of if rows is None else (found.shape_of[row] for row in rows))
+    every = [replace(shape, samples=counts[number]) for number, shape in enumerate(found.shapes)]
+    # what all of calib has seen is free, also where a split left its part without it
+    return tuple(sorted((s for s in every if s.samples or name == "calib"), key=lambda s: -s.samples))
 
 
 def _digest_of(name: str, found: Survey, rows: frozenset[int]) -> str:
@@ -236,15 +250,25 @@ def _selected(batches: Iterator[Batch], rows: frozenset[int]) -> Iterator[Batch]
 
 
 def _rebatched(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
-    """The same samples in batches of `size` again, so that a split role has the shapes of the whole."""
+    """The same samples in batches of `size` again, so that a split role has the shapes of the whole.
+
+    Samples of different sizes never meet in a batch: what waits goes before them, in a smaller one.
+    """
     rest: Batch | None = None
     for batch in batches:
+        if rest is not None and _sizes(rest) != _sizes(batch):
+            yield rest
+            rest = None
         rest = batch if rest is None else _joined(rest, batch)
         while rest is not None and rest.rows >= size:
             yield _take(rest, torch.arange(size))
             rest = _take(rest, torch.arange(size, rest.rows)) if rest.rows > size else None
     if rest is not None:
         yield rest
+
+
+def _sizes(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    return batch.sizes if batch.labels is None else (*batch.sizes, tuple(batch.labels.shape[1:]))
 
 
 def _mapped(one: Batch, other: Batch, join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Batch:

@@ -20,12 +20,12 @@ __all__ = ["Ask", "AskReply"]
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """What to run: rows 0 … rows - 1 of the inputs in `feeds`, in batches of each size; answers go to `answers`."""
+    """What to run: for each run rows 0 … rows - 1 of the inputs in its file, in batches of its size, answers to `answers`."""
 
     runtime: str
     threads: int
     model: str
-    feeds: str
+    feeds: Mapping[str, str]
     batches: Mapping[str, int]
     rows: Mapping[str, int]
     answers: str
@@ -45,10 +45,10 @@ def main(path: str) -> None:
     ask = msgspec.json.decode(Path(path).read_bytes(), type=Ask)
     try:
         predict = runtimes.get(ask.runtime).load(Path(ask.model), ask.threads)
-        with np.load(ask.feeds, allow_pickle=False) as stored:
-            feeds = {name: stored[name] for name in stored.files}
+        files = {path: _read(path) for path in dict.fromkeys(ask.feeds.values())}
         answers: dict[str, np.ndarray] = {}
         for run, batch in ask.batches.items():
+            feeds = files[ask.feeds[run]]
             parts = [
                 predict({n: v[i : min(i + batch, ask.rows[run])] for n, v in feeds.items()})
                 for i in range(0, ask.rows[run], batch)
@@ -59,6 +59,11 @@ def main(path: str) -> None:
     except FlyweightError as error:
         reply = AskReply(type(error).__name__, str(error))
     Path(ask.reply).write_bytes(msgspec.json.encode(reply))
+
+
+def _read(path: str) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
 
 
 if __name__ == "__main__":

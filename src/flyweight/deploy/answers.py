@@ -17,7 +17,7 @@ from torch import Tensor
 from flyweight.deploy.answer_worker import Ask, AskReply
 from flyweight.errors import VerificationError
 
-__all__ = ["ask", "distance", "tolerance"]
+__all__ = ["ask", "ask_each", "distance", "tolerance"]
 
 Answers = dict[str, Tensor]
 
@@ -32,15 +32,33 @@ def ask(
 ) -> dict[str, Answers]:
     """The outputs by name of every run: `runs` maps a name to (batch size, rows), rows counted from the first.
 
+    See `ask_each`.
+    """
+    return ask_each(model, [inputs], [runs], runtime=runtime, threads=threads)[0]
+
+
+def ask_each(
+    model: Path,
+    inputs: Sequence[Mapping[str, Tensor]],
+    runs: Sequence[Mapping[str, tuple[int, int]]],
+    *,
+    runtime: str,
+    threads: int,
+) -> list[dict[str, Answers]]:
+    """What `ask` gives for each of several inputs (of other sizes), with the runs of each: one process for all of them.
+
     The model is loaded in a new process that has neither torch nor the user's code. Raises VerificationError when the
     runtime refuses the file or the process dies.
     """
     with tempfile.TemporaryDirectory(prefix="flyweight-answers-") as folder:
         place = Path(folder)
-        np.savez(place / "feeds.npz", allow_pickle=False, **{n: v.numpy() for n, v in inputs.items()})
+        for i, one in enumerate(inputs):
+            np.savez(place / f"feeds-{i}.npz", allow_pickle=False, **{n: v.numpy() for n, v in one.items()})
+        every = {f"{i}:{name}": (i, *sizes) for i, wanted in enumerate(runs) for name, sizes in wanted.items()}
         job = Ask(
-            runtime, threads, str(model.resolve()), str(place / "feeds.npz"), {n: b for n, (b, _) in runs.items()},
-            {n: r for n, (_, r) in runs.items()}, str(place / "answers.npz"), str(place / "reply.json"),
+            runtime, threads, str(model.resolve()), {n: str(place / f"feeds-{i}.npz") for n, (i, _, _) in every.items()},
+            {n: batch for n, (_, batch, _) in every.items()}, {n: rows for n, (_, _, rows) in every.items()},
+            str(place / "answers.npz"), str(place / "reply.json"),
         )  # fmt: skip
         (place / "job.json").write_bytes(msgspec.json.encode(job))
         command = [sys.executable, "-P", "-m", "flyweight.deploy.answer_worker", str(place / "job.json")]
@@ -53,7 +71,11 @@ def ask(
             raise VerificationError("the runtime refuses the artifact", where=str(model), why=reply.text)
         with np.load(place / "answers.npz", allow_pickle=False) as stored:
             answers = {key: torch.from_numpy(stored[key]) for key in stored.files}
-    return {run: {k.split("|", 1)[1]: v for k, v in answers.items() if k.split("|", 1)[0] == run} for run in runs}
+    found: dict[str, Answers] = {run: {} for run in every}
+    for key, value in answers.items():
+        run, name = key.split("|", 1)
+        found[run][name] = value
+    return [{name: found[f"{i}:{name}"] for name in wanted} for i, wanted in enumerate(runs)]
 
 
 def distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:

@@ -148,7 +148,10 @@ def is_plain(group: Group, layers: Mapping[str, Layer]) -> bool:
     """Whether narrowing the named layers in an exported file is all that cutting the group takes."""
     folded = {layer.norm for layer in layers.values()}
     known = all(s.owner in layers or s.owner in folded for s in group.slices)
-    known = known and all(layers[s.owner].output_taps == 1 for s in group.slices if s.owner in layers)
+    members = [layers[s.owner] for s in group.slices if s.owner in layers]
+    known = known and all(one.output_taps == 1 for one in members)
+    # of a linear layer on sequences the file keeps the weight turned round, under no name
+    known = known and not any(one.kind == "Linear" and one.positions > len(one.nodes) for one in members)
     return known and all(len(one.path) == 2 and one.path[1] == 1 for one in group.literals) and group.kind != "heads"
 
 

@@ -136,7 +136,12 @@ JUDGE = (
 TARGET = (
     _shown("--target", default="onnxruntime", help="The runtime that will run the model."),
     _shown("--threads", type=click.IntRange(min=1), default=1, help="Threads to time with."),
-    _option("--shapes", multiple=True, metavar="SHAPE", help="Shapes to time: batch=8, …  [default: batch=1]"),
+    _option(
+        "--shapes",
+        multiple=True,
+        metavar="SHAPE",
+        help="Shapes to time: batch=8, or batch=8,seq=128 …  [default: batch=1]",
+    ),
     _option("--table", metavar="FILE", help="A latency table made earlier: then the plan needs no clock."),
 )
 RUN = (

@@ -24,6 +24,7 @@ __all__ = [
     "prove_batches",
     "prove_repeats",
     "prove_rows",
+    "prove_sizes",
     "run_model",
     "tolerance",
 ]
@@ -89,6 +90,20 @@ def prove_batches(model: nn.Module, graph: fx.GraphModule, call: Call, sizes: Se
         check_batch_axis(expected, rows, graph)
         got = _guarded(partial(_run_graph, graph, batch), f"the exported graph fails on a batch of {rows}")
         _same(expected, got, len(graph.graph.nodes), rows)
+
+
+def prove_sizes(model: nn.Module, graph: fx.GraphModule, other: Call) -> None:
+    """Raises TraceError unless graph and model agree on a call of other sizes than the one that was traced."""
+    try:
+        prove_batches(model, graph, other, (2, 1))
+    except TraceError as error:
+        sizes = ", ".join("×".join(map(str, x.shape[1:])) for x in other.tensors())
+        raise TraceError(
+            f"{error.what} (samples of {sizes})",
+            where=error.where,
+            why="forward depends on a size in which the examples differ",
+            fix="pad all inputs to one length, or compute with x.shape instead of a number or a branch",
+        ) from error
 
 
 def _guarded(run: Callable[[], Any], what: str) -> Any:

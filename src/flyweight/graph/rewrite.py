@@ -32,8 +32,10 @@ def pooled_means(graph: fx.GraphModule) -> None:
     """Global means over both spatial dimensions become average pooling and a flatten, in place.
 
     The same sums in another order; runtimes have integer kernels for pooling and none for a mean (TRAPS 3.4). Needs
-    fresh sizes.
+    fresh sizes. Does nothing where sizes beside the batch are free: the pooling would hold those of the example.
     """
+    if any(axis for node in graph.graph.nodes for axis in node.meta.get("free", {})):
+        return
     for node in list(graph.graph.nodes):
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or len(sizes(source)) != 4 or not _global_mean(graph, node):
@@ -47,6 +49,8 @@ def pooled_means(graph: fx.GraphModule) -> None:
             result.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(result)
         graph.graph.erase_node(node)
+        if node.op == "call_module" and all(n.target != node.target for n in graph.graph.nodes):
+            graph.delete_submodule(str(node.target))  # what no node calls cannot be stored
     graph.recompile()
 
 

@@ -25,7 +25,7 @@ from .functional import (
 from .hooks import hooks_on, isolated_hooks, prove_hooks, strip_hooks
 from .modules import rebuild
 from .portable import follow_device
-from .proofs import check_weights, first_line, prove_batches, prove_repeats, prove_rows
+from .proofs import check_weights, first_line, prove_batches, prove_repeats, prove_rows, prove_sizes
 from .shapes import shapes
 from .signature import Call, batch_rows, bind, plain, with_rows
 from .wrappers import unwrapped, wrapper_note
@@ -72,7 +72,7 @@ def trace(
         module, more = _as_graph(own, program, two, beside)
         prove_batches(own, module, call)
         for other in beside:
-            prove_batches(own, module, other, (2, 1))
+            prove_sizes(own, module, other)
         prove_rows(own, call, len(module.graph.nodes))
     for name, buffer in own.named_buffers():
         buffer.copy_(state[name])  # a forward that counts its calls has counted ours

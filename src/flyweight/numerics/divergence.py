@@ -2,7 +2,8 @@
 
 Outputs are what the model returns: a tensor, a tuple or a mapping, the batch in dimension 0. The divergence is the
 task's: KL for a classifier, the sum of Bernoulli KLs for many labels, 1 - cosine for vectors, the squared error as a
-share of the reference's variance for numbers. All arithmetic is float64.
+share of the reference's variance for numbers. All arithmetic is float64. Outputs whose sizes differ from batch to batch
+(`Ragged`: one answer a token) are judged piece by piece.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from flyweight.budget import METRICS
 from flyweight.errors import DataError, ModelError, UsageError
+from flyweight.numerics.ragged import Ragged, pieces
 
 __all__ = [
     "TASKS",
@@ -95,13 +97,21 @@ def _task_of_labels(tensor: Tensor, labels: Tensor) -> tuple[str, str] | None:
 def reference_variance(reference: Any) -> float:
     """The variance of the original's outputs over samples, mean over outputs; the unit of regress's divergence.
 
-    Constant outputs (or one sample) have none: then their mean square, and 1 if that is 0 as well.
+    Constant outputs (or one sample) have none: then their mean square, and 1 if that is 0 as well. Of Ragged outputs
+    every token counts as a sample: its numbers are those of the last dimension, if all pieces have that size.
     """
-    rows = _rows(main_output(reference)[0].detach().double())
+    parts = [main_output(piece)[0].detach().double() for piece in pieces(reference)]
+    rows = torch.cat(_tokens(parts) if len({part.shape[1:] for part in parts}) > 1 else [_rows(part) for part in parts])
     for scale in (rows.var(dim=0, unbiased=False).mean(), rows.square().mean()):
         if float(scale) > 0.0:
             return float(scale)
     return 1.0
+
+
+def _tokens(parts: list[Tensor]) -> list[Tensor]:
+    """The rows "tokens numbers" of outputs that differ in size."""
+    same = len({part.shape[-1] for part in parts}) == 1 and parts[0].ndim > 2
+    return [part.reshape(-1, part.shape[-1] if same else 1) for part in parts]
 
 
 def divergence(
@@ -115,6 +125,10 @@ def divergence(
     A sample whose new output is NaN or infinite diverges infinitely. Differentiable in `outputs`. Raises ModelError if
     the reference is NaN itself, DataError if shapes differ, UsageError for an unknown task or an unfit `fn`.
     """
+    if isinstance(reference, Ragged):
+        scale = reference_variance(reference) if task == "regress" and fn is None and variance is None else variance
+        pairs = zip(reference.pieces, outputs.pieces, strict=True)
+        return torch.cat([divergence(task, one, other, variance=scale, fn=fn) for one, other in pairs])
     if fn is not None:
         return _per_sample(fn, (reference, outputs), main_output(reference)[0].shape[0], "divergence")
     if task not in _DIVERGENCES:
@@ -184,6 +198,9 @@ def quality(task: str, outputs: Any, labels: Any, metric: str | Callable[..., An
     accuracy is 1 or 0 for a classifier, the share of labels that are right (at 0.5) for many labels. Raises
     UsageError if `fn` raises or does not return one finite number per sample, DataError if labels do not fit.
     """
+    if isinstance(outputs, Ragged):
+        pairs = zip(outputs.pieces, labels.pieces, strict=True)
+        return torch.cat([quality(task, one, truth, metric) for one, truth in pairs])
     tensor = main_output(outputs)[0].detach()
     if callable(metric):
         return _per_sample(metric, (outputs, labels), tensor.shape[0], "metric")

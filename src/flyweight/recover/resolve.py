@@ -11,6 +11,7 @@ Source: METHODS 2.8 (pass 2); the idea as in Li et al. 2025, arXiv:2504.02692 (G
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,14 +98,26 @@ def _affordable(graph: fx.GraphModule, batches: Iterable[Batch]) -> list[Batch]:
         if isinstance(value, Tensor) and value.ndim > 1:
             largest = max(largest, 4 * int(torch.Size(int(s) for s in value.shape[1:]).numel()))
     budget = MEMORY_BYTES // (8 * largest)
+    traced = [int(x.shape[1:].numel()) for x in _inputs(graph)]
     chosen: list[Batch] = []
     seen = 0
     for batch in batches:
         chosen.append(batch)
-        seen += len(batch[0])
+        seen += len(batch[0]) * _longer(batch, traced)
         if seen + len(batch[0]) > budget:
             break
     return chosen
+
+
+def _inputs(graph: fx.GraphModule) -> list[Tensor]:
+    found = (node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder")
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def _longer(batch: Batch, traced: Sequence[int]) -> int:
+    """How much larger the values of a batch may be than those traced: scores of attention grow as the square."""
+    ratio = max((x[0].numel() / max(1, size) for x, size in zip(batch, traced, strict=False)), default=1.0)
+    return max(1, math.ceil(ratio * ratio))
 
 
 class _Flow:
@@ -161,7 +174,12 @@ def _lost_streams(
     if rows is not None or ours is None or sums is None or ours.name != sums.name:
         return None
     pairs = list(zip(old.values[sums], new.values[ours], strict=True))
-    usable = all(isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape for a, b in pairs)
+    width = (module_of(new.graph, mine).out_features,)  # type: ignore[union-attr]
+    # one stream for all samples (learned positions) has lost nothing, and does not have the shape of the outputs
+    usable = all(
+        isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape == (*x.shape[:-1], *width)
+        for (a, b), x in zip(pairs, new.inputs(mine), strict=True)
+    )
     return [a - b for a, b in pairs] if usable else None  # type: ignore[operator]
 
 

@@ -20,6 +20,7 @@ from flyweight.methods.blocks import blocks
 from flyweight.search.problem import Solution
 from flyweight.stages.buy import REFERENCE_FILE, Purchase, delivered, reference_of
 from flyweight.stages.deliver import Network
+from flyweight.stages.lengths import check_fits
 from flyweight.stages.make import ARTIFACT_FILE
 from flyweight.stages.price import Menu, Sizes
 from flyweight.stages.quote import Quotes, Stage
@@ -71,6 +72,7 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
             fix="give test= (--test), the same kind of data as for compress",
         )
     data = role(graph, "test", test, seed=results.seed)
+    check_fits(graph, data)
     advance = stage("verify", 3)
     count = threads or results.threads
     planned = len(graph.meta.get("numbers", {}))

@@ -30,6 +30,7 @@ from flyweight.graph.rewrite import refresh
 from flyweight.graph.surgery import cut
 from flyweight.methods import blocks, int8
 from flyweight.methods.blocks import Block
+from flyweight.numerics.ragged import joined
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
 from flyweight.stages.choose import Choice, Reference, choose, cost_limits, goal, steps_of
@@ -37,7 +38,7 @@ from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.price import Market, Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes, Stage, largest_integer
 from flyweight.stages.ranks import split_overhead, timed_ranks, weights_of
-from flyweight.stages.setup import Job, joined
+from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, feeds_of
 from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Step, from_json, to_json
@@ -237,15 +238,15 @@ def _attempt(
     # fewer test samples decide less
     stretch = power * (math.sqrt(max(1.0, job.judged.samples / job.roles.test.samples)) if job.roles.test else 1.0)
     batches = list(job.judged) if wanted else []
-    labels = torch.cat([b.labels for b in batches if b.labels is not None]) if job.judged.labelled and batches else None
+    truths = [b.labels for b in batches] if job.judged.labelled else []
     with torch.no_grad():
-        before = joined([job.graph(*b.inputs) for b in batches]) if batches else None
+        before, labels = joined([job.graph(*b.inputs) for b in batches], truths)
 
     def attempt(steps: Sequence[Step]) -> tuple[Outcome, list[tuple[Limit, Interval]]]:
         job.checkpoint("trying a combination")
         outcome = delivered(job, quotes, steps)
         with torch.no_grad():
-            after = joined([outcome[0](*b.inputs) for b in batches]) if batches else None
+            after, _ = joined([outcome[0](*b.inputs) for b in batches], truths)
         found = [measured(limit, job.yardstick, before, after, labels) for limit in wanted]
         return outcome, [(limit, _widened(one, stretch)) for limit, one in zip(wanted, found, strict=True)]
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import torch
 from torch import nn
 
-from flyweight.data import Batch, Roles, bind_example, first_batch, role, roles
+from flyweight.data import Batch, Batches, Roles, bind_example, role, roles
 from flyweight.errors import UsageError
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import total_macs
 from flyweight.graph.operators import layers
 from flyweight.graph.surgery import prove_all
 from flyweight.graph.trace import Traced, trace
+from flyweight.stages.lengths import lengths_note
 from flyweight.stages.quote import Stage
 from flyweight.stages.sensitivity import CriterionLook, Evidence, LevelLook, evidence_of, mean_agreement, sensitivity_of
-from flyweight.stages.setup import check_call
+from flyweight.stages.setup import calls_of, check_calls
 from flyweight.stages.tell import parameters
 from flyweight.types import Note
 
@@ -84,9 +86,12 @@ def inspected(
     stage: Stage,
 ) -> Inspection:
     """The layers and groups of a model, every cut proven or refused with the reason; its sensitivity if asked for."""
-    call, found = _call(model, example, calib, sensitivity, seed)
-    check_call(model, call, "example" if example is not None else "calib, batch 0")
-    traced = trace(model, call.args, call.kwargs)
+    calls, seen, found = _calls(model, example, calib, sensitivity, seed)
+    check_calls(model, calls)
+    (call, _), *others = calls
+    traced = trace(model, call.args, call.kwargs, [(other.args, other.kwargs) for other, _ in others])
+    if seen is not None:
+        traced = replace(traced, notes=(*traced.notes, *lengths_note(traced.module, seen, call)))
     rows = tuple(x[torch.arange(2) % len(x)] for x in call.inputs)
     known = groups(traced.module, rows)
     failed = prove_all(traced.module, [group for group in known if not group.frozen], rows, seed)
@@ -113,8 +118,13 @@ _NO_DATA = Note(
 _NOTHING_OPEN = Note("inspect.nothing-open", "no group of channels can be cut, so there is no sensitivity to measure")
 
 
-def _call(model: nn.Module, example: Any, calib: Any, sensitivity: bool, seed: int) -> tuple[Batch, Roles | None]:
-    """One call of the model, and the data where they are needed. Raises UsageError where nothing says what a call is."""
+def _calls(
+    model: nn.Module, example: Any, calib: Any, sensitivity: bool, seed: int
+) -> tuple[list[tuple[Batch, str]], Batches | None, Roles | None]:
+    """Calls of the model (see `calls_of`), calib where it says what they are, and all roles where data are needed.
+
+    Raises UsageError where nothing says what a call is.
+    """
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"model is a {type(model).__name__}, not a torch.nn.Module", fix="give the module itself, with its weights"
@@ -125,10 +135,11 @@ def _call(model: nn.Module, example: Any, calib: Any, sensitivity: bool, seed: i
             fix="give example= (--example DATA) or calib= (--calib DATA)",
         )
     bound = bind_example(model, example) if example is not None else None
-    if calib is None or not sensitivity:
-        return bound or first_batch(role(model, "calib", calib)), None
-    found = roles(model, calib=calib, example=bound, seed=seed)
-    return bound or first_batch(found.calib), found
+    if bound is not None and (calib is None or not sensitivity):
+        return [(bound, "example")], None, None
+    found = roles(model, calib=calib, example=bound, seed=seed) if sensitivity else None
+    seen = role(model, "calib", calib) if found is None else found.calib
+    return calls_of(bound, seen), seen, found
 
 
 def _group(group: Group, reason: str) -> GroupLook:

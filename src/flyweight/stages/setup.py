@@ -24,6 +24,8 @@ from flyweight.graph.places import user_line
 from flyweight.graph.proofs import check_weights, first_line
 from flyweight.graph.trace import own_copy, trace
 from flyweight.numerics import divergence as div
+from flyweight.numerics.ragged import joined
+from flyweight.stages import lengths
 from flyweight.types import Budget, Note, Rule
 
 __all__ = [
@@ -31,11 +33,9 @@ __all__ = [
     "Inputs",
     "Job",
     "Settings",
-    "check_call",
+    "check_calls",
     "duration_s",
     "job_of",
-    "joined",
-    "shape_batch",
     "yardstick_of",
 ]
 
@@ -174,17 +174,21 @@ def job_of(
         )
     bound = bind_example(model, example) if example is not None else None
     found = roles(model, calib=calib, tune=tune, test=test, example=bound, seed=settings.seed)
-    call = bound or first_batch(found.calib)
-    check_call(model, call, "example" if bound else "calib, batch 0")
-    traced = trace(model, call.args, call.kwargs)
+    calls = calls_of(bound, found.calib)
+    longer = [one for role in (found.tune, found.test) if role for one in lengths.longer_than(calls, role)]
+    check_calls(model, [*calls, *longer])
+    (call, _), *others = calls
+    traced = trace(model, call.args, call.kwargs, [(other.args, other.kwargs) for other, _ in others])
     rows = _two_rows(call.inputs)
     yardstick, reason = yardstick_of(traced.module, found, settings)
     metric = yardstick.metric_name or "accuracy"
     better: Any = "lower" if yardstick.lower_is_better else "higher"
-    read = budgets.parse(settings.budget, settings.prefer, {**budgets.METRICS, metric: better})
+    metrics = {**budgets.METRICS, metric: better}
+    read = budgets.parse(settings.budget, settings.prefer, metrics)
+    read = lengths.with_full_shapes(read, traced.module, found.calib, metrics)
     labelled = bool(found.tune and found.test and found.tune.labelled and found.test.labelled)
     guarded, note = budgets.with_guard(read, yardstick.task, labelled, metric)
-    shapes = _shapes(settings.shapes, guarded)
+    shapes = lengths.resolved(settings.shapes, traced.module, guarded, found.calib)
     _check_table(settings, shapes)
     _check_patterns(settings, traced.module)
     _try_limits(traced.module, found, yardstick, guarded, settings.metric)
@@ -200,16 +204,39 @@ def job_of(
         shapes=shapes,
         model_hash=_hash(traced.module),
         title=type(model).__name__,
-        notes=(*found.notes, *traced.notes, *([note] if note else [])),
+        notes=(
+            *found.notes,
+            *lengths.lengths_note(traced.module, found.calib, call),
+            *traced.notes,
+            *([note] if note else []),
+        ),
         started_s=started_s,
         stop=stop,
     )
 
 
-def check_call(model: nn.Module, call: Batch, where: str) -> None:
-    """Raises DataError where the model does not run on the inputs as they are given: tracing would blame the model."""
+def calls_of(bound: Batch | None, calib: Batches) -> list[tuple[Batch, str]]:
+    """The calls to trace with and where they come from: the user's example, or one of calib, then those of other sizes."""
+    found = lengths.examples(calib)
+    if bound is None:
+        return found
+    return [(bound, "example"), *(one for one in found if len(found) > 1 and one[0].sizes != bound.sizes)]
+
+
+def check_calls(model: nn.Module, calls: Sequence[tuple[Batch, str]]) -> None:
+    """Raises DataError where the model does not run on inputs as they are given: tracing would blame the model.
+
+    `calls` are batches, and where each comes from.
+    """
     check_weights(model)
     own, _ = own_copy(model)
+    sizes = {call.sizes for call, _ in calls}
+    fix = "resize or pad to one shape, if the model takes but one; check" if len(sizes) > 1 else "check"
+    for call, where in calls:
+        _check_call(own, call, where, f"{fix} shape and type of the inputs; the first axis is the sample")
+
+
+def _check_call(own: nn.Module, call: Batch, where: str, fix: str) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             own(*call.args, **call.kwargs)
@@ -220,7 +247,7 @@ def check_call(model: nn.Module, call: Batch, where: str) -> None:
         raise DataError(
             f"the model does not run on these inputs ({shapes}): {first_line(error)}",
             where=f"{where}; {user_line(error)}",
-            fix="check shape and type of the inputs; the first axis is the sample",
+            fix=fix,
         ) from error
 
 
@@ -313,37 +340,9 @@ def yardstick_of(graph: fx.GraphModule, found: Roles, settings: Settings) -> tup
     lower = settings.better == "lower" or (isinstance(metric, str) and budgets.METRICS.get(metric) == "lower")
     variance = None
     if task == "regress":
-        every = joined([graph(*b.inputs) for b in judged])
+        (every,) = joined([graph(*b.inputs) for b in judged])
         variance = div.reference_variance(every)
     return Yardstick(task, metric, lower, settings.divergence, variance), reason
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    """The outputs of several batches as those of one."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat([p.detach() for p in parts])
-    if isinstance(first, Mapping):
-        return {key: joined([p[key] for p in parts]) for key in first if first[key] is not None}
-    if isinstance(first, (tuple, list)):
-        return tuple(joined([p[i] for p in parts]) for i in range(len(first)) if first[i] is not None)
-    raise DataError(f"an output is a {type(first).__name__}, not a tensor")
-
-
-def _shapes(asked: Sequence[str] | None, budget: Budget) -> tuple[str, ...]:
-    named = [limit.shape for limit in budget.limits if limit.shape]
-    shapes = tuple(dict.fromkeys([*(asked or ["batch=1"]), *named]))
-    for shape in shapes:
-        shape_batch(shape)
-    return shapes
-
-
-def shape_batch(shape: str) -> int:
-    """The batch size of a shape's name. Raises UsageError for shapes of other dimensions, which come later."""
-    name, _, number = shape.partition("=")
-    if name != "batch" or not number.isdigit() or int(number) < 1:
-        raise UsageError(f"shape {shape!r}: only batch=N can be measured in this version", fix="write batch=8")
-    return int(number)
 
 
 def _hash(graph: fx.GraphModule) -> str:

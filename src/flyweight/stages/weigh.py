@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from torch import Tensor, fx
 
 from flyweight.audit.behaviour import behaviour
 from flyweight.audit.quality import Yardstick, measured
-from flyweight.budget import format_limit, is_quality, judge_limit
-from flyweight.data import Batches
-from flyweight.deploy.answers import ask, distance, tolerance
+from flyweight.budget import format_limit, is_quality, judge_limit, shape_sizes
+from flyweight.data import Batch, Batches, first_batch
+from flyweight.deploy.answers import ask_each, distance, tolerance
 from flyweight.deploy.clock import Timings, compare
 from flyweight.deploy.formats.onnx import output_names
 from flyweight.numerics.intervals import items_to_decide, mean_interval
-from flyweight.stages.setup import Inputs, shape_batch
+from flyweight.numerics.ragged import Ragged, joined
+from flyweight.stages.lengths import Sizes, nearest, resized, sample_sizes
 from flyweight.types import Behaviour, Budget, Claim, Interval, Limit
 
 __all__ = ["Evidence", "as_outputs", "clocked", "evidence", "feeds_of", "parity", "promises", "size_claim"]
@@ -36,8 +38,19 @@ class Evidence:
 
     reference: Any
     outputs: Any
-    labels: Tensor | None
+    labels: Tensor | Ragged | None
     samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Inputs by name of samples that have one shape, and their labels."""
+
+    feeds: dict[str, Tensor]
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.feeds.values())))
 
 
 def input_names(graph: fx.GraphModule) -> list[str]:
@@ -56,47 +69,72 @@ def as_outputs(graph: fx.GraphModule, answers: Mapping[str, Tensor]) -> Any:
     return tuple(answers[name] for name in names)
 
 
-def _rows(batches: Batches, names: Sequence[str], most: int) -> tuple[dict[str, Tensor], Tensor | None]:
-    parts: list[Inputs] = []
-    labels: list[Tensor] = []
+def _rows(batches: Iterable[Batch], names: Sequence[str], most: int) -> list[_Rows]:
+    """The first samples, at least `most` if there are so many: one entry for each shape of inputs and labels."""
+    parts: dict[object, list[Batch]] = {}
     seen = 0
     for batch in batches:
-        parts.append(batch.inputs)
-        labels += [batch.labels] if batch.labels is not None else []
+        truth = () if batch.labels is None else batch.labels.shape[1:]
+        parts.setdefault((batch.sizes, truth), []).append(batch)
         seen += batch.rows
         if seen >= most:
             break
-    feeds = {name: torch.cat([p[i] for p in parts])[:most] for i, name in enumerate(names)}
-    return feeds, torch.cat(labels)[:most] if labels else None
+    return [_glued(some, names, most) for some in parts.values()]
+
+
+def _glued(parts: Sequence[Batch], names: Sequence[str], most: int) -> _Rows:
+    feeds = {name: torch.cat([p.inputs[i] for p in parts])[:most] for i, name in enumerate(names)}
+    labels = [p.labels for p in parts if p.labels is not None]
+    return _Rows(feeds, torch.cat(labels)[:most] if labels else None)
+
+
+def _of_each(data: Batches, shapes: Collection[Sizes], most: int) -> Iterator[Batch]:
+    """The batches of these shapes, until there are `most` samples of each; the first batch if there are none (any more)."""
+    left = dict.fromkeys(shapes, most)
+    for batch in data:
+        if left.get(batch.sizes, 0) > 0:
+            left[batch.sizes] -= batch.rows
+            yield batch
+        if all(count <= 0 for count in left.values()):
+            return
+    if all(count == most for count in left.values()):
+        yield first_batch(data)
 
 
 def parity(
     graph: fx.GraphModule, file: Path, data: Batches, int8_layers: int, layers: int, runtime: str, threads: int
 ) -> tuple[Claim, ...]:
-    """One proof a batch size (1, an odd one, all rows at once): the file answers what the graph computes."""
-    feeds, _ = _rows(data, input_names(graph), PARITY_ROWS)
-    rows = len(next(iter(feeds.values())))
-    sizes = sorted({1, min(3, rows), rows})
-    runs = {f"batch={b}": (b, rows) for b in sizes}
-    answers = ask(file, feeds, runs, runtime=runtime, threads=threads)
-    with torch.no_grad():
-        expected = list(_by_name(graph, graph(*feeds.values())).values())
+    """One proof a batch size (1, an odd one, all rows at once): the file answers what the graph computes.
+
+    Where samples differ in shape: on the shortest, the longest and the most frequent ones.
+    """
+    ordered = sorted(data.shapes, key=lambda shape: sum(math.prod(size) for size in shape.sizes))
+    chosen = dict.fromkeys(shape.sizes for shape in (ordered[0], ordered[-1], data.shapes[0]))
+    every = _rows(_of_each(data, chosen, PARITY_ROWS), input_names(graph), PARITY_ROWS * len(chosen))
+    every = [_Rows({n: v[:PARITY_ROWS] for n, v in one.feeds.items()}, None) for one in every]
+    runs = [{f"batch={b}": (b, len(one)) for b in sorted({1, min(3, len(one)), len(one)})} for one in every]
+    answers = ask_each(file, [one.feeds for one in every], runs, runtime=runtime, threads=threads)
     allowed = tolerance(int8_layers, layers)
-    claims = []
-    for run, got in answers.items():
-        found = distance(expected, [got[name] for name in output_names(graph)])
-        claims.append(
-            Claim(
-                name=f"same answers as the graph at {run}",
-                kind="proof",
-                state="holds" if found <= allowed else "fails",
-                measured=min(found, 1e9),
-                unit="",
-                limit=Limit("parity", "<=", allowed, "", shape=run, text=f"parity <= {allowed:.2g}"),
-                how=f"{rows} rows in a fresh process; root mean square of the difference over that of the answers",
-            )
+    found: dict[str, float] = {}
+    for one, got in zip(every, answers, strict=True):
+        with torch.no_grad():
+            expected = list(_by_name(graph, graph(*one.feeds.values())).values())
+        for run, values in got.items():
+            far = distance(expected, [values[name] for name in output_names(graph)])
+            found[run] = max(found.get(run, 0.0), far)
+    rows = f"{sum(map(len, every))} rows" + (f" of {len(every)} shapes" if len(every) > 1 else "")
+    return tuple(
+        Claim(
+            name=f"same answers as the graph at {run}",
+            kind="proof",
+            state="holds" if far <= allowed else "fails",
+            measured=min(far, 1e9),
+            unit="",
+            limit=Limit("parity", "<=", allowed, "", shape=run, text=f"parity <= {allowed:.2g}"),
+            how=f"{rows} in a fresh process; root mean square of the difference over that of the answers",
         )
-    return tuple(claims)
+        for run, far in sorted(found.items(), key=lambda item: int(item[0].removeprefix("batch=")))
+    )
 
 
 def _by_name(graph: fx.GraphModule, outputs: Any) -> dict[str, Tensor]:
@@ -105,13 +143,17 @@ def _by_name(graph: fx.GraphModule, outputs: Any) -> dict[str, Tensor]:
 
 
 def evidence(graph: fx.GraphModule, reference: Path, file: Path, data: Batches, runtime: str, threads: int) -> Evidence:
-    """Both files' answers on all samples of `data`, in batches of its own size."""
-    feeds, labels = _rows(data, input_names(graph), MOST_ROWS)
-    rows = len(next(iter(feeds.values())))
-    runs = {"all": (min(data.batch_size, rows), rows)}
-    before = ask(reference, feeds, runs, runtime=runtime, threads=threads)["all"]
-    after = ask(file, feeds, runs, runtime=runtime, threads=threads)["all"]
-    return Evidence(as_outputs(graph, before), as_outputs(graph, after), labels, rows)
+    """Both files' answers on all samples of `data`, in batches of its own size; shape by shape where samples differ."""
+    every = _rows(data, input_names(graph), MOST_ROWS)
+    feeds = [one.feeds for one in every]
+    runs = [{"all": (min(data.batch_size, len(one)), len(one))} for one in every]
+    before, after = (
+        [as_outputs(graph, found["all"]) for found in ask_each(path, feeds, runs, runtime=runtime, threads=threads)]
+        for path in (reference, file)
+    )
+    truths = [one.labels for one in every if one.labels is not None]
+    reference_outputs, outputs, labels = joined(before, after, truths)
+    return Evidence(reference_outputs, outputs, labels, sum(map(len, every)))
 
 
 def behaviour_of(found: Evidence, yardstick: Yardstick) -> Behaviour:
@@ -120,15 +162,23 @@ def behaviour_of(found: Evidence, yardstick: Yardstick) -> Behaviour:
 
 
 def feeds_of(graph: fx.GraphModule, data: Batches, shapes: Sequence[str], folder: Path) -> dict[str, Path]:
-    """One .npz of real inputs for every shape, rows repeated where the data has fewer."""
-    feeds, _ = _rows(data, input_names(graph), max(shape_batch(s) for s in shapes))
+    """One .npz of real inputs for every shape, rows repeated where the data has fewer.
+
+    Rows of another length are cropped, or repeated along it, where the data has none of the shape's own.
+    """
+    counts = {shape: shape_sizes(shape)["batch"] for shape in shapes}
+    wanted = {shape: sample_sizes(shape, graph, data) for shape in shapes}
+    sources = {shape: nearest(sizes, data.shapes).sizes for shape, sizes in wanted.items()}
+    found = {}
+    for source in dict.fromkeys(sources.values()):
+        most = max(count for shape, count in counts.items() if sources[shape] == source)
+        (found[source],) = _rows(_of_each(data, [source], most), input_names(graph), most)[:1]
     paths = {}
-    for shape in shapes:
-        count = shape_batch(shape)
+    for shape, count in counts.items():
+        pairs = zip(found[sources[shape]].feeds.items(), wanted[shape], strict=True)
+        rows = {name: resized(x[torch.arange(count) % len(x)], sizes) for (name, x), sizes in pairs}
         paths[shape] = folder / f"{shape}.npz"
-        np.savez(
-            paths[shape], allow_pickle=False, **{n: v[torch.arange(count) % len(v)].numpy() for n, v in feeds.items()}
-        )
+        np.savez(paths[shape], allow_pickle=False, **{name: x.numpy() for name, x in rows.items()})
     return paths
 
 
