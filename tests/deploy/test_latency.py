@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flyweight.deploy.formats.onnx import export
-from flyweight.deploy.latency import LatencyTable, is_plain, measure_table, table_hash
+from flyweight.deploy.latency import COPIES, LatencyTable, is_plain, measure_table, table_hash
 from flyweight.graph.axes import groups
 from flyweight.graph.operators import layers
 from flyweight.graph.trace import trace
@@ -130,4 +130,4 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         runtime="onnxruntime", threads=1, seconds_per_shape=0.06, advance=told.append,
     )  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.npz", "kept.onnx"]
-    assert told == [3]  # the reference, the float base, one variant
+    assert told == [2 + COPIES]  # the reference, the base, one variant  # the reference, the float base, one variant

@@ -9,7 +9,7 @@ import pytest
 
 from flyweight.budget import parse
 from flyweight.search.problem import evaluate
-from flyweight.stages.choose import Reference, choose, cost_limits, goal, steps_of
+from flyweight.stages.choose import USED, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.price import markets, problem
 from flyweight.types import Budget, Interval, Limit
 
@@ -170,3 +170,50 @@ def test_steps_are_those_of_the_choices_in_the_order_of_the_menu():
         ("channels", groups[1]), ("channels", groups[3]), ("int8", names[1]), ("int8", names[5])
     ]  # fmt: skip
     assert len(found[1].setting["kept"]) == menu().ladders[3].levels[2]
+
+
+@pytest.mark.parametrize("slower", [0.9, 1.0, 1.04, 1.1, 1.25])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_choice_is_corrected_until_the_clock_says_that_it_holds(slower: float, whole: bool):
+    """A clock that finds everything slower than the table says: the promise is kept, and not by more than is needed."""
+    offers, name, limit = markets(menu(), table()), f"latency@{SHAPE}", 0.6
+    tried = []
+
+    def again(factors):
+        return choose(offers, {name: limit * factors[name]}, "error", Trials())
+
+    def trial(choice, turn):
+        assert turn == len(tried)
+        tried.append((choice.solution.error, slower * choice.solution.costs[name]))
+        return {name: tried[-1][1]}
+
+    first = again({name: 1.0})
+    found = corrected(first, {name: limit}, again, trial, whole=whole)
+    assert slower * found.solution.costs[name] <= limit
+    held = [error for error, share in tried if share <= limit]
+    assert found.solution.error == (min(held) if whole else held[0])
+    if slower <= 1.0:
+        assert found is first
+        assert len(tried) == 1
+    # what the limit would have bought had the table been right about this clock
+    ideal = choose(offers, {name: limit / slower}, "error", Trials()).solution
+    if whole and slower > 1.0:
+        near = choose(offers, {name: 0.97 * USED * limit / slower}, "error", Trials()).solution
+        assert ideal.error <= found.solution.error <= near.error
+
+
+def test_a_clock_that_nothing_satisfies_ends_with_the_last_choice():
+    offers, name = markets(menu(), table()), f"latency@{SHAPE}"
+    trials = []
+
+    def again(factors):
+        return choose(offers, {name: 0.9 * factors[name]}, "error", Trials())
+
+    def trial(choice, turn):
+        trials.append(turn)
+        return {name: 2.0}
+
+    found = corrected(again({name: 1.0}), {name: 0.9}, again, trial, whole=True)
+    assert found.solution.feasible
+    assert trials == list(range(len(trials)))
+    assert len(trials) <= 4

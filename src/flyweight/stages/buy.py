@@ -21,7 +21,7 @@ from flyweight.budget import is_quality
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder
 from flyweight.deploy.formats.onnx import export
-from flyweight.deploy.latency import FLOAT, INT8, LatencyTable, measure_table
+from flyweight.deploy.latency import COPIES, FLOAT, INT8, LatencyTable, measure_table
 from flyweight.errors import UsageError
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import total_macs, weight_bytes
@@ -33,7 +33,7 @@ from flyweight.methods.blocks import Block
 from flyweight.numerics.ragged import joined
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
-from flyweight.stages.choose import Choice, Reference, choose, cost_limits, goal, steps_of
+from flyweight.stages.choose import Choice, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.price import Market, Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes, Stage, largest_integer
@@ -47,11 +47,9 @@ __all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "priced", "referenc
 
 REFERENCE_FILE = "run/reference.onnx"
 UNPROVEN = 1e-6  # relative gaps below it are the solver's tolerance
-ROUNDS = 2  # corrections by what the delivered file really takes
 # The cheapest of several combinations that pass on tune is chosen for passing, and the test samples will judge it again. So
 # that it holds there with 95 % probability, its value must keep z(.975) + z(.95) standard errors from the limit, not z(.975).
 POWER = (1.960 + 1.645) / 1.960
-MARGIN = 0.97  # a corrected limit aims a little lower, so that the interval of the next measurement has room
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +179,7 @@ def _measured_table(
 ) -> LatencyTable:
     levels = {lad.group.name: lad.levels[1:] for lad in menu.ladders}
     float_layers = [f.layer for f in menu.formats]
-    variants = 1 + len(bases) * (1 + sum(len(v) for v in levels.values()) + len(menu.blocks)) + len(float_layers)
+    variants = 1 + len(bases) * (COPIES + sum(len(v) for v in levels.values()) + len(menu.blocks)) + len(float_layers)
     variants += len(bases) * sum(len(one.levels) - 1 for one in menu.ranks)
     without = {
         p.block.node: partial(_without, job, ready, p.block, float_layers, place) for p in menu.blocks
@@ -269,31 +267,25 @@ def _corrected(
     attempt: Callable[[Sequence[Step]], tuple[Any, Sequence[tuple[Limit, Interval]]]],
     folder: Folder,
 ) -> tuple[Choice, bytes | None]:
-    """Chooses again under tighter limits where the delivered file takes longer than the table said.
+    """What `choose.corrected` makes of the first choice, and its file if it was exported on the way.
 
-    Only with a table measured here: with a given one the plan must not depend on the clock. Also gives the choice's file
-    if it was exported on the way.
+    Only with a table measured here: with a given one the plan must not depend on the clock.
     """
     if table is None or job.settings.table is not None:
         return choice, None
-    tighter: dict[str, float] = {}
     limits = cost_limits(job.budget, reference, table)
     timed = {name: value for name, value in limits.items() if name.startswith("latency@")}
-    for turn in range(ROUNDS if timed else 0):
-        if not choice.solution.feasible:
-            break
-        shares, file = _trial(job, choice, folder, turn)
-        missed = {n: shares[n.removeprefix("latency@")] for n in timed if shares[n.removeprefix("latency@")] > timed[n]}
-        if not missed:
-            return choice, file
-        for name, share in missed.items():
-            # what is predicted must fall by as much as the measurement was above the limit
-            tighter[name] = min(1.0, choice.solution.costs[name] / share) * MARGIN
-        again = choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt)
-        if not again.solution.feasible:
-            return choice, file
-        choice = again
-    return choice, None
+    files: dict[int, bytes | None] = {}
+
+    def trial(offered: Choice, turn: int) -> dict[str, float]:
+        shares, files[id(offered)] = _trial(job, offered, folder, turn)
+        return {name: shares[name.removeprefix("latency@")] for name in timed}
+
+    def again(tighter: Mapping[str, float]) -> Choice:
+        return choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt)
+
+    found = corrected(choice, timed, again, trial, whole=aim == "error")
+    return found, files.get(id(found))
 
 
 def _trial(job: Job, choice: Choice, folder: Folder, turn: int) -> tuple[dict[str, float], bytes | None]:

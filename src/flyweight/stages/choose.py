@@ -14,8 +14,11 @@ from flyweight.search.problem import Solution
 from flyweight.stages.price import Market, Menu, steps
 from flyweight.types import Budget, Interval, Limit, Step
 
-__all__ = ["Choice", "Reference", "choose", "cost_limits", "goal", "steps_of"]
+__all__ = ["Choice", "Reference", "choose", "corrected", "cost_limits", "goal", "steps_of"]
 
+ROUNDS = 4  # corrections by what the delivered file really takes
+MARGIN = 0.97  # a corrected limit aims a little lower, so that the interval of the next measurement has room
+USED = 0.985  # of the time allowed: nearer to the limit than this the next measurement may say otherwise
 TRIES = 8  # points of the frontier among which the cheapest good one is looked for
 
 
@@ -79,6 +82,48 @@ def goal(budget: Budget, table: LatencyTable | None) -> str:
     if budget.prefer == "latency" and table is not None:
         return f"latency@{next(iter(table.reference_s))}"
     return {"size": "size", "quality": "error"}.get(budget.prefer, "macs")
+
+
+def corrected(
+    choice: Choice,
+    timed: Mapping[str, float],
+    again: Callable[[Mapping[str, float]], Choice],
+    trial: Callable[[Choice, int], Mapping[str, float]],
+    *,
+    whole: bool,
+) -> Choice:
+    """Chooses again under tighter limits where what is delivered takes longer than the table said.
+
+    `timed` are the limits on latency by name, `trial(choice, turn)` measures the delivered file at each, `again(factors)`
+    chooses with the limits times these factors. If the tighter choice leaves time unused and the `whole` budget should
+    be used (for quality), limits between the last ones are tried. The best choice that was measured to hold, else the
+    last one.
+    """
+    tighter = dict.fromkeys(timed, 1.0)  # factors of the limits that the choice was made under
+    missed: dict[str, float] = {}  # the last factors that are too loose
+    held: Choice | None = None
+    for turn in range(ROUNDS if timed else 0):
+        if not choice.solution.feasible:
+            break
+        shares = trial(choice, turn)
+        used = {name: shares[name] / limit for name, limit in timed.items()}
+        if max(used.values()) <= 1.0:
+            held = choice
+            if not missed or not whole or max(used.values()) >= USED:
+                break
+            tighter = {name: (factor + missed[name]) / 2 for name, factor in tighter.items()}
+        else:
+            missed = dict(tighter)
+            for name, share in used.items():
+                if share > 1.0:
+                    # what is predicted must fall by as much as the measurement was above the limit
+                    told = choice.solution.costs[name] / (timed[name] * share)
+                    tighter[name] = min(tighter[name], told) * (MARGIN if held is None else 1.0)
+        following = again(tighter)
+        if not following.solution.feasible or following.solution.choices == choice.solution.choices:
+            break
+        choice = following
+    return held or choice
 
 
 def steps_of(menu: Menu, solution: Solution) -> tuple[Step, ...]:
