@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from flyweight.graph.operators import Layer, input_rows, patches_at
@@ -30,7 +31,7 @@ from flyweight.numerics.moments import (
     empty_moments,
 )
 
-__all__ = ["Stats", "fingerprint", "from_tensors", "measure", "to_tensors"]
+__all__ = ["Sensed", "Stats", "fingerprint", "from_tensors", "looks_of", "measure", "to_tensors"]
 
 POSITIONS = 64  # patches of each sample that a convolution's second moment looks at
 MOST = 1024  # of them where samples are few
@@ -39,12 +40,31 @@ PATCHES = 1 << 20  # numbers in a sample's patches, for moments in Kronecker for
 
 
 @dataclass(frozen=True, eq=False)
+class Sensed:
+    """How much the model's outputs mind a change of one layer's outputs (`graph.sense` measures it).
+
+    `outputs` is E[g g^T] over rows, g being the gradient there; `inputs` are moments of the input rows weighted by |g|^2.
+    """
+
+    outputs: Float[Tensor, "out out"]
+    inputs: Moments
+
+
+@dataclass(frozen=True, eq=False)
 class Stats:
-    """`inputs`: layer name -> moments of its input rows; `ranges`: node name -> histogram of its values."""
+    """`inputs`: layer name -> moments of its input rows; `ranges`: node name -> histogram of its values.
+
+    `sensed`: of the layers whose cuts are chosen and made up for with the outputs' sensitivity. Rounding and ranks never are.
+    """
 
     samples: int
     inputs: Mapping[str, Moments]
     ranges: Mapping[str, Histogram]
+    sensed: Mapping[str, Sensed] = field(default_factory=dict)
+
+    def for_cuts(self, layer: str) -> Moments:
+        """The moments that a layer is fitted with when it loses columns."""
+        return self.sensed[layer].inputs if layer in self.sensed else self.inputs[layer]
 
 
 def measure(
@@ -64,7 +84,7 @@ def measure(
     above WIDE columns, whose products are dear). `positions` sets the number of patches for every convolution. Padding
     (`graph.tokens`) is left out of the rows of linear layers.
     """
-    looks = {name: positions or _positions(layer, samples) for name, layer in layers.items()}
+    looks = {name: positions or looks_of(layer, samples) for name, layer in layers.items()}
     recorder = _Recorder(graph, layers, ranges, looks)
     mask = mask_input(graph)
     with torch.no_grad():
@@ -79,7 +99,7 @@ def measure(
     return Stats(recorder.samples, inputs, recorder.histograms)
 
 
-def _positions(layer: Layer, samples: int | None) -> int:
+def looks_of(layer: Layer, samples: int | None) -> int:
     """Patches of each sample that a layer's moment looks at, unless it is told."""
     if _is_product(layer):
         return max(4, PATCHES // layer.columns)
@@ -170,13 +190,19 @@ def to_tensors(stats: Stats) -> dict[str, Tensor]:
         if owner != name:
             tensors[f"input/{name}/like"] = torch.tensor(list(owner.encode()), dtype=torch.uint8)
             continue
-        tensors |= {f"input/{name}/count": torch.tensor([moments.count]), f"input/{name}/mean": moments.mean}
-        tensors |= {f"input/{name}/{part}": values.contiguous() for part, values in _parts(moments).items()}
+        tensors |= _named(f"input/{name}", moments)
+    for name, one in stats.sensed.items():
+        tensors |= {f"sensed/{name}/outputs": one.outputs} | _named(f"sensed/{name}", one.inputs)
     for name, histogram in stats.ranges.items():
         ends = [histogram.reach, histogram.low, histogram.high]
         tensors[f"range/{name}/ends"] = torch.tensor(ends, dtype=torch.float64)
         tensors[f"range/{name}/counts"] = histogram.counts
     return tensors
+
+
+def _named(place: str, moments: Moments) -> dict[str, Tensor]:
+    parts = {"count": torch.tensor([moments.count]), "mean": moments.mean, **_parts(moments)}
+    return {f"{place}/{part}": values.contiguous() for part, values in parts.items()}
 
 
 def _parts(moments: Moments) -> dict[str, Tensor]:
@@ -191,7 +217,7 @@ def _parts(moments: Moments) -> dict[str, Tensor]:
 def from_tensors(tensors: Mapping[str, Tensor]) -> Stats:
     """What `to_tensors` wrote."""
     inputs: dict[str, Moments] = {}
-    ranges, like = {}, {}
+    ranges, like, sensed = {}, {}, {}
     for key in tensors:
         kind, _, rest = key.partition("/")
         name, _, last = rest.rpartition("/")
@@ -199,11 +225,13 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Stats:
             inputs[name] = _moments(tensors, f"input/{name}")
         if kind == "input" and last == "like":
             like[name] = bytes(tensors[key].tolist()).decode()
+        if kind == "sensed" and last == "outputs":
+            sensed[name] = Sensed(tensors[key], _moments(tensors, f"sensed/{name}"))
         if kind == "range" and last == "ends":
             reach, low, high = tensors[key].tolist()
             ranges[name] = Histogram(reach, tensors[f"range/{name}/counts"], low, high)
     inputs |= {name: inputs[owner] for name, owner in like.items()}
-    return Stats(int(tensors["samples"]), inputs, ranges)
+    return Stats(int(tensors["samples"]), inputs, ranges, sensed)
 
 
 def _moments(tensors: Mapping[str, Tensor], place: str) -> Moments:

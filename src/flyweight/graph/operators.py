@@ -28,6 +28,7 @@ __all__ = [
     "matrix",
     "module_of",
     "norm_behind",
+    "output_rows",
     "patches_at",
     "set_matrix",
     "sharers",
@@ -195,6 +196,14 @@ def input_rows(module: nn.Module, x: Tensor, first_sample: int, positions: int) 
     chosen = _chosen(patches.shape[2 : 2 + dims], x.shape[0], first_sample, positions)
     rows = patches.movedim(1, 1 + dims)[(torch.arange(x.shape[0])[:, None], *chosen)]  # sample position channel taps…
     return rows.reshape(rows.shape[0] * rows.shape[1], -1)
+
+
+def output_rows(module: nn.Module, y: Tensor, first_sample: int, positions: int) -> Float[Tensor, "rows out"]:
+    """What the layer makes of its `input_rows`, row by row, out of the whole output `y`. Not of transposed convolutions."""
+    if isinstance(module, nn.Linear):
+        return y.reshape(-1, y.shape[-1])
+    chosen = _chosen(y.shape[2:], y.shape[0], first_sample, positions)
+    return y.movedim(1, -1)[(torch.arange(y.shape[0])[:, None], *chosen)].flatten(0, 1)
 
 
 def patches_at(

@@ -108,20 +108,38 @@ def levels(size: int, multiple: int = 1, count: int = 16, least: int = 1) -> tup
 
 
 def order(graph: fx.GraphModule, group: Group, layers: Mapping[str, Layer], stats: Stats) -> tuple[int, ...]:
-    """The channels of a group in the order they should go (the last one, which always stays, is left out)."""
+    """The channels of a group in the order they should go (the last one, which always stays, is left out).
+
+    A reader's error D x counts as a share of its outputs' power. With the sensitivity G of all readers it counts as
+    E |G^1/2 D x|^2 at every position, which is what the model's outputs make of it: shares would be another unit.
+    Source: Kim et al. 2025, arXiv:2505.07004, section 3 (there for rounding); Martens, Grosse 2015, arXiv:1503.05671.
+    """
     readers = []
+    sensed = all(use.layer in stats.sensed for use in group.consumers)
     for use in group.consumers:
-        layer, moments = layers[use.layer], stats.inputs[use.layer]
+        layer, moments = layers[use.layer], stats.for_cuts(use.layer)
         weights = matrix(graph.get_submodule(use.layer))
-        power = float(forms.row_errors(weights, gram_of(layer, moments)).sum())
-        importance = 1 / max(power, 1e-30)
+        if sensed:
+            weights, importance = _root(stats.sensed[use.layer].outputs) @ weights, float(max(1, layer.positions))
+        else:
+            power = float(forms.row_errors(weights, gram_of(layer, moments)).sum())
+            importance = 1 / max(power, 1e-30)
         readers += forms.consumers(weights, held(layer, moments), torch.from_numpy(use.columns), importance)
     return removal_order(readers).order
 
 
-def step(group: Group, kept: Sequence[int], compensate: bool = True) -> Step:
-    """The record of keeping only `kept`."""
-    setting = {"kept": list(kept)} | ({} if compensate else {"compensate": False})
+def _root(moment: Float[Tensor, "out out"]) -> Float[Tensor, "out out"]:
+    """R with R^T R = `moment`, which need not be of full rank."""
+    powers, ways = torch.linalg.eigh(moment)
+    result: Tensor = powers.clamp(min=0).sqrt()[:, None] * ways.T
+    return result
+
+
+def step(group: Group, kept: Sequence[int], compensate: bool = True, sensed: bool = False) -> Step:
+    """The record of keeping only `kept`; `sensed` says that the readers' sensitivity belongs to it, for a replay."""
+    setting = (
+        {"kept": list(kept)} | ({} if compensate else {"compensate": False}) | ({"sensed": True} if sensed else {})
+    )
     return Step(NAME, group.name, setting)
 
 
@@ -183,7 +201,7 @@ def families(
     stay = torch.tensor([*removed(group, gone), *reversed(gone)], dtype=torch.int64)
     found = {}
     for use in group.consumers:
-        layer, moments = layers[use.layer], stats.inputs[use.layer]
+        layer, moments = layers[use.layer], stats.for_cuts(use.layer)
         weights, own = matrix(graph.get_submodule(use.layer)), torch.from_numpy(use.columns)
         elsewhere = torch.ones(layer.columns, dtype=torch.bool)
         elsewhere[own.flatten()] = False
@@ -220,7 +238,7 @@ def refit_readers(
     gone = removed(group, kept)
     return {
         use.layer: refit(
-            graph, layers[use.layer], stats.inputs[use.layer], columns(layers[use.layer], [(use, gone)]), compensate
+            graph, layers[use.layer], stats.for_cuts(use.layer), columns(layers[use.layer], [(use, gone)]), compensate
         )
         for use in group.consumers
     }
@@ -250,7 +268,7 @@ def restructure(
                 plain.add(use.layer)
     for name, gone in readers.items():  # once a layer: what it reads through several groups goes together
         left = columns(layers[name], gone)
-        apply(result, layers[name], refit(graph, layers[name], stats.inputs[name], left, name not in plain))
+        apply(result, layers[name], refit(graph, layers[name], stats.for_cuts(name), left, name not in plain))
     cut(result, kept)
     return result
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +16,7 @@ from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer
 from flyweight.methods import channels
 
-__all__ = ["Judge", "Ladder", "by_magnitude", "fitted", "ladder", "outputs_of"]
+__all__ = ["Judge", "Ladder", "Trial", "by_magnitude", "fitted", "ladder", "outputs_of", "tried"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +52,36 @@ class Ladder:
     levels: tuple[int, ...]
     layer_errors: tuple[float, ...]  # squared error at the readers' outputs, sum over readers, mean over rows
     errors: tuple[float, ...]  # rise of the divergence
+    sensed: bool = False  # whether order and weights came from the outputs' sensitivity
 
     def kept(self, level: int) -> list[int]:
         """The channels that remain at a level."""
         return channels.kept_channels(self.group, self.gone, level)
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One order of going, and the divergence at some levels (by their number)."""
+
+    gone: tuple[int, ...]
+    found: Mapping[int, float] = field(default_factory=dict)
+
+
+def tried(
+    graph: fx.GraphModule,
+    group: Group,
+    layers: Mapping[str, Layer],
+    stats: Stats,
+    levels: Sequence[int],
+    judge: Judge,
+    *,
+    measured: int = 4,
+) -> Trial:
+    """The order that these statistics give, measured at the mildest level but one of those that `ladder` measures."""
+    gone, points = channels.order(graph, group, layers, stats), sorted(_spread(len(levels), measured))
+    at = points[len(points) // 3]
+    refits = channels.refit_readers(graph, group, layers, stats, channels.kept_channels(group, gone, levels[at]))
+    return Trial(gone, {at: _measured(copy.deepcopy(graph), graph, layers, refits, judge)})
 
 
 def ladder(
@@ -68,10 +94,15 @@ def ladder(
     *,
     measured: int = 4,
     compensate: bool = True,
+    trial: Trial | None = None,
 ) -> Ladder:
-    """Prices every level of a group: the layer error exactly, the divergence measured at `measured` levels and fitted."""
-    gone = channels.order(graph, group, layers, stats) if compensate else by_magnitude(graph, group)
-    trial = copy.deepcopy(graph)
+    """Prices every level of a group: the layer error exactly, the divergence measured at `measured` levels and fitted.
+
+    `trial`: what `tried` made of the same arguments, not to be made again.
+    """
+    begun = trial or Trial(channels.order(graph, group, layers, stats) if compensate else by_magnitude(graph, group))
+    gone = begun.gone
+    changed = copy.deepcopy(graph)
     points = _spread(len(levels), measured)
     errors, found = [0.0], {0.0: 0.0}
     family = channels.families(graph, group, layers, stats, gone) if compensate else {}
@@ -82,12 +113,26 @@ def ladder(
             refits = channels.refit_readers(graph, group, layers, stats, kept, compensate)
         errors.append(sum(r.error for r in refits.values()))
         if i in points:
-            for name, new in refits.items():
-                channels.apply(trial, layers[name], new)
-            found[errors[-1]] = judge(trial)
-            _restore(trial, graph, [layers[name] for name in refits])
-    curve = fitted(found)
-    return Ladder(group, tuple(gone), (group.size, *levels), tuple(errors), tuple(curve(e) for e in errors))
+            known = begun.found.get(i)
+            found[errors[-1]] = _measured(changed, graph, layers, refits, judge) if known is None else known
+    curve, sensed = fitted(found), any(use.layer in stats.sensed for use in group.consumers)
+    prices = tuple(curve(e) for e in errors)
+    return Ladder(group, gone, (group.size, *levels), tuple(errors), prices, sensed)
+
+
+def _measured(
+    changed: fx.GraphModule,
+    graph: fx.GraphModule,
+    layers: Mapping[str, Layer],
+    refits: Mapping[str, channels.Refit],
+    judge: Judge,
+) -> float:
+    """The divergence with the readers refitted. `changed` is a copy of `graph`, and is one again afterwards."""
+    for name, new in refits.items():
+        channels.apply(changed, layers[name], new)
+    result = judge(changed)
+    _restore(changed, graph, [layers[name] for name in refits])
+    return result
 
 
 def by_magnitude(graph: fx.GraphModule, group: Group) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ __all__ = [
     "class_numbers",
     "default_metric",
     "divergence",
+    "gauss_newton",
     "infer_task",
     "main_output",
     "quality",
@@ -182,6 +183,31 @@ def _regress(reference: Tensor, outputs: Tensor, variance: float) -> Tensor:
 
 
 _DIVERGENCES = {"classify": _classify, "multilabel": _multilabel, "embed": _embed, "regress": _regress}
+
+
+def gauss_newton(task: str, outputs: Tensor, noise: Tensor, variance: float = 1.0) -> Float64[Tensor, ""]:
+    """A number whose gradient in any x that `outputs` y depends on is J^T F e: J = dy/dx, e = `noise`, shaped as y.
+
+    F F^T is the Hessian of divergence(task, y, y') in y' at y' = y, so for standard normal e these gradients have the
+    Gauss-Newton matrix J^T F F^T J of the divergence as their second moment. An unknown task counts as regress.
+    Source: Schraudolph 2002, "Fast curvature matrix-vector products", section 3; F by Martens 2014, arXiv:1412.1193.
+    """
+    y, e = outputs.double(), noise.double()
+    if task == "classify":
+        y = _bounded(y).log() if _sums_to_one(y) else y
+        p = y.detach().softmax(-1)
+        factor = p.sqrt() * e - p * (p.sqrt() * e).sum(-1, keepdim=True)  # F F^T = diag(p) - p p^T
+    elif task == "multilabel":
+        y = _bounded(y).logit() if _in_unit_range(y) else y
+        factor = (y.detach().sigmoid() * (-y.detach()).sigmoid()).sqrt() * e
+    elif task == "embed":
+        norm = y.detach().norm(dim=-1, keepdim=True)
+        way = y.detach() / norm
+        factor = (e - way * (way * e).sum(-1, keepdim=True)) / norm * (len(y) / max(1, norm.numel())) ** 0.5
+    else:
+        factor = e * (2 * len(y) / max(1, y.numel()) / variance) ** 0.5
+    usable = y.detach().isfinite() & factor.isfinite()  # no masked class and no vector of length 0
+    return torch.where(usable, y, 0.0).mul(torch.where(usable, factor, 0.0)).sum()
 
 
 # --- quality against labels ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from flyweight.numerics.forms import Blocks, Form, mapped
@@ -16,9 +16,11 @@ __all__ = [
     "WIDEST",
     "Histogram",
     "Moments",
+    "Weighted",
     "add_patches",
     "add_rows",
     "add_values",
+    "add_weighted",
     "empty_histogram",
     "empty_kronecker",
     "empty_moments",
@@ -105,6 +107,38 @@ def add_rows(moments: Moments, rows: Float[Tensor, "rows in"]) -> Moments:
     else:
         gram = _added(moments.gram, rows, mean, shift, share)
     return Moments(total, moments.mean + shift * share, gram)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """Running moments of rows that count by a weight w: `weight` is the sum of w, `squares` that of w^2."""
+
+    weight: float
+    squares: float
+    running: Moments  # its count is not kept up
+
+    @property
+    def moments(self) -> Moments:
+        """E[w x] / E[w] and the second moment centred likewise; `count` is Kish's number of rows that would say as much.
+
+        Source: Kish 1965, "Survey Sampling", section 11.7: (sum of w)^2 / sum of w^2.
+        """
+        return Moments(round(self.weight**2 / max(self.squares, 1e-300)), self.running.mean, self.running.gram)
+
+
+def add_weighted(before: Weighted, rows: Float[Tensor, "rows in"], weights: Float64[Tensor, " rows"]) -> Weighted:
+    """As `add_rows` for rows that count by `weights` >= 0. Dense moments only."""
+    new = float(weights.sum())
+    if new <= 0:
+        return before
+    assert isinstance(before.running.gram, Tensor)
+    total = before.weight + new
+    mean = (weights / new) @ rows.double()
+    scaled = (rows - mean.to(rows.dtype)) * (weights * (len(rows) / new)).sqrt().to(rows.dtype)[:, None]
+    shift, share = mean - before.running.mean, new / total
+    gram = _added(before.running.gram, scaled, torch.zeros_like(mean), shift, share)
+    running = Moments(0, before.running.mean + shift * share, gram)
+    return Weighted(total, before.squares + float(weights.square().sum()), running)
 
 
 def merged(first: Moments, second: Moments) -> Moments:

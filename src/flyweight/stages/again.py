@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from flyweight.stages.price import Menu, Sizes
 from flyweight.stages.quote import Quotes, Stage
 from flyweight.stages.setup import Job
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, behaviour_of, clocked, evidence, parity, promises, quality_row
+from flyweight.stages.weighing import sensitivities
 from flyweight.types import Decision, Plan, Results, Site, from_json
 
 __all__ = ["replayed", "reweighed"]
@@ -42,7 +44,9 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
         raise UsageError(f"the plan changes {missing[0]!r}, which the model does not have", fix="plan this model anew")
     advance = stage("measure", job.roles.calib.samples)
     stats = measure(job.graph, job.calib(), present, advance=advance, samples=job.roles.calib.samples)
-    network = Network(job.graph, present, known, stats, job.example)
+    cut = [known[s.target] for s in steps if s.target in known and s.setting.get("sensed")]
+    found, _ = sensitivities(job, present, cut, None, stage)
+    network = Network(job.graph, present, known, replace(stats, sensed=found), job.example)
     quotes = Quotes(network, Menu(present, (), (), {}, (), Sizes(0, 0.0)), (), {}, ())
     graph, notes = delivered(job, quotes, steps)
     reference = reference_of(job, folder)

@@ -157,7 +157,7 @@ def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:
         return ()
     match menu.decision(variable):
         case Ladder() as lad:
-            return (channels.step(lad.group, lad.kept(lad.levels[option])),)
+            return (channels.step(lad.group, lad.kept(lad.levels[option]), sensed=lad.sensed),)
         case Ranks(layer=layer, levels=levels):
             return (lowrank.step(layer, levels[option]),)
         case Price(block=block):

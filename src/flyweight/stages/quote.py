@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
@@ -16,35 +16,26 @@ from flyweight.deploy.machine import has_vnni
 from flyweight.deploy.runtimes import get
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
-from flyweight.graph.measure import from_tensors, measure, to_tensors
+from flyweight.graph.measure import Sensed, from_tensors, measure, to_tensors
 from flyweight.graph.operators import Layer, layers, sharers
 from flyweight.graph.surgery import folded, prove_all
 from flyweight.methods import blocks, channels, int8, lowrank
 from flyweight.methods.lowrank import Ranks
-from flyweight.methods.pricing import Judge, Ladder, ladder, outputs_of
+from flyweight.methods.pricing import Judge, Ladder, outputs_of
 from flyweight.numerics.moments import enough
 from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
 from flyweight.stages.depth import rest_of
 from flyweight.stages.price import Format, Menu, Sizes, edges
 from flyweight.stages.ranks import meeting
 from flyweight.stages.setup import Inputs, Job
+from flyweight.stages.weighing import Stage, Store, better, sensitivities, together
 from flyweight.types import Note
 
-__all__ = ["Quotes", "Store", "largest_integer", "quote"]
+__all__ = ["Quotes", "Stage", "Store", "largest_integer", "quote"]
 
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32
 JUDGE_MACS = 4e12  # for all prices together, a minute or two: a large network is judged on fewer samples
-
-
-class Store(Protocol):
-    """Where finished stages are kept (`deploy.folder.Folder` is one)."""
-
-    def save(self, name: str, payload: bytes) -> None:
-        """Keeps `payload` under `name`."""
-
-    def load(self, name: str) -> bytes | None:
-        """What was kept under `name`, None if nothing (or nothing sound) was."""
 
 
 class _Prices(msgspec.Struct, frozen=True):
@@ -55,6 +46,7 @@ class _Prices(msgspec.Struct, frozen=True):
     layer_errors: tuple[float, ...] = ()
     errors: tuple[float, ...] = ()
     combined: float = 0.0
+    sensed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +60,6 @@ class Quotes:
     notes: tuple[Note, ...]
 
 
-Stage = Callable[[str, int], Callable[[int], None]]
-
-
 def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     """All prices that do not depend on the machine. `stage(name, total)` starts a line of progress."""
     present = layers(job.graph)
@@ -82,10 +71,15 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
         store.save("statistics.safetensors", save(to_tensors(stats)))
     else:
         stats = from_tensors(load(kept))
+    job.checkpoint("measuring sensitivity")
+    sensed, blind = sensitivities(job, present, open_groups, store, stage)
     network = Network(job.graph, present, {g.name: g for g in open_groups}, stats, job.example)
-    judge = _judge(job, passes=4 * len(open_groups) + len(present))
+    judge = _judge(job, passes=5 * len(open_groups) + len(present))
     job.checkpoint("pricing channels")
-    ladders = _ladders(job, network, open_groups, judge, store, stage)
+    ladders = _ladders(job, network, open_groups, sensed, judge, store, stage)
+    readers = {use.layer for lad in ladders if lad.sensed for use in lad.group.consumers}
+    stats = replace(stats, sensed={name: one for name, one in sensed.items() if name in readers})
+    network = replace(network, stats=stats)
     job.checkpoint("pricing numbers")
     allowed, refused = _number_layers(job, present)
     formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
@@ -102,7 +96,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
         present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest
     )  # fmt: skip
     few = _few_samples(job, network)
-    return Quotes(network, menu, frozen, refused, (*notes, *few))
+    return Quotes(network, menu, frozen, refused, (*notes, *blind, *few))
 
 
 def largest_integer() -> int:
@@ -144,27 +138,37 @@ def _judge(job: Job, passes: int) -> Judge:
 
 
 def _ladders(
-    job: Job, network: Network, found: Sequence[Group], judge: Judge, store: Store, stage: Stage
+    job: Job,
+    network: Network,
+    found: Sequence[Group],
+    sensed: Mapping[str, Sensed],
+    judge: Judge,
+    store: Store,
+    stage: Stage,
 ) -> tuple[Ladder, ...]:
     advance = stage("price channels", len(found)) if found else None
     multiple = get(job.settings.target).preferred_multiple() // 2
-    made = []
-    for i, group in enumerate(found):
+    made: dict[str, Ladder] = {}
+    for i, some in enumerate(together(found)):
         kept = store.load(f"channels-{i}.json")
         if kept is not None:
-            p = msgspec.json.decode(kept, type=_Prices)
-            made.append(Ladder(group, p.gone, p.levels, p.layer_errors, p.errors))
+            ladders = [
+                Ladder(group, p.gone, p.levels, p.layer_errors, p.errors, p.sensed)
+                for group, p in zip(some, msgspec.json.decode(kept, type=list[_Prices]), strict=True)
+            ]
         else:
-            job.checkpoint(f"pricing the channels of {group.name}")
-            step, count = (multiple, 6) if job.times_matter and group.size > multiple else (1, 16)
-            offered = channels.levels(group.size, step, count)
-            one = ladder(network.graph, group, network.layers, network.stats, offered, judge)
-            prices = _Prices(one.gone, one.levels, one.layer_errors, one.errors)
+            job.checkpoint(f"pricing the channels of {some[0].name}")
+            offers = []
+            for group in some:
+                step, count = (multiple, 6) if job.times_matter and group.size > multiple else (1, 16)
+                offers.append(channels.levels(group.size, step, count))
+            ladders = better(network, sensed, some, offers, judge)
+            prices = [_Prices(o.gone, o.levels, o.layer_errors, o.errors, sensed=o.sensed) for o in ladders]
             store.save(f"channels-{i}.json", msgspec.json.encode(prices))
-            made.append(one)
+        made |= {one.group.name: one for one in ladders}
         if advance:
-            advance(1)
-    return tuple(made)
+            advance(len(some))
+    return tuple(made[group.name] for group in found)
 
 
 def _blocks(job: Job, network: Network, judge: Judge, store: Store, stage: Stage) -> tuple[blocks.Price, ...]:
