@@ -14,6 +14,7 @@ from flyweight.numerics.divergence import (
     class_numbers,
     default_metric,
     divergence,
+    gauss_newton,
     infer_task,
     main_output,
     quality,
@@ -265,3 +266,32 @@ def test_auto_names_the_task_and_says_why(outputs, labels, task, why):
     found, reason = infer_task(outputs, labels)
     assert found == task
     assert why in reason
+
+
+@pytest.mark.parametrize("task", ["classify", "probabilities", "multilabel", "embed", "tokens", "regress"])
+def test_the_gauss_newton_factor_gives_the_hessian_of_the_divergence(task: str):
+    """Over all unit vectors e the gradients' outer products add up to F F^T, the second order of the divergence."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 3).double() if task == "tokens" else torch.randn(1, 5).double()
+    name, step = {"probabilities": "classify", "tokens": "embed"}.get(task, task), 1e-3
+
+    def model(at: torch.Tensor) -> torch.Tensor:
+        return at.softmax(1) if task == "probabilities" else at
+
+    curvature = torch.zeros(x.numel(), x.numel()).double()
+    for e in torch.eye(x.numel()).double():
+        at = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(gauss_newton(name, model(at), e.view_as(x), 0.7), at)
+        curvature += g.flatten().outer(g.flatten())
+    for way in torch.randn(20, x.numel()).double():
+        both = (divergence(name, model(x), model(x + sign * step * way.view_as(x)), variance=0.7) for sign in (-1, 1))
+        # the fourth order is left: a millionth of a number of the second's size
+        assert float(sum(both)) / step**2 == pytest.approx(float(way @ curvature @ way), rel=1e-4, abs=1e-6)
+
+
+def test_masked_classes_and_vectors_of_length_0_have_no_gradient():
+    for task, y in (("classify", [[1.0, 2.0, -torch.inf]]), ("embed", [[0.0, 0.0, 0.0]])):
+        at = torch.tensor(y, dtype=torch.float64, requires_grad=True)
+        (g,) = torch.autograd.grad(gauss_newton(task, at, torch.ones(1, 3)), at)
+        assert bool(g.isfinite().all())
+        assert float(g[0, 2]) == 0

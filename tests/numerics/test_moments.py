@@ -9,9 +9,11 @@ from flyweight.numerics.moments import (
     WIDE,
     WIDEST,
     Moments,
+    Weighted,
     add_patches,
     add_rows,
     add_values,
+    add_weighted,
     empty_histogram,
     empty_kronecker,
     empty_moments,
@@ -189,3 +191,32 @@ def test_wide_rows_are_kept_in_float32_and_squared_in_panels():
 def test_four_rows_a_column_of_the_widest_problem_are_enough(moments: Moments, needed: int):
     assert enough(Moments(needed, moments.mean, moments.gram))
     assert not enough(Moments(needed - 1, moments.mean, moments.gram))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_weighted_moments_are_those_of_rows_repeated(split: list[int]):
+    """A row of weight 3 counts as three rows; with one weight for all, as many rows as there are."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(100, 6, dtype=torch.float64, generator=generator) * 3 + 5
+    times = torch.randint(0, 4, (100,), generator=generator)
+    times[0] = 0  # a whole batch of no weight
+    sums = Weighted(0.0, 0.0, empty_moments(6))
+    for part, weights in zip(rows.split(split), times.double().split(split), strict=True):
+        sums = add_weighted(sums, part, weights)
+    repeated = rows.repeat_interleave(times, 0)
+    found = sums.moments
+    assert torch.allclose(found.mean, repeated.mean(0), rtol=1e-13)
+    assert torch.allclose(found.gram, torch.cov(repeated.T, correction=0), rtol=1e-11, atol=1e-13)
+    assert found.count == round(float(times.sum()) ** 2 / float(times.square().sum()))
+    assert (
+        add_weighted(Weighted(0.0, 0.0, empty_moments(6)), rows, torch.full((100,), 0.3).double()).moments.count == 100
+    )
+
+
+def test_weighted_rows_far_from_zero_keep_their_variance():
+    generator = torch.Generator().manual_seed(0)
+    rows, sums = torch.randn(5000, 3, generator=generator) + 1000, Weighted(0.0, 0.0, empty_moments(3))
+    for part in rows.split(500):
+        sums = add_weighted(sums, part, torch.ones(500).double())
+    expected = torch.cov(rows.double().T, correction=0)
+    assert torch.allclose(sums.moments.gram, expected, rtol=1e-3, atol=1e-3)

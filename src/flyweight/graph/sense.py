@@ -60,17 +60,33 @@ def sense(
     mask, draw, seen = mask_input(graph), np.random.default_rng(seed), 0
     sums = {name: _Sums(layer, positions or looks_of(layer, samples)) for name, layer in layers.items()}
     for batch in _chunks(graph, batches, samples):
-        run = _Probed(frozen, sums)
         tokens = None if mask is None else kept_tokens(batch[mask])
-        with torch.enable_grad():
-            losses = _losses(run.run(*batch), task, tokens, draw)
-            slopes = _slopes(losses, [value for _, _, value in run.calls])
-        for (name, x, value), ways in zip(run.calls, zip(*slopes, strict=True), strict=True):
-            module = frozen.get_submodule(name)
-            sums[name].add(module, x, [torch.zeros_like(value) if g is None else g for g in ways], seen, tokens)
+        _look(frozen, sums, batch, task, seen, tokens, draw)
         seen += len(batch[0])
         advance(len(batch[0]))
     return {name: found for name, one in sums.items() if (found := one.result()) is not None}
+
+
+def _look(
+    graph: fx.GraphModule,
+    sums: Mapping[str, _Sums],
+    batch: Batch,
+    task: str,
+    first: int,
+    tokens: Tensor | None,
+    draw: np.random.Generator,
+) -> None:
+    """What one chunk adds. A function, so that none of its values live when the next one runs."""
+    run = _Probed(graph, sums)
+    try:
+        with torch.enable_grad():
+            losses = _losses(run.run(*batch), task, tokens, draw)
+            slopes = _slopes(losses, [value for _, _, value in run.calls])
+    except RuntimeError as error:  # an operator without a derivative, or one that writes where autograd must read
+        raise UsageError(f"gradients cannot be taken: {str(error).splitlines()[0]}") from error
+    for (name, x, value), ways in zip(run.calls, zip(*slopes, strict=True), strict=True):
+        found = [torch.zeros_like(value) if g is None else g for g in ways]
+        sums[name].add(graph.get_submodule(name), x, found, first, tokens)
 
 
 def _chunks(graph: fx.GraphModule, batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
@@ -122,10 +138,9 @@ def _losses(answer: Any, task: str, tokens: Tensor | None, draw: np.random.Gener
 def _slopes(losses: list[Tensor], values: list[Tensor]) -> list[tuple[Tensor | None, ...]]:
     if not all(loss.requires_grad for loss in losses):
         raise UsageError("the model's answer has no gradient in what its layers make")
-    try:
-        return [torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True) for loss in losses]
-    except RuntimeError as error:  # an operator without a derivative
-        raise UsageError(f"gradients cannot be taken: {str(error).splitlines()[0]}") from error
+    return [
+        torch.autograd.grad(loss, values, retain_graph=loss is not losses[-1], allow_unused=True) for loss in losses
+    ]
 
 
 class _Sums:

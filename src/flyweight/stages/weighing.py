@@ -44,7 +44,7 @@ def sensitivities(
     wanted = {name: one for name, one in present.items() if name in readers and sensible(job.graph, one)}
     if not wanted:
         return {}, ()
-    kept = store.load("sensitivity.safetensors") if store else None
+    kept = store.load("sensitivity.safetensors") if store is not None else None
     if kept is not None:
         return from_tensors(load(kept)).sensed, ()
     samples = min(SAMPLES, job.roles.calib.samples)
@@ -56,7 +56,7 @@ def sensitivities(
     except UsageError as error:
         text = f"channels are chosen by what layers lose, not by what the outputs lose: {error.what}"
         return {}, (Note("measure.no-gradients", text),)
-    if store:
+    if store is not None:
         store.save("sensitivity.safetensors", save(to_tensors(Stats(samples, {}, {}, result))))
     return result, ()
 
