@@ -75,7 +75,7 @@ def test_sensitivities_are_those_of_autograd_sample_by_sample(one, task: str, na
     outputs, mean, gram, count = by_hand(graph, x, task, name)
     assert torch.allclose(found.outputs, outputs, rtol=1e-9, atol=1e-9 * float(outputs.abs().max()))
     assert torch.allclose(found.inputs.mean, mean, rtol=1e-9, atol=1e-12)
-    assert torch.allclose(found.inputs.gram, gram, rtol=1e-9, atol=1e-11)
+    assert torch.allclose(found.inputs.gram.double(), gram, rtol=1e-6, atol=1e-7)  # kept in float32
     assert found.inputs.count == round(count)
 
 
@@ -95,7 +95,7 @@ def assert_alike(a: Mapping[str, Sensed], b: Mapping[str, Sensed]) -> None:
     for name, first in a.items():
         assert torch.allclose(first.outputs, b[name].outputs, rtol=1e-9, atol=1e-15)
         assert torch.allclose(first.inputs.mean, b[name].inputs.mean, rtol=1e-9, atol=1e-12)
-        assert torch.allclose(first.inputs.gram, b[name].inputs.gram, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(first.inputs.gram, b[name].inputs.gram, rtol=1e-6, atol=1e-7)
         assert first.inputs.count == b[name].inputs.count
 
 

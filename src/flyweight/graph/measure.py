@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -43,7 +43,8 @@ PATCHES = 1 << 20  # numbers in a sample's patches, for moments in Kronecker for
 class Sensed:
     """How much the model's outputs mind a change of one layer's outputs (`graph.sense` measures it).
 
-    `outputs` is E[g g^T] over rows, g being the gradient there; `inputs` are moments of the input rows weighted by |g|^2.
+    `outputs` is E[g g^T] over rows, g being the gradient there; `inputs` are moments of the input rows weighted by |g|^2,
+    their gram float32.
     """
 
     outputs: Float[Tensor, "out out"]
@@ -64,7 +65,11 @@ class Stats:
 
     def for_cuts(self, layer: str) -> Moments:
         """The moments that a layer is fitted with when it loses columns."""
-        return self.sensed[layer].inputs if layer in self.sensed else self.inputs[layer]
+        if layer not in self.sensed:
+            return self.inputs[layer]
+        found = self.sensed[layer].inputs
+        assert isinstance(found.gram, Tensor)
+        return replace(found, gram=found.gram.double()) if len(found.gram) <= WIDE else found
 
 
 def measure(
