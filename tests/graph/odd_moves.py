@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .nets import net
-from .odd import HEAD, OUTPUT, PIXELS, TOKENS, VECTOR, Case, Found, beside, conv, image
+from .odd import HEAD, OUTPUT, PIXELS, TOKENS, VECTOR, Case, Found, beside, dealt, conv, image
 
 
 def pooled(body: Callable[[nn.Module, Tensor], Tensor], width: int, /, **parts: object) -> Callable[[], nn.Module]:
@@ -152,6 +152,17 @@ def shortcut_padded(self: nn.Module, x: Tensor) -> Tensor:
 
 def padded_channels(self: nn.Module, x: Tensor) -> Tensor:
     return self.b(F.pad(self.a(x), (0, 0, 0, 0, 1, 2)))
+
+
+def padded_in_pairs() -> nn.Module:
+    """The last pair is a channel and a zero: random network 975."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        y = F.pad(self.a(x), (0, 1))
+        return self.fc(y.unflatten(-1, (2, 4)).mean(-2).mean(1)) + self.out((self.scale * y).mean(1))
+
+    parts = {"a": nn.Linear(6, 7), "fc": nn.Linear(4, 5), "out": nn.Linear(8, 5)}
+    return net(forward, **parts, scale=nn.Parameter(torch.rand(1, 8)))
 
 
 def unet(self: nn.Module, x: Tensor) -> Tensor:
@@ -359,6 +370,10 @@ MOVES: dict[str, Case] = {
         "b": Found(4, "b", frozen="needs all of it"), "fc": HEAD}),
     "padded channels": (pooled(padded_channels, 4, a=conv(3, 5), b=conv(8, 4)), (PIXELS,), {
         "a": Found(5, "a", {"b": beside(5, 9, 9)}), "b": Found(4, "b", {"fc": 1}), "fc": HEAD}),
+    "padded in pairs": (padded_in_pairs, (TOKENS,), {
+        "a": Found(3, {"a": dealt(3, 2, 4)}, {"fc": 1, "out": dealt(3, 2, 4)}, {"scale": dealt(3, 2, 4)}, literals=(1,)),
+        "a[1]": Found(1, {"a": [[3]]}, {"fc": [[3]], "out": [[3]]}, {"scale": [[3]]}, literals=(1,), frozen="always stay"),
+        "fc": Found(5, "fc out", frozen=OUTPUT)}),
     "unet": (pooled(unet, 4, a=conv(3, 4), b=conv(4, 6), c=conv(10, 4)), (PIXELS,), {
         "a": Found(4, "a", {"b": 9, "c": beside(4, 9, 54)}), "b": Found(6, "b", {"c": 9}),
         "c": Found(4, "c", {"fc": 1}), "fc": HEAD}),

@@ -154,19 +154,21 @@ class Walk:
 
     def settled(self) -> np.ndarray:
         """The classes once every value is rectangular and everything pending is decided."""
+        found = self.roots()
         for _ in range(32):
-            before = len(self.pairs)
-            roots = torch.from_numpy(self.roots()).long()
+            before, roots = found, torch.from_numpy(found).long()
             for labels in self.whole:
                 self._make_rectangular(labels, roots)
-            if len(self.pairs) > before:
+            found = self.roots()
+            if not np.array_equal(found, before):  # pairs alone say nothing: what meets entries that stay is tied anew
                 continue
             waiting, self.pending = self.pending, []
             for one in waiting:
                 self._decide(one, roots)
-            if len(self.pairs) == before:
+            found = self.roots()
+            if np.array_equal(found, before):
                 break
-        return self.roots()
+        return found
 
     def _make_rectangular(self, labels: Labels, roots: Tensor) -> None:
         now = seen(labels, roots)

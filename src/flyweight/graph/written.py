@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from flyweight.graph.calls import Call, Result
-from flyweight.graph.labels import Labels, Walk, numbers_along, seen
+from flyweight.graph.labels import FIXED, Labels, Walk, seen
 
 __all__ = ["Sizes", "Written", "counted", "note_sizes"]
 
@@ -150,6 +150,11 @@ def counted(sizes: Sizes, roots: Numbers, channels: Container[int]) -> list[tupl
 
 
 def _line(labels: Labels, dim: int, classes: Tensor) -> Tensor | None:
-    """The classes along `dim`, if that is where the value shrinks."""
+    """The classes along `dim`, if that is where the value shrinks. Entries that stay may stand beside others."""
     now = seen(labels, classes)
-    return numbers_along(now, dim) if now is not None and now.varying == (dim,) else None
+    if now is None or dim not in now.varying:
+        return None
+    slabs = now.marks.movedim(dim, 0).flatten(1)
+    line = slabs.max(1).values
+    alike = (slabs == line[:, None]) | (slabs == FIXED)
+    return line.expand(now.shape[dim]) if bool(alike.all()) else None
