@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from flyweight.data import bind_example
 from flyweight.deploy.atomic import write_atomic
-from flyweight.deploy.folder import Folder, commit, open_folder, read_manifest
+from flyweight.deploy.folder import MANIFEST, Folder, commit, open_folder, read_manifest
 from flyweight.deploy.latency import LatencyTable
 from flyweight.errors import UnsafeFileError, UsageError
 from flyweight.face.progress import Progress
@@ -171,10 +171,13 @@ def apply(
 ) -> Result:
     """Replays `plan` (a record or its file) on `model`: the same choices, made, verified and reported in `workdir`.
 
-    Arguments are those of `compress` but budget, prefer, methods and rules, which the plan holds. Raises UsageError if
-    the plan was made for another model.
+    Arguments are those of `compress` but budget, prefer, methods, rules and keep, which the plan holds. Raises UsageError
+    if the plan was made for another model or asks for what there is not, UnsafeFileError if its folder was changed.
     """
-    found = plan if isinstance(plan, Plan) else _read_plan(Path(plan))
+    held = sorted({"budget", "prefer", "methods", "rules", "keep"} & set(arguments))
+    if held:
+        raise UsageError(f"apply takes no {held[0]}", why="the plan says what is done", fix="plan anew with it")
+    found = plan if isinstance(plan, Plan) else _read_plan(plan)
     arguments = {"workdir": "out/", **arguments}
     run = _Run.of(model, calib=calib, budget=found.budget, **arguments)
     with run.open(extra_key={"plan": hashlib.sha256(to_json(found).encode()).hexdigest()}) as (job, folder, stage):
@@ -193,7 +196,7 @@ def load(folder: str | Path) -> fx.GraphModule:
 
     Raises UnsafeFileError for an unfinished or damaged folder. Needs no class of the user's and runs no code.
     """
-    path = Path(folder)
+    path = _path("folder", folder)
     read_manifest(path)
     return load_files(path)
 
@@ -272,16 +275,20 @@ class _Run:
         if unknown:
             raise UsageError(f"unknown argument {unknown[0]!r}", fix="see the signature of flyweight.compress")
         kept = keep if isinstance(keep, str) else tuple(keep)  # one text is refused with all other arguments
+        if isinstance(rules, Rule):
+            raise UsageError("rules is one rule, not several", fix="write rules=[fw.rule(…)]")
+        if not callable(stop):
+            raise UsageError(f"stop is a {type(stop).__name__}, not a function", fix="leave it out")
         settings = Settings(
             budget,
             table=_read_table(table),
             time_limit_s=duration_s(time_limit),
             keep=kept,
-            rules=tuple(rules),
+            rules=tuple(rules or ()),
             **others,
         )
         data = {"calib": calib, "tune": tune, "test": test, "example": example}
-        return _Run(model, data, settings, Path(workdir), progress, fresh, stop)
+        return _Run(model, data, settings, _path("workdir", workdir), progress, fresh, stop)
 
     @contextmanager
     def open(self, extra_key: Mapping[str, Any] | None = None) -> Iterator[tuple[Job, Folder, Stage]]:
@@ -316,7 +323,10 @@ def _progress(shown: bool) -> Iterator[Stage]:
         yield stage
 
 
-def _read_plan(path: Path) -> Plan:
+def _read_plan(given: str | Path) -> Plan:
+    path = _path("plan", given)
+    if (path.parent / MANIFEST).is_file():
+        read_manifest(path.parent)
     try:
         return from_json(path.read_bytes(), Plan)
     except OSError as error:
@@ -325,11 +335,17 @@ def _read_plan(path: Path) -> Plan:
         raise UnsafeFileError("this is no plan of flyweight", where=str(path), why=str(error)) from error
 
 
+def _path(name: str, given: object) -> Path:
+    if not isinstance(given, (str, Path)):
+        raise UsageError(f"{name} is a {type(given).__name__}, not a path", fix=f'write {name}="…"')
+    return Path(given)
+
+
 def _read_table(table: LatencyTable | str | Path | None) -> LatencyTable | None:
     if table is None or isinstance(table, LatencyTable):
         return table
     try:
-        raw = Path(table).read_bytes()
+        raw = _path("table", table).read_bytes()
         # as a run keeps it in run/stages, there is a line with its hash in front
         return from_json(raw.partition(b"\n")[2] if raw.startswith(b"flyweight-stage ") else raw, LatencyTable)
     except OSError as error:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .nets import net
-from .odd import HEAD, OUTPUT, PIXELS, TOKENS, VECTOR, Case, Found, beside, dealt, conv, image
+from .odd import HEAD, OUTPUT, PIXELS, TOKENS, VECTOR, Case, Found, beside, conv, dealt, image
 
 
 def pooled(body: Callable[[nn.Module, Tensor], Tensor], width: int, /, **parts: object) -> Callable[[], nn.Module]:

@@ -20,6 +20,7 @@ __all__ = ["Form", "Survey", "check_overlap", "check_scales", "check_sizes", "co
 Noted = tuple[Batch, tuple[Note, ...]]
 
 SCALE_BATCHES = 8  # enough to see a forgotten normalisation, and still cheap
+LARGEST = 1e18  # above it squares and their sums overflow float32
 SCALE_RATIO = 10.0  # pixels 0..255 against 0..1 differ by 255, against mean 0 and deviation 1 by about 100
 
 
@@ -99,6 +100,7 @@ def survey(role: str, walk: Iterator[Noted], signature: Signature, form: Form | 
         form = form or form_of(batch, signature)
         _check_form(batch, names, form, where)
         _check_finite(batch, names, where)
+        _check_size(batch, names, where)
         _check_labels(batch, tally, where)
         _weigh(batch, names, tally, index)
         tally.seen(batch, index)
@@ -246,6 +248,17 @@ def _check_finite(batch: Batch, names: tuple[str, ...], where: str) -> None:
                 f"{what} in {name} of {int(bad.sum())} of {len(tensor)} samples",
                 where=f"{where}, sample {int(bad.int().argmax())}",
                 fix="drop or repair these samples; a division by a zero deviation is a common cause",
+            )
+
+
+def _check_size(batch: Batch, names: tuple[str, ...], where: str) -> None:
+    for name, tensor in zip(names, batch.inputs, strict=True):
+        if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > LARGEST:
+            raise DataError(
+                f"{name} holds {float(tensor.abs().max()):.3g}",
+                where=where,
+                why="its square is no float32 number; such values often stand for missing ones",
+                fix="drop or replace them, or scale the inputs",
             )
 
 

@@ -160,7 +160,7 @@ def _resolve(text: str, what: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except FlyweightError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {error}"
         raise UsageError(
             f"{what} {text}: the module cannot be imported", why=cause, fix="run from the folder that holds the package"
@@ -237,7 +237,7 @@ def _called(make: Callable[[], Any], text: str) -> Any:
         return make()
     except FlyweightError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"{text} raised {type(error).__name__}: {error}", fix="it is called without arguments"
         ) from error

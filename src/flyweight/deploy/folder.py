@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -30,7 +31,17 @@ from flyweight.deploy.atomic import PART, Content, append_line, disk_errors, wri
 from flyweight.errors import FolderInUse, UnsafeFileError, UsageError
 from flyweight.types import Note, to_json
 
-__all__ = ["FileEntry", "Folder", "Manifest", "commit", "open_folder", "read_events", "read_manifest", "write_atomic"]
+__all__ = [
+    "MANIFEST",
+    "FileEntry",
+    "Folder",
+    "Manifest",
+    "commit",
+    "open_folder",
+    "read_events",
+    "read_manifest",
+    "write_atomic",
+]
 
 MANIFEST, RECORD = "manifest.json", "run/run.json"
 LOCK, OWNER, LOG, EVENTS, STAGES = "run/.lock", "run/owner.json", "run/run.log", "run/events.jsonl", "run/stages"
@@ -190,7 +201,11 @@ _REMAKE = "get the folder again from its source, or make it again with --fresh"
 
 
 def _refuse_foreign(root: Path) -> None:
-    if root.exists() and not root.is_dir():
+    try:
+        occupied = root.exists() and not root.is_dir()
+    except (OSError, ValueError) as error:  # too long, or no path at all
+        raise _unwritable(root, error) from error
+    if occupied:
         raise UsageError("the output folder is a file", where=str(root), fix="name another folder")
     if not root.is_dir() or _is_ours(root):
         return
@@ -203,6 +218,12 @@ def _refuse_foreign(root: Path) -> None:
             why="flyweight never writes among files that it did not make",
             fix="name an empty or a new folder",
         )
+
+
+def _unwritable(root: Path, error: Exception) -> UsageError:
+    return UsageError(
+        "the output folder cannot be made", where=str(root)[:200], why=str(error)[:200], fix="name another"
+    )
 
 
 def _is_ours(root: Path) -> bool:
@@ -225,7 +246,13 @@ def _just_begun(entry: Path) -> bool:
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
     with disk_errors(root, None):
-        (root / "run").mkdir(parents=True, exist_ok=True)
+        try:
+            (root / "run").mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            # below a place where the system makes no folders; too long; no path at all
+            if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL):
+                raise
+            raise _unwritable(root, error) from error
         lock = filelock.FileLock(root / LOCK, thread_local=False)
         try:
             lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.05)

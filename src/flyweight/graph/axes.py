@@ -193,7 +193,8 @@ def _assembled(graph: fx.GraphModule, walker: _Walker) -> tuple[Group, ...]:
     walk = walker.walk
     roots = walk.settled()
     held = list(walk.held.values())
-    lines = [np.where(h.labels.numpy() == FIXED, FIXED, roots[h.labels.numpy()]) for h in held]
+    known = np.append(roots, FIXED)  # what always stays is the last one, also where there is nothing else
+    lines = [known[h.labels.numpy()] for h in held]
     written = [line for h, line in zip(held, lines, strict=True) if h.role == "writes"]
     channels = {int(root): _Channel() for line in written for root in line if root != FIXED}
     for one, line in _loose_held(walk, roots, channels):

@@ -36,6 +36,9 @@ def check_weights(model: nn.Module) -> None:
     lazy = [name for name, tensor in named if isinstance(tensor, (UninitializedParameter, UninitializedBuffer))]
     if lazy:
         raise ModelError(f"uninitialised parameters: {_some(lazy)}", fix="run the model once before compressing it")
+    absent = [name for name, tensor in named if tensor.is_meta]
+    if absent:
+        raise ModelError(f"weights on the meta device hold no numbers: {_some(absent)}", fix="load the weights first")
     # an attention mask may well hold -inf, so of the buffers only NaN is refused
     weights = {name for name, _ in model.named_parameters()}
     broken = [name for name, tensor in named if _broken(tensor, name in weights)]

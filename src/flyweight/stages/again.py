@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,11 @@ from flyweight.data import role
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.errors import DataError, UsageError, VerificationError
-from flyweight.graph.axes import groups
+from flyweight.graph.axes import Group, groups
 from flyweight.graph.measure import measure
 from flyweight.graph.operators import layers
 from flyweight.graph.program import load_files
+from flyweight.methods import channels
 from flyweight.methods.blocks import blocks
 from flyweight.search.problem import Solution
 from flyweight.stages.buy import REFERENCE_FILE, Purchase, delivered, reference_of
@@ -25,10 +27,10 @@ from flyweight.stages.lengths import check_fits
 from flyweight.stages.make import ARTIFACT_FILE
 from flyweight.stages.price import Menu, Sizes
 from flyweight.stages.quote import Quotes, Stage
-from flyweight.stages.setup import Job
+from flyweight.stages.setup import METHODS, Job
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, behaviour_of, clocked, evidence, parity, promises, quality_row
 from flyweight.stages.weighing import sensitivities
-from flyweight.types import Decision, Plan, Results, Site, from_json
+from flyweight.types import Decision, Plan, Results, Site, Step, from_json
 
 __all__ = ["replayed", "reweighed"]
 
@@ -42,6 +44,8 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     missing = [s.target for s in steps if s.target not in known and s.target not in present and s.target not in sums]
     if missing:
         raise UsageError(f"the plan changes {missing[0]!r}, which the model does not have", fix="plan this model anew")
+    for one in steps:
+        _check_step(one, known)
     advance = stage("measure", job.roles.calib.samples)
     stats = measure(job.graph, job.calib(), present, advance=advance, samples=job.roles.calib.samples)
     cut = [known[s.target] for s in steps if s.target in known and s.setting.get("sensed")]
@@ -58,6 +62,22 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     return quotes, Purchase(
         plan.choices, steps, solution, graph, notes, None, reference, (), made, plan.predicted.weight_bytes
     )  # fmt: skip
+
+
+def _check_step(one: Step, known: Mapping[str, Group]) -> None:
+    """Raises UsageError for a step that nothing here makes: it would be passed over in silence."""
+    fix = "plan this model anew, with this version"
+    if one.method not in METHODS:
+        raise UsageError(f"the plan has a step of the unknown method {one.method!r}", where=one.target, fix=fix)
+    if one.method == channels.NAME and one.target in known:
+        size, kept = known[one.target].size, one.setting.get("kept")
+        usable = isinstance(kept, (list, tuple)) and all(type(c) is int and 0 <= c < size for c in kept)
+        if not usable or not kept or len(set(kept)) < len(kept):
+            raise UsageError(
+                f"the plan keeps channels that {one.target!r} does not have, or none",
+                why=f"they must be different numbers from 0 to {size - 1}, at least one",
+                fix=fix,
+            )
 
 
 def _kind(site: str) -> Literal["channels", "rank", "block", "numbers"]:

@@ -257,6 +257,11 @@ def _check(settings: Settings) -> None:
         value = getattr(settings, name)
         if isinstance(value, str):  # its letters would be taken one by one
             raise UsageError(f"{name} is one text, not several", fix=f"write {name}=[{value!r}]")
+        odd = [one for one in value or () if not isinstance(one, str)]
+        if odd:
+            raise UsageError(
+                f"{name} holds {odd[0]!r}, which is no text", fix='write shapes=["batch=8"], keep=["head"]'
+            )
     unknown = [m for m in settings.methods or () if m not in METHODS]
     if unknown:
         raise UsageError(f"unknown method {unknown[0]!r}", fix=f"choose from {', '.join(METHODS)}")

@@ -1,0 +1,105 @@
+"""Calls that a person makes by mistake, one by one: each ends with an error that says what to do."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+import flyweight as fw
+from flyweight.errors import DataError, ModelError, UnsafeFileError, UsageError
+from flyweight.types import Plan, to_json
+
+BUDGET = "macs<=60%, divergence<=100"
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+
+
+def rows(count: int = 96) -> torch.Tensor:
+    return torch.randn(count, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("plans") / "out"
+    return fw.plan(model(), calib=rows(), budget=BUDGET, workdir=folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rules": fw.rule("0", bits=8)}, "one rule, not several"),
+        ({"shapes": [8]}, "holds 8, which is no text"),
+        ({"keep": [3]}, "holds 3, which is no text"),
+        ({"table": 5}, "table is a int"),
+        ({"workdir": None}, "workdir is a NoneType"),
+        ({"stop": 3}, "stop is a int"),
+        ({"workdir": "o/" + 300 * "a"}, "cannot be made"),
+        ({"workdir": "/proc/x"}, "cannot be made"),
+        ({"workdir": "o/\0x"}, "cannot be made"),
+    ],
+)
+def test_arguments_of_another_kind(arguments: dict, words: str, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=words):
+        fw.compress(model(), **({"calib": rows(), "budget": BUDGET, "progress": False} | arguments))
+
+
+def test_numbers_whose_squares_are_none(tmp_path):
+    with pytest.raises(DataError, match="input holds"):
+        fw.plan(model(), calib=rows() * 1e20, budget=BUDGET, workdir=tmp_path / "out", progress=False)
+
+
+def test_weights_that_were_never_loaded():
+    with pytest.raises(ModelError, match="meta device"):
+        fw.inspect(model().to("meta"), example=rows(2), progress=False)
+
+
+def test_a_network_of_a_norm_alone_has_nothing_to_cut():
+    found = fw.inspect(nn.Sequential(nn.BatchNorm1d(16), nn.ReLU()), example=rows(2), progress=False)
+    assert not found.groups
+
+
+@pytest.mark.parametrize("name", ["budget", "prefer", "methods", "rules", "keep"])
+def test_apply_takes_nothing_that_the_plan_says(plan: Plan, name: str, tmp_path):
+    with pytest.raises(UsageError, match=f"apply takes no {name}"):
+        fw.apply(model(), plan, calib=rows(), workdir=tmp_path / "out", **{name: ["0"]})
+
+
+def changed(plan: Plan, **changes: object) -> Plan:
+    """The plan with its first cut made another one."""
+    name = next(n for n, option in plan.choices.items() if option.steps and option.steps[0].method == "channels")
+    option = plan.choices[name]
+    step = msgspec.structs.replace(option.steps[0], **changes)
+    return msgspec.structs.replace(
+        plan, choices={**plan.choices, name: msgspec.structs.replace(option, steps=(step, *option.steps[1:]))}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "zz"}, "unknown method 'zz'"),
+        ({"target": "zz"}, "changes 'zz'"),
+        ({"setting": {"kept": []}}, "does not have, or none"),
+        ({"setting": {"kept": [-1, 2]}}, "does not have, or none"),
+        ({"setting": {"kept": [1_000_000]}}, "does not have, or none"),
+        ({"setting": {"kept": [1, 1]}}, "does not have, or none"),
+        ({"setting": {}}, "does not have, or none"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(plan: Plan, changes: dict, words: str, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        fw.apply(model(), changed(plan, **changes), calib=rows(), workdir=tmp_path / "out", progress=False)
+
+
+def test_a_plan_is_read_out_of_a_folder_only_if_the_folder_is_whole(plan: Plan, tmp_path):
+    result = fw.apply(model(), plan, calib=rows(), workdir=tmp_path / "out", progress=False)
+    file = result.folder / "plan.json"
+    file.write_text(to_json(changed(plan, setting={"kept": [0]})))
+    with pytest.raises(UnsafeFileError):
+        fw.apply(model(), file, calib=rows(), workdir=tmp_path / "again", progress=False)
