@@ -31,10 +31,9 @@ DRIVER = Path(__file__).parent / "driver.py"
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_clock() -> Iterator[None]:
-    modules, clocked = shortclock.places()
     with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            patch.setattr(module, "clocked", clocked)
+        for module, name, value in shortclock.places():
+            patch.setattr(module, name, value)
         yield
 
 
