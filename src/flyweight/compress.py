@@ -27,8 +27,9 @@ from flyweight.stages.again import replayed, reweighed
 from flyweight.stages.buy import Purchase, buy
 from flyweight.stages.look import Inspection, inspected
 from flyweight.stages.make import make, plan_of
-from flyweight.stages.quote import Quotes, Stage, quote
+from flyweight.stages.quote import Quotes, quote
 from flyweight.stages.setup import Job, Settings, duration_s, job_of
+from flyweight.stages.watch import Stage, Watch
 from flyweight.stages.write import write_all
 from flyweight.types import Budget, Note, Plan, Results, Rule, from_json, to_json
 
@@ -291,16 +292,17 @@ class _Run:
         return _Run(model, data, settings, _path("workdir", workdir), progress, fresh, stop)
 
     @contextmanager
-    def open(self, extra_key: Mapping[str, Any] | None = None) -> Iterator[tuple[Job, Folder, Stage]]:
+    def open(self, extra_key: Mapping[str, Any] | None = None) -> Iterator[tuple[Job, Folder, Watch]]:
         """The job, the folder held for it and the progress, for the length of a `with`."""
-        with _progress(self.progress) as stage:
+        with _progress(self.progress) as shown:
+            stage = Watch(shown)
             job = job_of(self.model, **self.data, settings=self.settings, stop=self.stop)
             key = {**job.key(), **(extra_key or {})}
             with open_folder(self.workdir, fresh=self.fresh, run_key=key) as folder:
                 yield job, folder, stage
 
 
-def _delivered(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Stage) -> Result:
+def _delivered(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Watch) -> Result:
     made = make(job, quotes, purchase, folder, stage)
     commit(folder, write_all(made, folder), {"budget_met": made.results.budget_met, "summary": made.results.summary})
     return Result(made.results, made.graph, made.results.plan, folder.path)

@@ -215,7 +215,7 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Histogram(msgspec.Struct, frozen=True):
-    """Counts of weights in equal bins between `low` and `high`."""
+    """Counts of weights in equal bins between `low` and `high`, which hold nearly all (a few outliers would hide the rest)."""
 
     low: float
     high: float
@@ -291,6 +291,7 @@ class Results(msgspec.Struct, frozen=True):
     machine: Mapping[str, str]
     seed: int
     date: str
+    task_reason: str = ""  # why answers are judged as this task
     schema_version: int = 1
 
 

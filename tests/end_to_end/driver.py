@@ -5,7 +5,6 @@ BYTES limits the size of any file that the process writes, as a full disk would.
 
 from __future__ import annotations
 
-import functools
 import resource
 import sys
 from pathlib import Path
@@ -18,7 +17,9 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import flyweight as fw  # noqa: E402
-from flyweight.stages import make, weigh  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from shortclock import shorten  # noqa: E402
 
 if __name__ == "__main__":
     from nets import SmallNet  # the folder of a script comes first in the path
@@ -35,7 +36,7 @@ def data_in(place: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def main(place: str, folder: str, table: str, limit_bytes: str = "") -> int:
-    make.clocked = functools.partial(weigh.clocked, processes=2, seconds_per_shape=0.06)
+    shorten()
     model, data = SmallNet(), data_in(Path(place))
     model.load_state_dict(load_file(Path(place) / "net.safetensors"))
     if limit_bytes:

@@ -369,7 +369,7 @@ def test_rules_and_keep_reach_the_plan(here, capsys):
 
 def test_verify_without_test_data_says_what_is_missing(here, capsys, finished):
     code, told, error = run_here(capsys, "verify", finished, "--quiet")
-    assert (code, told) == (5, "")
+    assert (code, told) == (2, "")
     assert "--test" in error
 
 

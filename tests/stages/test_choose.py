@@ -217,3 +217,27 @@ def test_a_clock_that_nothing_satisfies_ends_with_the_last_choice():
     assert found.solution.feasible
     assert trials == list(range(len(trials)))
     assert len(trials) <= 4
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_larger_than_predicted_is_chosen_anew(whole: bool):
+    """Every file is 3 % larger than the menu says: what is delivered holds, and no more is given up than need be."""
+    offers = markets(menu(), None)
+    everything = choose(offers, {}, "error", Trials()).solution.costs["size"]
+    limit, larger = 0.5 * everything, 1.03
+
+    def again(factors):
+        return choose(offers, {"size": limit * factors["size"]}, "error", Trials())
+
+    found = corrected(
+        again({"size": 1.0}),
+        {"size": limit},
+        again,
+        lambda c, _: {"size": larger * c.solution.costs["size"]},
+        whole=whole,
+    )
+    assert found.solution.feasible
+    assert larger * found.solution.costs["size"] <= limit
+    ideal = choose(offers, {"size": limit / larger}, "error", Trials()).solution
+    least = choose(offers, {"size": 0.97 * limit / larger}, "error", Trials()).solution
+    assert ideal.error <= found.solution.error <= least.error

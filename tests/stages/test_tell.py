@@ -14,7 +14,7 @@ from flyweight.search.problem import evaluate
 from flyweight.stages.choose import steps_of
 from flyweight.stages.deliver import prepared, with_numbers
 from flyweight.stages.price import options, problem
-from flyweight.stages.tell import decisions, forecasts, frontier_points, layer_rows, parameters
+from flyweight.stages.tell import SHOWN, decisions, forecasts, frontier_points, layer_rows, parameters
 from flyweight.stages.weigh import COMPRESSED
 from flyweight.testing.laws import macs_counted
 from flyweight.types import Interval
@@ -68,7 +68,7 @@ def test_shapes_are_those_of_the_weights(after):
         assert row.kind == type(graph.get_submodule(row.name)).__name__
 
 
-def test_histograms_hold_every_weight_of_changed_layers_only(after):
+def test_histograms_hold_nearly_every_weight_of_changed_layers_only(after):
     graph, rounded = after
     for row in layer_rows(one().graph, graph, one().layers, rounded):
         for histogram, network in ((row.histogram_before, one().graph), (row.histogram_after, graph)):
@@ -76,8 +76,11 @@ def test_histograms_hold_every_weight_of_changed_layers_only(after):
             if histogram is None:
                 assert torch.equal(one().graph.get_submodule(row.name).weight, graph.get_submodule(row.name).weight)
                 continue
-            assert sum(histogram.counts) == weight.numel()
-            assert -histogram.low == histogram.high == pytest.approx(float(weight.abs().max()))
+            inside = int((weight.abs() <= histogram.high).sum())
+            # the bins' ends are rounded to float32, so a weight on the last one may fall outside
+            assert inside - 2 <= sum(histogram.counts) <= inside
+            assert inside >= int(SHOWN * (weight.numel() - 1))
+            assert -histogram.low == histogram.high <= float(weight.abs().max())
     same = layer_rows(one().graph, one().graph, one().layers, [])
     assert all(r.histogram_before is r.histogram_after is None for r in same)
     assert all(r.macs_before == r.macs_after and r.weight_bytes_before == r.weight_bytes_after for r in same)

@@ -16,8 +16,6 @@ from flyweight.types import Claim, Results, Row
 
 __all__ = ["card"]
 
-STATES = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
-
 
 def card(results: Results) -> str:
     """The whole card as Markdown text (write it as UTF-8). Same results, same bytes."""
@@ -64,7 +62,7 @@ def _opening(results: Results) -> str:
     state, headline = tables.verdict(results)
     threads = f"{results.threads} thread{'' if results.threads == 1 else 's'}"
     return (
-        f"**{STATES[state].split()[0]} {headline}.** {_escaped(results.summary)}\n\n"
+        f"**{tables.ICONS[state]} {headline}.** {_escaped(results.summary)}\n\n"
         f"Made by [flyweight](#how-it-was-made) for {_escaped(results.target)}, {threads}, on "
         f"{_escaped(results.date)}. The whole story, with pictures, is in `report.html`. "
         "The licence is that of the original model."
@@ -78,7 +76,10 @@ def _rows(results: Results) -> str:
     head = ["model", "file", "weights", "MACs", *(f"latency {s}" for s in results.shapes), *metrics]
     table = [head, *(_row(row, results.shapes, metrics) for row in results.rows)]
     machine = _escaped(results.machine.get("cpu", "this machine"))
-    notice = f"Latency is of one call, in the same run, on {machine}; 100 % is the float original."
+    notice = (
+        f"Latency is of one call, in the same run, on {machine}; 100 % is the float original, and shares are medians of "
+        "ratios within the same blocks, not ratios of the times shown."
+    )
     return f"{_table(table, right=len(head) - 1)}\n\n{notice}"
 
 
@@ -105,7 +106,14 @@ def _claim(claim: Claim) -> list[str]:
     goal = tables.format_limit(claim.limit)
     if not goal and claim.predicted is not None:
         goal = f"predicted {tables.format_value(claim.predicted, claim.unit)}"
-    return [STATES[claim.state], claim.name, claim.kind, tables.format_claim(claim), goal or "–", claim.how or "–"]
+    return [
+        " ".join(tables.state_icon_and_word(claim)),
+        claim.name,
+        claim.kind,
+        tables.format_claim(claim),
+        goal or "–",
+        claim.how or "–",
+    ]
 
 
 def _loading(results: Results) -> str:
@@ -124,7 +132,7 @@ def _changes(results: Results) -> str:
         else "Nothing was changed: every site was kept as it is."
     ]
     if frozen:
-        parts += ["Left as they are, because they cannot be changed safely:"]
+        parts += ["Left as they are:"]
         parts += [_table([["site", "reason"], *([d.site.name, d.site.frozen] for d in frozen)])]
     return "\n\n".join(parts)
 

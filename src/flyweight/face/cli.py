@@ -71,7 +71,7 @@ def cli() -> None:
 @options(folder_option("demo-out"), SEED, FRESH, JSON, QUIET)
 @click.pass_obj
 def demo(session: Session, workdir: str, seed: int, fresh: bool, as_json: bool, quiet: bool) -> int:
-    """Trains a small network on real digits and compresses it (one minute, offline)."""
+    """Trains a small network on real digits and compresses it (a minute or two, offline)."""
     from flyweight.face.demo import demo as run_demo
 
     session.folder = Path(workdir)
@@ -144,13 +144,12 @@ def apply(session: Session, /, plan: str, as_json: bool, **given: Any) -> int:
 
 @cli.command(short_help="Weighs the model in FOLDER again, on this machine.")
 @options(FOLDER, only_test, ANY_THREADS, JSON, QUIET)
-def verify(folder: Path, test: str | None, threads: int | None, as_json: bool, quiet: bool) -> int:
+def verify(folder: Path, test: str, threads: int | None, as_json: bool, quiet: bool) -> int:
     """Weighs the model in FOLDER again, on this machine; the folder is not changed."""
     from flyweight.compress import verify as weigh
     from flyweight.data import load_data
 
-    data = None if test is None else load_data(test)
-    return _shown(weigh(folder, test=data, threads=threads, progress=not quiet), folder, as_json)
+    return _shown(weigh(folder, test=load_data(test), threads=threads, progress=not quiet), folder, as_json)
 
 
 @cli.command(short_help="Writes FOLDER/report.html anew.")

@@ -88,7 +88,7 @@ VERBOSE = _option(
     "-v", "--verbose", count=True, expose_value=False, callback=_verbose, help="-vv shows the traceback of an error."
 )
 ANY_THREADS = _option("--threads", type=click.IntRange(min=1), help="Threads to time with.  [default: as in the run]")
-only_test = _option("--test", metavar="DATA", help="Data to weigh the quality on.")
+only_test = _option("--test", metavar="DATA", required=True, help="Data to weigh it on.")
 
 DATA = (
     _option("--calib", metavar="DATA", required=True, help="Inputs that steer the compression; labels are ignored."),

@@ -28,6 +28,7 @@ __all__ = ["bullet", "classes", "frontier", "histograms"]
 INK, MUTED, RULE, BEFORE, AFTER, GOAL = "#1d1f23", "#666c75", "#dcdcd7", "#8d8778", "#0b68a8", "#b5460f"
 CLASS_OF = {INK: "ink", MUTED: "muted", RULE: "rule", BEFORE: "before", AFTER: "after", GOAL: "goal"}
 LABEL_LENGTH = 22
+DECADES = 1e4  # below the largest error by this much, errors are drawn as nearly none
 _STYLES = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flyweight",
@@ -66,12 +67,14 @@ def frontier(
         return Markup("")
     with matplotlib.rc_context():
         axes = _axes(4.6, 3.1, left=0.14, right=0.97, bottom=0.16, top=0.93)
-        axes.plot([p[0] for p in pairs], [p[1] for p in pairs], color=AFTER, linewidth=1.3, alpha=0.45)
+        best = _unbeaten(pairs)
+        axes.plot([p[0] for p in best], [p[1] for p in best], color=AFTER, linewidth=1.3, alpha=0.45)
         axes.plot([p[0] for p in pairs], [p[1] for p in pairs], "o", color=AFTER, markersize=3.2, clip_on=False)
         _error_scale(axes, [p[1] for p in pairs] + ([measured[1]] if measured else []))
         if limit is not None:
             axes.axvline(limit, color=GOAL, linewidth=1.1, linestyle=(0, (4, 3)))
-            axes.annotate("limit", (limit, 1.0), (3, -8), ("data", "axes fraction"), "offset points", color=GOAL)
+            # at the foot: what is cheap errs most, so the curve is far above it there
+            axes.annotate("limit", (limit, 0.0), (3, 5), ("data", "axes fraction"), "offset points", color=GOAL)
         for share, error, chosen in pairs:
             if chosen:
                 axes.plot([share], [error], "o", color=AFTER, markersize=8.5, clip_on=False)
@@ -119,18 +122,30 @@ def _axes(width: float, height: float, **edges: float) -> Axes:
     return axes
 
 
+Point = tuple[float, float, bool]  # (share of the cost, error, whether it was chosen)
+
+
+def _unbeaten(pairs: Sequence[Point]) -> list[Point]:
+    """The points, by rising cost, that no cheaper one beats in error: plans for another cost may be beaten in this one."""
+    found: list[Point] = []
+    for pair in pairs:
+        if not found or pair[1] < found[-1][1]:
+            found.append(pair)
+    return found
+
+
 def _mark_measured(axes: Axes, measured: tuple[float, float]) -> None:
     axes.plot(*measured, "D", color=GOAL, markersize=6, fillstyle="none", markeredgewidth=1.4, clip_on=False)
     low, high = axes.get_xlim()
     right = measured[0] < (low + high) / 2  # the label goes where there is room
-    place, anchor = ((8, -3), "left") if right else ((-8, -3), "right")
+    place, anchor = ((8, -11), "left") if right else ((-8, -11), "right")  # below: "chosen" is written above
     axes.annotate("measured", measured, place, textcoords="offset points", ha=anchor, color=GOAL)
 
 
 def _error_scale(axes: Axes, errors: Sequence[float]) -> None:
     positive = [error for error in errors if error > 0]
     if positive and max(positive) > 30 * min(positive):
-        least = min(positive)
+        least = max(min(positive), max(positive) / DECADES)
         axes.set_yscale("symlog", linthresh=least, linscale=0.4)  # zero is a point of every frontier
         decades = range(math.ceil(math.log10(least)), math.floor(math.log10(max(positive))) + 1)
         axes.set_yticks([0.0, *(10.0**decade for decade in decades)])

@@ -70,6 +70,7 @@ def report(results: Results) -> str:
         class_plot=plots.classes(results.behaviour.classes) if results.behaviour else "",
         class_rows=_class_rows(results),
         bullet=plots.bullet,
+        icon_and_word=tables.state_icon_and_word,
         off_by=_off_by,
         next_command=tables.next_command(results),
     )

@@ -41,6 +41,7 @@ __all__ = [
     "next_command",
     "original_row",
     "quality_unit",
+    "state_icon_and_word",
     "summary",
     "verdict",
 ]
@@ -49,6 +50,8 @@ State = Literal["holds", "fails", "undecided"]
 ICONS: Mapping[State, str] = {"holds": "✓", "fails": "✗", "undecided": "?"}
 ASCII_ICONS: Mapping[State, str] = {"holds": "+", "fails": "x", "undecided": "?"}
 STYLES: Mapping[State, str] = {"holds": "green", "fails": "bold red", "undecided": "yellow"}
+# A forecast promises nothing, so it neither holds nor fails.
+FORECAST_WORDS: Mapping[State, str] = {"holds": "near", "fails": "off", "undecided": "?"}
 # Metrics that are means of zeros and ones; any other metric keeps the unit its author gave it.
 SHARES = frozenset({"accuracy", "agreement", "top1", "top5", "precision", "recall", "f1"})
 PROSE = frozenset({"text", "fix", "how", "reason", "summary", "command"})  # fields that may hold several lines
@@ -157,8 +160,8 @@ def format_value(value: float | None, unit: str) -> str:
 
 
 def format_interval(interval: Interval | None, unit: str) -> str:
-    """The two ends, the unit said once: "45.5 to 48.9 %"; "" without an interval."""
-    if interval is None:
+    """The two ends, the unit said once: "45.5 to 48.9 %"; "" without one, and for what is known exactly."""
+    if interval is None or interval.low == interval.high:
         return ""
     low, high = format_value(interval.low, unit), format_value(interval.high, unit)
     number, _, low_unit = low.partition(" ")
@@ -221,6 +224,14 @@ def verdict(results: Results) -> tuple[State, str]:
     if "undecided" in states["proof"] + states["promise"]:
         return "undecided", "Budget undecided"
     return ("holds", "Budget met") if results.budget_met else ("fails", "Budget not met")
+
+
+def state_icon_and_word(claim: Claim, icons: Mapping[State, str] = ICONS) -> tuple[str, str]:
+    """How a claim's state is shown: ("✓", "holds"); for a forecast ("≈", "near") or ("≠", "off")."""
+    if claim.kind != "forecast":
+        return icons[claim.state], claim.state
+    signs = {"holds": "≈", "fails": "≠", "undecided": "?"} if icons is ICONS else {"holds": "~", "fails": "!"}
+    return signs.get(claim.state, "?"), FORECAST_WORDS[claim.state]
 
 
 def original_row(results: Results) -> Row | None:
@@ -289,7 +300,8 @@ def _claims_table(results: Results, icons: Mapping[State, str]) -> Table | None:
         )
         if claim.state != "holds" and claim.how:
             line.append(f"\n{claim.how}", "dim")
-        table.add_row(Text(f"{icons[claim.state]} {claim.state}", STYLES[claim.state]), line)
+        style = "dim" if claim.kind == "forecast" else STYLES[claim.state]
+        table.add_row(Text(" ".join(state_icon_and_word(claim, icons)), style), line)
     return table
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.shape_prop import ShapeProp
 
-__all__ = ["annotate", "free_names", "input_of", "shapes"]
+__all__ = ["annotate", "free_names", "input_of", "shapes", "shown_names"]
 
 
 def _sizes_of_rounded(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -91,6 +91,14 @@ def _size(name: str, size: int | torch.SymInt) -> Size:
 def free_names(shape: Sequence[Size]) -> dict[int, str]:
     """The names of the free sizes, by axis: what a placeholder keeps in `meta["free"]`."""
     return {axis: size.partition("=")[0] for axis, size in enumerate(shape) if isinstance(size, str)}
+
+
+def shown_names(module: fx.GraphModule) -> dict[str, str]:
+    """The free sizes of a graph's inputs as users read and write them: "seq" for the only one beside the batch."""
+    placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
+    names = list(dict.fromkeys(name for node in placeholders for name in node.meta.get("free", {}).values()))
+    alone = len([name for name in names if name != "batch"]) == 1
+    return {name: "seq" if alone and name != "batch" else name for name in names}
 
 
 def _symbols(mode: FakeTensorMode, entries: Sequence[Input]) -> dict[Any, Any]:

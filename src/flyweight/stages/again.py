@@ -26,9 +26,19 @@ from flyweight.stages.deliver import Network
 from flyweight.stages.lengths import check_fits
 from flyweight.stages.make import ARTIFACT_FILE
 from flyweight.stages.price import Menu, Sizes
-from flyweight.stages.quote import Quotes, Stage
+from flyweight.stages.quote import Quotes
 from flyweight.stages.setup import METHODS, Job
-from flyweight.stages.weigh import COMPRESSED, ORIGINAL, behaviour_of, clocked, evidence, parity, promises, quality_row
+from flyweight.stages.watch import Stage
+from flyweight.stages.weigh import (
+    COMPRESSED,
+    ORIGINAL,
+    behaviour_of,
+    clocked_until_decided,
+    evidence,
+    parity,
+    promises,
+    quality_row,
+)
 from flyweight.stages.weighing import sensitivities
 from flyweight.types import Decision, Plan, Results, Site, Step, from_json
 
@@ -110,14 +120,13 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
     found = evidence(graph, reference, folder / ARTIFACT_FILE, data, results.target, count)
     advance(1)
     files = {ORIGINAL: reference, COMPRESSED: folder / ARTIFACT_FILE}
-    timings = clocked(graph, files, data, results.shapes, results.target, count)
+    timings = clocked_until_decided(graph, files, data, results.shapes, results.target, count, results.budget)
     advance(1)
     return _updated(results, proofs, found, timings)
 
 
 def _updated(results: Results, proofs: Any, found: Any, timings: Timings) -> Results:
-    task = results.task.split(" ", 1)[0]
-    yardstick = Yardstick(task, results.metric or None)
+    yardstick = Yardstick(results.task, results.metric or None)
     before, after = results.rows[0], results.rows[-1]
     costs = {
         "size": (float(before.file_bytes), float(after.file_bytes)),

@@ -36,10 +36,11 @@ from flyweight.search.problem import Solution
 from flyweight.stages.choose import Choice, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.price import Market, Menu, Sizes, markets, options
-from flyweight.stages.quote import Quotes, Stage, largest_integer
+from flyweight.stages.quote import Quotes, largest_integer
 from flyweight.stages.ranks import split_overhead, timed_ranks, weights_of
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
+from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, feeds_of
 from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Step, from_json, to_json
 
@@ -70,7 +71,7 @@ class Purchase:
 
 
 def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
-    """The choice under the budget, corrected by measurement where a latency limit was missed."""
+    """The choice under the budget, corrected by measurement where a limit on latency or size was missed."""
     reference = reference_of(job, folder)
     menu, table = priced(job, quotes, folder, stage, reference)
     offers = markets(menu, table)
@@ -269,27 +270,30 @@ def _corrected(
 ) -> tuple[Choice, bytes | None]:
     """What `choose.corrected` makes of the first choice, and its file if it was exported on the way.
 
-    Only with a table measured here: with a given one the plan must not depend on the clock.
+    Latency only with a table measured here: with a given one the plan must not depend on the clock.
     """
-    if table is None or job.settings.table is not None:
-        return choice, None
-    limits = cost_limits(job.budget, reference, table)
-    timed = {name: value for name, value in limits.items() if name.startswith("latency@")}
+    clock = table is not None and job.settings.table is None
+    found = cost_limits(job.budget, reference, table)
+    limits = {name: v for name, v in found.items() if name == "size" or (clock and name.startswith("latency@"))}
+    timed = any(name != "size" for name in limits)
     files: dict[int, bytes | None] = {}
 
     def trial(offered: Choice, turn: int) -> dict[str, float]:
-        shares, files[id(offered)] = _trial(job, offered, folder, turn)
-        return {name: shares[name.removeprefix("latency@")] for name in timed}
+        measured, files[id(offered)] = _trial(job, offered, folder, turn, timed)
+        return measured
 
     def again(tighter: Mapping[str, float]) -> Choice:
         return choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt)
 
-    found = corrected(choice, timed, again, trial, whole=aim == "error")
-    return found, files.get(id(found))
+    last = corrected(choice, limits, again, trial, whole=aim == "error")
+    return last, files.get(id(last))
 
 
-def _trial(job: Job, choice: Choice, folder: Folder, turn: int) -> tuple[dict[str, float], bytes | None]:
-    """The delivered file's share of the original's time by shape (kept: a resumed run decides alike), and the file."""
+def _trial(job: Job, choice: Choice, folder: Folder, turn: int, timed: bool) -> tuple[dict[str, float], bytes | None]:
+    """The delivered file's bytes and, if `timed`, the most that its shares of the original's time may be; the file.
+
+    They are kept: a resumed run decides alike.
+    """
     name = f"correction-{turn}.json"
     kept = folder.load(name)
     if kept is not None:
@@ -297,22 +301,27 @@ def _trial(job: Job, choice: Choice, folder: Folder, turn: int) -> tuple[dict[st
     with tempfile.TemporaryDirectory(prefix="flyweight-trial-") as place:
         file = Path(place) / "trial.onnx"
         export(choice.outcome[0], job.example, file)
-        files = {ORIGINAL: folder.path / REFERENCE_FILE, COMPRESSED: file}
-        timings: Timings = clocked(
-            job.graph, files, job.judged, job.shapes, job.settings.target, job.settings.threads,
-            processes=3, seconds_per_shape=0.25,
-        )  # fmt: skip
-        shares = {shape: timing.share.value for shape, timing in timings.times[COMPRESSED].items()}
-        folder.save(name, msgspec.json.encode(shares))
-        return shares, file.read_bytes()
+        measured = {"size": float(file.stat().st_size)}
+        if timed:
+            files = {ORIGINAL: folder.path / REFERENCE_FILE, COMPRESSED: file}
+            timings: Timings = clocked(
+                job.graph, files, job.judged, job.shapes, job.settings.target, job.settings.threads,
+                processes=4, seconds_per_shape=0.2,
+            )  # fmt: skip
+            # the upper end of the interval: the promise will be weighed by that of a measurement to come
+            measured |= {f"latency@{s}": timing.share.high for s, timing in timings.times[COMPRESSED].items()}
+        folder.save(name, msgspec.json.encode(measured))
+        return measured, file.read_bytes()
 
 
 def _search_notes(first: Choice, last: Choice) -> tuple[Note, ...]:
     """What the search did beyond solving the budget once to the end."""
     notes = []
     if last is not first:
-        text = "the first choice took longer than the latency table said: chosen again under tighter limits"
-        notes.append(Note("latency.corrected", text))
+        text = (
+            "the file of the first choice missed a limit that it was predicted to meet: chosen again under tighter ones"
+        )
+        notes.append(Note("budget.corrected", text))
     if last.solution.gap > UNPROVEN:
         text = f"the search ended by time: a better choice may exist, by at most {last.solution.gap:.1%}"
         notes.append(Note("search.unproven", text, fix="run on a machine with less other work"))

@@ -17,8 +17,8 @@ from flyweight.types import Budget, Interval, Limit, Step
 __all__ = ["Choice", "Reference", "choose", "corrected", "cost_limits", "goal", "steps_of"]
 
 ROUNDS = 4  # corrections by what the delivered file really takes
-MARGIN = 0.97  # a corrected limit aims a little lower, so that the interval of the next measurement has room
-USED = 0.985  # of the time allowed: nearer to the limit than this the next measurement may say otherwise
+MARGIN = 0.985  # a corrected limit on time aims a little lower, so that the interval of the next measurement has room
+USED = 0.985  # of what is allowed: nearer to the limit than this the next measurement may say otherwise
 TRIES = 8  # points of the frontier among which the cheapest good one is looked for
 
 
@@ -86,27 +86,27 @@ def goal(budget: Budget, table: LatencyTable | None) -> str:
 
 def corrected(
     choice: Choice,
-    timed: Mapping[str, float],
+    limits: Mapping[str, float],
     again: Callable[[Mapping[str, float]], Choice],
     trial: Callable[[Choice, int], Mapping[str, float]],
     *,
     whole: bool,
 ) -> Choice:
-    """Chooses again under tighter limits where what is delivered takes longer than the table said.
+    """Chooses again under tighter limits where what is delivered takes longer, or is larger, than was predicted.
 
-    `timed` are the limits on latency by name, `trial(choice, turn)` measures the delivered file at each, `again(factors)`
-    chooses with the limits times these factors. If the tighter choice leaves time unused and the `whole` budget should
-    be used (for quality), limits between the last ones are tried. The best choice that was measured to hold, else the
-    last one.
+    `limits` are those on latency and size by name, `trial(choice, turn)` measures the delivered file at each,
+    `again(factors)` chooses with the limits times these factors. If the tighter choice leaves room and the `whole` budget
+    should be used (for quality), limits between the last ones are tried. The best choice that was measured to hold, else
+    the last one.
     """
-    tighter = dict.fromkeys(timed, 1.0)  # factors of the limits that the choice was made under
+    tighter = dict.fromkeys(limits, 1.0)  # factors of the limits that the choice was made under
     missed: dict[str, float] = {}  # the last factors that are too loose
     held: Choice | None = None
-    for turn in range(ROUNDS if timed else 0):
+    for turn in range(ROUNDS if limits else 0):
         if not choice.solution.feasible:
             break
-        shares = trial(choice, turn)
-        used = {name: shares[name] / limit for name, limit in timed.items()}
+        found = trial(choice, turn)
+        used = {name: found[name] / limit for name, limit in limits.items()}
         if max(used.values()) <= 1.0:
             held = choice
             if not missed or not whole or max(used.values()) >= USED:
@@ -117,8 +117,9 @@ def corrected(
             for name, share in used.items():
                 if share > 1.0:
                     # what is predicted must fall by as much as the measurement was above the limit
-                    told = choice.solution.costs[name] / (timed[name] * share)
-                    tighter[name] = min(tighter[name], told) * (MARGIN if held is None else 1.0)
+                    told = choice.solution.costs[name] / (limits[name] * share)
+                    noisy = held is None and name != "size"
+                    tighter[name] = min(tighter[name], told) * (MARGIN if noisy else 1.0)
         following = again(tighter)
         if not following.solution.feasible or following.solution.choices == choice.solution.choices:
             break

@@ -17,6 +17,7 @@ from flyweight import budget as budgets
 from flyweight.data import Batch, Batches, Shape, first_batch
 from flyweight.errors import BudgetError, DataError, UsageError
 from flyweight.graph.operators import sizes as sizes_of
+from flyweight.graph.shapes import shown_names
 from flyweight.types import Budget, Note
 
 __all__ = [
@@ -155,10 +156,9 @@ def free_sizes(graph: fx.GraphModule) -> dict[str, _Free]:
         for axis, name in node.meta.get("free", {}).items():
             if axis:
                 places.setdefault(name, []).append((i, axis - 1, str(node.target)))
-    alone = len(places) == 1
+    shown = shown_names(graph)
     return {
-        ("seq" if alone else name): _Free(name, tuple((i, a) for i, a, _ in found), _text(found))
-        for name, found in places.items()
+        shown[name]: _Free(name, tuple((i, a) for i, a, _ in found), _text(found)) for name, found in places.items()
     }
 
 

@@ -19,10 +19,10 @@ from flyweight.graph.operators import layers
 from flyweight.graph.surgery import prove_all
 from flyweight.graph.trace import Traced, trace
 from flyweight.stages.lengths import lengths_note
-from flyweight.stages.quote import Stage
 from flyweight.stages.sensitivity import CriterionLook, Evidence, LevelLook, evidence_of, mean_agreement, sensitivity_of
 from flyweight.stages.setup import calls_of, check_calls
 from flyweight.stages.tell import parameters
+from flyweight.stages.watch import Stage
 from flyweight.types import Note
 
 __all__ = ["GroupLook", "Inspection", "LayerLook", "inspected"]

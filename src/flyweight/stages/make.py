@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,16 @@ from flyweight.errors import UsageError, VerificationError
 from flyweight.graph.cost import total_macs
 from flyweight.graph.measure import fingerprint
 from flyweight.stages.buy import REFERENCE_FILE, Purchase
-from flyweight.stages.quote import Quotes, Stage
+from flyweight.stages.quote import Quotes
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import forecasts, layer_rows, parameters
+from flyweight.stages.watch import Watch
 from flyweight.stages.weigh import (
     COMPRESSED,
     ORIGINAL,
     Evidence,
     behaviour_of,
-    clocked,
+    clocked_until_decided,
     evidence,
     parity,
     promises,
@@ -75,11 +75,10 @@ def plan_of(job: Job, quotes: Quotes, purchase: Purchase) -> Plan:
     return Plan(purchase.choices, predicted, solution.error, job.budget, made_with, solution.feasible, solution.binding)
 
 
-def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Stage) -> Made:
+def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Watch) -> Made:
     """Exports the purchase to model.onnx and weighs it. Raises VerificationError (the file is set aside) when the
     runtime does not answer what the graph computes."""
     job.checkpoint("exporting")
-    started_s = time.monotonic()
     advance = stage("export and verify", 4)
     content = purchase.file or (lambda part: export(purchase.graph, job.example, part))
     file = folder.write(ARTIFACT_FILE, content)
@@ -98,9 +97,9 @@ def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: St
         found = evidence(purchase.graph, reference, file, job.roles.test, job.settings.target, job.settings.threads)
     advance(1)
     left = job.time_left_s()
-    timings = clocked(
+    timings = clocked_until_decided(
         job.graph, {ORIGINAL: reference, COMPRESSED: file}, data, job.shapes, job.settings.target,
-        job.settings.threads, deadline_s=None if left is None else max(left, 5.0),
+        job.settings.threads, job.budget, deadline_s=None if left is None else max(left, 5.0),
     )  # fmt: skip
     advance(1)
     artifact = Artifact(
@@ -108,8 +107,7 @@ def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: St
         len(planned), len(planned) - len(fallen),
     )  # fmt: skip
     results = _results(job, quotes, purchase, artifact, fallen, proofs, found, timings, folder)
-    seconds = {"export and verify": time.monotonic() - started_s, "all": time.monotonic() - job.started_s}
-    return Made(purchase.graph, msgspec.structs.replace(results, seconds=seconds))
+    return Made(purchase.graph, msgspec.structs.replace(results, seconds=stage.seconds()))
 
 
 def _set_aside_unless_proven(folder: Folder, file: Path, proofs: Sequence[Claim]) -> None:
@@ -159,7 +157,7 @@ def _results(
     )  # fmt: skip
     return Results(
         title=job.title,
-        task=f"{job.yardstick.task} ({job.task_reason})",
+        task=job.yardstick.task,
         divergence=_divergence_name(job),
         metric=job.yardstick.metric_name,
         target=job.settings.target,
@@ -186,6 +184,7 @@ def _results(
         machine=machine.describe(),
         seed=job.settings.seed,
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        task_reason=job.task_reason,
     )
 
 
@@ -280,7 +279,7 @@ def _summary(
         return f"All {len(promised)} limits hold: {parts}."
     broken = ", ".join(c.name for c in promised if c.state == "fails")
     unknown = ", ".join(c.name for c in promised if c.state == "undecided")
-    text = f"Budget not met: {parts}."
+    text = f"Budget {'not met' if broken or not plan.feasible else 'undecided'}: {parts}."
     text += f" Fails: {broken}." if broken else ""
     text += f" Undecided: {unknown}." if unknown else ""
     return text + (f" Nearest point delivered; {plan.binding} binds." if not plan.feasible else "")

@@ -28,10 +28,11 @@ from flyweight.stages.depth import rest_of
 from flyweight.stages.price import Format, Menu, Sizes, edges
 from flyweight.stages.ranks import meeting
 from flyweight.stages.setup import Inputs, Job
-from flyweight.stages.weighing import Stage, Store, better, sensitivities, together
+from flyweight.stages.watch import Stage
+from flyweight.stages.weighing import Store, better, sensitivities, together
 from flyweight.types import Note
 
-__all__ = ["Quotes", "Stage", "Store", "largest_integer", "quote"]
+__all__ = ["Quotes", "Store", "largest_integer", "quote"]
 
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32

@@ -23,8 +23,9 @@ from flyweight.methods import channels, criteria
 from flyweight.methods.pricing import Judge, outputs_of
 from flyweight.numerics.forms import row_errors
 from flyweight.numerics.moments import enough
-from flyweight.stages.quote import JUDGE_MACS, JUDGE_SAMPLES, LEAST_SAMPLES, Stage
+from flyweight.stages.quote import JUDGE_MACS, JUDGE_SAMPLES, LEAST_SAMPLES
 from flyweight.stages.setup import Settings, yardstick_of
+from flyweight.stages.watch import Stage
 from flyweight.types import Note
 
 __all__ = ["CriterionLook", "Evidence", "LevelLook", "Sensitivity", "evidence_of", "mean_agreement", "sensitivity_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import hashlib
 import re
@@ -273,6 +274,10 @@ def _check(settings: Settings) -> None:
         raise UsageError(f"seed must be a whole number from 0 to 2^32 - 1, got {settings.seed!r}")
     if settings.better not in ("higher", "lower"):
         raise UsageError(f"better must be 'higher' or 'lower', got {settings.better!r}")
+    for name in ("evaluate", "divergence", "metric"):
+        value = getattr(settings, name)
+        if not (value is None or callable(value) or (name == "metric" and isinstance(value, str))):
+            raise UsageError(f"{name} is a {type(value).__name__}, not a function", fix="give the function itself")
     for rule in settings.rules:
         if not isinstance(rule, Rule):
             raise UsageError(f"{rule!r} is no rule", fix='write rules=[fw.rule("encoder.*", bits=8)]')
@@ -304,8 +309,17 @@ def _check_patterns(settings: Settings, graph: fx.GraphModule) -> None:
     names = [name for name, _ in graph.named_modules() if name]
     for pattern in (*settings.keep, *(rule.pattern for rule in settings.rules)):
         if not fnmatch.filter(names, pattern):
-            shown = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
-            raise UsageError(f"the pattern {pattern!r} matches no layer", fix=f"the layers are {shown}")
+            raise UsageError(f"the pattern {pattern!r} matches no layer", fix=_nearest_names(pattern, names))
+
+
+def _nearest_names(pattern: str, names: Sequence[str]) -> str:
+    """What a pattern that matches nothing may have meant ("head.*" where `head` is one layer), else the first names."""
+    bare = pattern.rstrip("*?.").lstrip("*?.")
+    close = [name for name in names if bare and bare in name][:3]
+    close += difflib.get_close_matches(bare, names, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(dict.fromkeys(close))}? A pattern must match the whole name"
+    return f"the layers are {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
 
 
 def _try_limits(graph: fx.GraphModule, found: Roles, yardstick: Yardstick, budget: Budget, metric: object) -> None:

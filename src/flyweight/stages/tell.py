@@ -35,6 +35,9 @@ from flyweight.types import (
 __all__ = ["decisions", "forecasts", "frontier_points", "layer_rows", "parameters"]
 
 
+SHOWN = 0.998  # of a layer's weights lie inside its histogram
+
+
 def parameters(graph: fx.GraphModule) -> int:
     """How many numbers the graph learned, tied ones once."""
     return sum(p.numel() for p in graph.parameters())
@@ -90,7 +93,9 @@ def _weight(graph: fx.GraphModule, name: str) -> Tensor:
 
 
 def _histogram(weight: Tensor, bins: int = 40) -> Histogram:
-    reach = float(weight.abs().max()) or 1.0
+    sizes = weight.float().abs().flatten()
+    few = sizes[:: 1 + len(sizes) // 100_000].sort().values
+    reach = float(few[int(SHOWN * (len(few) - 1))]) or float(sizes.max()) or 1.0
     counts = torch.histc(weight.float(), bins=bins, min=-reach, max=reach)
     return Histogram(-reach, reach, tuple(int(c) for c in counts))
 

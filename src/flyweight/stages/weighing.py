@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,9 +16,10 @@ from flyweight.graph.sense import sense, sensible
 from flyweight.methods.pricing import Judge, Ladder, Trial, ladder, tried
 from flyweight.stages.deliver import Network
 from flyweight.stages.setup import Job
+from flyweight.stages.watch import Stage
 from flyweight.types import Note
 
-__all__ = ["Stage", "Store", "better", "sensitivities", "together"]
+__all__ = ["Store", "better", "sensitivities", "together"]
 
 SAMPLES = 512  # whose gradients are taken: few of them make the weighted moments noisier than their weights are worth
 
@@ -31,9 +32,6 @@ class Store(Protocol):
 
     def load(self, name: str) -> bytes | None:
         """What was kept under `name`, None if nothing (or nothing sound) was."""
-
-
-Stage = Callable[[str, int], Callable[[int], None]]
 
 
 def sensitivities(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from flyweight.errors import ModelError
 from flyweight.graph.operators import CONVOLUTIONS
 from flyweight.graph.places import source_line
 from flyweight.graph.rewrite import flatten_views, refresh, without_dropout
+from flyweight.graph.shapes import shown_names
 
 __all__ = ["export", "lower", "output_names", "stored_name"]
 
@@ -57,7 +59,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
             fix="replace the operator named, or report it with the model",
         ) from error
     assert made is not None
-    onnx.save(_stripped(_lean(made.model_proto)), path)
+    onnx.save(_named(_stripped(_lean(made.model_proto)), graph), path)
 
 
 def _dynamic(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[dict[int, Any] | None, ...]:
@@ -153,6 +155,21 @@ def _stripped(model: onnx.ModelProto) -> onnx.ModelProto:
         value.ClearField("doc_string")
     model.ClearField("metadata_props")
     model.producer_name, model.producer_version = "flyweight", ""
+    return model
+
+
+def _named(model: onnx.ModelProto, graph: fx.GraphModule) -> onnx.ModelProto:
+    """The free sizes under the names that shapes use ("batch", "seq"), which torch numbers as it likes ("s52")."""
+    nodes = {str(n.target): n for n in graph.graph.nodes if n.op == "placeholder"}
+    shown = shown_names(graph)
+    names: dict[str, str] = {}
+    for value in model.graph.input:
+        for axis, free in nodes[value.name].meta.get("free", {}).items():
+            names[value.type.tensor_type.shape.dim[axis].dim_param] = shown[free]
+    for value in (*model.graph.input, *model.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:  # an output's may be a sum: "s52 - 2"
+                size.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.dim_param)
     return model
 
 
