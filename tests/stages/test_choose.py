@@ -172,10 +172,10 @@ def test_steps_are_those_of_the_choices_in_the_order_of_the_menu():
     assert len(found[1].setting["kept"]) == menu().ladders[3].levels[2]
 
 
-@pytest.mark.parametrize("slower", [0.9, 1.0, 1.04, 1.1, 1.25])
+@pytest.mark.parametrize("slower", [0.8, 0.9, 1.0, 1.04, 1.1, 1.25])
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_choice_is_corrected_until_the_clock_says_that_it_holds(slower: float, whole: bool):
-    """A clock that finds everything slower than the table says: the promise is kept, and not by more than is needed."""
+    """A clock that finds everything slower (or faster) than the table says: the promise is kept, the room is used."""
     offers, name, limit = markets(menu(), table()), f"latency@{SHAPE}", 0.6
     tried = []
 
@@ -192,12 +192,12 @@ def test_a_choice_is_corrected_until_the_clock_says_that_it_holds(slower: float,
     assert slower * found.solution.costs[name] <= limit
     held = [error for error, share in tried if share <= limit]
     assert found.solution.error == (min(held) if whole else held[0])
-    if slower <= 1.0:
+    if slower <= 1.0 and not whole:
         assert found is first
         assert len(tried) == 1
     # what the limit would have bought had the table been right about this clock
     ideal = choose(offers, {name: limit / slower}, "error", Trials()).solution
-    if whole and slower > 1.0:
+    if whole:
         near = choose(offers, {name: 0.97 * USED * limit / slower}, "error", Trials()).solution
         assert ideal.error <= found.solution.error <= near.error
 

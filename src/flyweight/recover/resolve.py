@@ -26,6 +26,7 @@ from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.numerics.moments import WIDEST, Moments, add_rows, empty_moments, merged
 from flyweight.numerics.obs import row_errors
 from flyweight.recover.normstats import matched
+from flyweight.recover.scales import fit_scales, scalable
 
 __all__ = ["resolve"]
 
@@ -71,10 +72,23 @@ def resolve(
                 task = _Task(new.inputs(mine), old.inputs(theirs), _lost_streams(mine, theirs, new, old, rows), masks)
                 _fit(result, original, layer, rows, task)
                 advance(1)
-            new.step(mine, feeds)
             if theirs is not None:
                 old.step(ahead.popleft(), feeds)
+                _fit_norm(mine, theirs, new, old, masks)
+            new.step(mine, feeds)
     return result
+
+
+def _fit_norm(mine: fx.Node, theirs: fx.Node, new: _Flow, old: _Flow, masks: Sequence[Tensor | None]) -> None:
+    """The scales of a layer norm, if the node is one, from what it is fed now to what the original's norm gave."""
+    module = module_of(new.graph, mine)
+    if scalable(module) and theirs in old.values and len(_calls(mine)) == 1:
+        fit_scales(module, new.inputs(mine), old.values[theirs], masks, HELD_BACK)  # type: ignore[arg-type]
+
+
+def _calls(node: fx.Node) -> list[fx.Node]:
+    """The nodes that call the same module."""
+    return [n for n in node.graph.nodes if n.op == "call_module" and n.target == node.target]
 
 
 def _enough(layer: Layer, feeds: Sequence[Batch]) -> bool:

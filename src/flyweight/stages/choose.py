@@ -92,14 +92,14 @@ def corrected(
     *,
     whole: bool,
 ) -> Choice:
-    """Chooses again under tighter limits where what is delivered takes longer, or is larger, than was predicted.
+    """Chooses again where what is delivered takes longer, or is larger, than was predicted: under tighter limits.
 
     `limits` are those on latency and size by name, `trial(choice, turn)` measures the delivered file at each,
-    `again(factors)` chooses with the limits times these factors. If the tighter choice leaves room and the `whole` budget
-    should be used (for quality), limits between the last ones are tried. The best choice that was measured to hold, else
-    the last one.
+    `again(factors)` chooses with the limits times these factors. If the `whole` budget should be used (for quality), room
+    that is left is given back: by the prediction's own error, or halfway to factors that are known to miss. The best
+    choice that was measured to hold, else the last one.
     """
-    tighter = dict.fromkeys(limits, 1.0)  # factors of the limits that the choice was made under
+    factors = dict.fromkeys(limits, 1.0)  # that the choice was made under
     missed: dict[str, float] = {}  # the last factors that are too loose
     held: Choice | None = None
     for turn in range(ROUNDS if limits else 0):
@@ -107,24 +107,34 @@ def corrected(
             break
         found = trial(choice, turn)
         used = {name: found[name] / limit for name, limit in limits.items()}
+        told = {
+            name: choice.solution.costs[name] / found[name] for name in limits
+        }  # what is predicted for one measured
         if max(used.values()) <= 1.0:
-            held = choice
-            if not missed or not whole or max(used.values()) >= USED:
+            if held is None or choice.solution.error < held.solution.error:
+                held = choice
+            if not whole or max(used.values()) >= USED:
                 break
-            tighter = {name: (factor + missed[name]) / 2 for name, factor in tighter.items()}
+            if missed:
+                factors = {name: (factor + missed[name]) / 2 for name, factor in factors.items()}
+            else:
+                factors = {name: max(factor, told[name] * _margin(name)) for name, factor in factors.items()}
         else:
-            missed = dict(tighter)
+            missed = dict(factors)
             for name, share in used.items():
                 if share > 1.0:
-                    # what is predicted must fall by as much as the measurement was above the limit
-                    told = choice.solution.costs[name] / (limits[name] * share)
-                    noisy = held is None and name != "size"
-                    tighter[name] = min(tighter[name], told) * (MARGIN if noisy else 1.0)
-        following = again(tighter)
+                    margin = 1.0 if held is not None else _margin(name)
+                    factors[name] = min(factors[name], told[name]) * margin
+        following = again(factors)
         if not following.solution.feasible or following.solution.choices == choice.solution.choices:
             break
         choice = following
     return held or choice
+
+
+def _margin(name: str) -> float:
+    """How much lower than a limit is aimed: sizes repeat, times do not."""
+    return 1.0 if name == "size" else MARGIN
 
 
 def steps_of(menu: Menu, solution: Solution) -> tuple[Step, ...]:
