@@ -44,9 +44,7 @@ def fit_scales(
         for part, chosen in enumerate((~back, back)):
             rows = real & chosen.reshape(-1, *[1] * (x.ndim - 2))
             a, b = normal[rows].double(), y[rows].double()
-            sums[part] += torch.stack(
-                [torch.ones_like(a).sum(0), a.sum(0), b.sum(0), (a * a).sum(0), (a * b).sum(0), (b * b).sum(0)]
-            )
+            sums[part] += torch.stack([one.sum(0) for one in (torch.ones_like(a), a, b, a * a, a * b, b * b)])
     start = module.weight.double(), module.bias.double()
     used, held = sums
     if not bool((used[0] > 1).all()):
@@ -71,4 +69,5 @@ def _solved(sums: Tensor) -> tuple[Tensor, Tensor]:
 def _errors(sums: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """The sum of (y - scale x - shift)^2, by channel."""
     count, x, y, xx, xy, yy = sums
-    return yy + scale**2 * xx + count * shift**2 - 2 * scale * xy - 2 * shift * y + 2 * scale * shift * x
+    errors: Tensor = yy + scale**2 * xx + count * shift**2 - 2 * scale * xy - 2 * shift * y + 2 * scale * shift * x
+    return errors

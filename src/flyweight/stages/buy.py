@@ -318,9 +318,7 @@ def _search_notes(first: Choice, last: Choice) -> tuple[Note, ...]:
     """What the search did beyond solving the budget once to the end."""
     notes = []
     if last is not first:
-        text = (
-            "the file of the first choice missed a limit that it was predicted to meet: chosen again under tighter ones"
-        )
+        text = "the file of the first choice did not take what was predicted: chosen again with that known"
         notes.append(Note("budget.corrected", text))
     if last.solution.gap > UNPROVEN:
         text = f"the search ended by time: a better choice may exist, by at most {last.solution.gap:.1%}"
