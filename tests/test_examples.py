@@ -38,7 +38,7 @@ def test_examples_name_only_what_is_there(path):
 
 def test_resume_stops_by_time_and_ends_with_a_result(tmp_path):
     script = next(path for path in EXAMPLES if path.stem == "resume")
-    call = [sys.executable, "-c", f"{FIRST}; import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"]
+    call = [sys.executable, "-c", f"{FIRST}import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     first, *_, last = done.stdout.splitlines()

@@ -130,4 +130,4 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         runtime="onnxruntime", threads=1, seconds_per_shape=0.06, advance=told.append,
     )  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.npz", "kept.onnx"]
-    assert told == [2 + COPIES]  # the reference, the base, one variant  # the reference, the float base, one variant
+    assert sum(told) == 2 + COPIES  # the reference, the float base, one variant

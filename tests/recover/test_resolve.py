@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from flyweight.graph.operators import layers, matrix
 from flyweight.graph.trace import trace
 from flyweight.methods import channels, lowrank
+from flyweight.recover import flow
 from flyweight.recover import resolve as resolving
 from flyweight.recover.normstats import rematch
 from flyweight.recover.resolve import resolve
@@ -173,7 +174,7 @@ def test_a_second_input_flows_too():
 
 def test_as_many_batches_are_used_as_fit(monkeypatch: pytest.MonkeyPatch):
     graph, rows = cut()
-    monkeypatch.setattr(resolving, "MEMORY_BYTES", 1)
+    monkeypatch.setattr(flow, "WORK_MACS", 1)
     little = resolve(graph, one().graph, rows, one().batches)
     only_first = resolve(graph, one().graph, rows, one().batches[:1])
     assert all(torch.equal(t, only_first.state_dict()[n]) for n, t in little.state_dict().items())
@@ -189,10 +190,10 @@ def test_batches_of_several_lengths_are_fitted_together_and_long_ones_count_for_
     fitted = resolve(moved, graph, {}, batches)
     for (x,) in batches:
         assert (fitted(x) - graph(x)).abs().max() < 0.1 * (moved(x) - graph(x)).abs().max()
-    # room for 60 samples as traced: one of twice the length counts four times
-    monkeypatch.setattr(resolving, "MEMORY_BYTES", 60 * 8 * 4 * 4 * 8)
-    assert len(resolving._affordable(graph, batches)) == 2
-    assert len(resolving._affordable(graph, [batches[0]] * 9)) == 3
+    # time for 60 samples as traced (both networks run `up`, 4 rows of 4 x 8): one of twice the length counts four times
+    monkeypatch.setattr(flow, "WORK_MACS", 60 * 2 * 4 * 4 * 8)
+    assert len(flow.affordable(graph, batches)[0]) == 1
+    assert len(flow.affordable(graph, [batches[0]] * 9)[0]) == 3
 
 
 def test_positions_that_all_samples_share_are_no_stream():

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -84,6 +84,7 @@ def compare(
     seconds_per_shape: float | None = None,
     quick: bool = False,
     cores: Sequence[int] | None = None,
+    ended: Callable[[int, int], None] = lambda process, processes: None,
 ) -> Timings:
     """Latency and share of the reference's time of every artifact at every shape.
 
@@ -91,7 +92,8 @@ def compare(
     artifact gets at one shape in one process; `block_runs` and `blocks` (of each of the two models) fix what is else
     chosen from it. `quick` only changes the defaults: 2 processes of 0.12 s instead of 5 of 0.5 s, for latency tables.
     `deadline_s` is the time from now within which the clock should end: it measures shorter, then in fewer processes
-    (never below two), and says so in a Note. `cores` pins the processes; by default the system places them.
+    (never below two), and says so in a Note. `cores` pins the processes; by default the system places them. `ended` is told
+    when a process ends: which, of how many.
     Raises UsageError for names that do not fit, ModelError for a model or input that the runtime refuses, DataError for
     inputs that cannot be read, FlyweightError (with the last lines it wrote) if a timing process dies, ResourceError if
     it hangs or runs out of memory.
@@ -113,7 +115,7 @@ def compare(
         cores=tuple(cores) if cores else None,
         reply="",
     )
-    replies = _measure(job, wanted, deadline_s)
+    replies = _measure(job, wanted, deadline_s, ended)
     notes = _notes(asked_s, seconds, wanted, len(replies))
     return _summarize(replies, job, reference, list(artifacts), notes)
 
@@ -153,7 +155,7 @@ def _affordable(seconds: float, deadline_s: float | None, measurements: int) -> 
     return min(seconds, max(0.6 * deadline_s / measurements, min(LEAST_S, seconds)))
 
 
-def _measure(job: Job, processes: int, deadline_s: float | None) -> list[Reply]:
+def _measure(job: Job, processes: int, deadline_s: float | None, ended: Callable[[int, int], None]) -> list[Reply]:
     start_s, replies = time.monotonic(), list[Reply]()
     for index in range(processes):
         spent_s = time.monotonic() - start_s
@@ -162,6 +164,7 @@ def _measure(job: Job, processes: int, deadline_s: float | None) -> list[Reply]:
             break
         turn = index % len(job.pairs)  # nobody is always first
         replies.append(_fresh_process(msgspec.structs.replace(job, pairs=job.pairs[turn:] + job.pairs[:turn])))
+        ended(index, processes)
     return replies
 
 

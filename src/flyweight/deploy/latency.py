@@ -173,12 +173,13 @@ def _timed(
     seconds_per_shape: float | None,
     advance: Callable[[int], None],
 ) -> Timings:
-    timings = compare(
+    return compare(
         files, feeds, reference=REFERENCE, runtime=runtime, threads=threads, quick=True,
         deadline_s=deadline_s, seconds_per_shape=seconds_per_shape,
+        ended=lambda process, processes: advance(
+            len(files) * (process + 1) // processes - len(files) * process // processes
+        ),
     )  # fmt: skip
-    advance(len(files))
-    return timings
 
 
 def _table(

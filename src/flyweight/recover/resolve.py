@@ -11,10 +11,8 @@ Source: METHODS 2.8 (pass 2); the idea as in Li et al. 2025, arXiv:2504.02692 (G
 from __future__ import annotations
 
 import copy
-import math
 import operator
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +23,8 @@ from flyweight.graph.operators import Layer, input_rows, layers, matrix, module_
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.numerics.moments import WIDEST, Moments, add_rows, empty_moments, merged
 from flyweight.numerics.obs import row_errors
+from flyweight.recover.flow import Flow, Values, affordable
 from flyweight.recover.normstats import matched
-from flyweight.recover.scales import fit_scales, scalable
 
 __all__ = ["resolve"]
 
@@ -36,7 +34,6 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)  # of the mean diagonal: how strongly the old we
 HELD_BACK = 4  # every fourth sample judges how strongly
 POSITIONS = 32  # patches of each sample that a convolution is fitted to
 MOST = 256  # of them where samples are few
-MEMORY_BYTES = 1_200_000_000  # for the values of both networks that are alive at once
 
 
 def resolve(
@@ -52,49 +49,31 @@ def resolve(
     `graph` was cut from `original`: a node is the other's of that name, and they come in the same order. What only one of
     them has (the first part of a layer that became two, a block left out) is no layer to fit. `kept` maps a layer to the
     output rows it still has (missing: all). Layers that share a tensor, are called twice or saw too few rows stay as they
-    are. Norms get the statistics of the new outputs. All batches pass through one node before the next, so the cost is
-    one run of each network; as many batches are used as fit into MEMORY_BYTES.
+    are. Norms get the statistics of the new outputs. As many batches are used as memory and time allow (`flow.affordable`).
     """
     result = copy.deepcopy(graph)
     present = layers(result)
-    new, old = _Flow(result), _Flow(original)
-    feeds, shared, mask = _affordable(original, batches), sharers(result), mask_input(original)
+    feeds, most = affordable(original, batches)
+    new, old = Flow(result, feeds, most), Flow(original, feeds, most)
+    shared, mask = sharers(result), mask_input(original)
     masks = [None if mask is None else kept_tokens(feed[mask]) for feed in feeds]
+    samples = sum(len(feed[0]) for feed in feeds)
+    teachers = {node.name: node for node in original.graph.nodes}
     with torch.no_grad():
-        teachers, ahead = {node.name: node for node in original.graph.nodes}, deque(original.graph.nodes)
         for mine in list(result.graph.nodes):
             theirs = teachers.get(mine.name)
-            while theirs is not None and ahead[0] is not theirs:
-                old.step(ahead.popleft(), feeds)
             layer = present.get(str(mine.target)) if mine.op == "call_module" else None
-            if theirs is not None and layer is not None and layer.name not in shared and _enough(layer, feeds):
+            if theirs is not None and layer is not None and layer.name not in shared and _enough(layer, samples):
                 rows = kept.get(layer.name)
-                task = _Task(new.inputs(mine), old.inputs(theirs), _lost_streams(mine, theirs, new, old, rows), masks)
+                task = _Task(new, mine, old, theirs, _streams(mine, theirs, new, old, rows), masks, samples)
                 _fit(result, original, layer, rows, task)
                 advance(1)
-            if theirs is not None:
-                old.step(ahead.popleft(), feeds)
-                _fit_norm(mine, theirs, new, old, masks)
-            new.step(mine, feeds)
     return result
 
 
-def _fit_norm(mine: fx.Node, theirs: fx.Node, new: _Flow, old: _Flow, masks: Sequence[Tensor | None]) -> None:
-    """The scales of a layer norm, if the node is one, from what it is fed now to what the original's norm gave."""
-    module = module_of(new.graph, mine)
-    if scalable(module) and theirs in old.values and len(_calls(mine)) == 1:
-        fit_scales(module, new.inputs(mine), old.values[theirs], masks, HELD_BACK)  # type: ignore[arg-type]
-
-
-def _calls(node: fx.Node) -> list[fx.Node]:
-    """The nodes that call the same module."""
-    return [n for n in node.graph.nodes if n.op == "call_module" and n.target == node.target]
-
-
-def _enough(layer: Layer, feeds: Sequence[Batch]) -> bool:
+def _enough(layer: Layer, samples: int) -> bool:
     """Whether the samples give at least four rows a column (METHODS 2.0); a layer called twice has no single output."""
     fits = layer.columns + layer.outputs // layer.groups <= WIDEST and layer.output_taps == 1
-    samples = sum(len(feed[0]) for feed in feeds)
     rows = samples * min(_looks(layer, samples), layer.positions)
     return len(layer.nodes) == 1 and fits and rows >= 4 * layer.columns
 
@@ -104,108 +83,64 @@ def _looks(layer: Layer, samples: int) -> int:
     return min(MOST, max(POSITIONS, -(-8 * layer.columns // max(samples, 1))))
 
 
-def _affordable(graph: fx.GraphModule, batches: Iterable[Batch]) -> list[Batch]:
-    """The first batches whose values fit: about four of a network's largest values are alive at once, in two networks."""
-    largest = 1
-    for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.ndim > 1:
-            largest = max(largest, 4 * int(torch.Size(int(s) for s in value.shape[1:]).numel()))
-    budget = MEMORY_BYTES // (8 * largest)
-    traced = [int(x.shape[1:].numel()) for x in _inputs(graph)]
-    chosen: list[Batch] = []
-    seen = 0
-    for batch in batches:
-        chosen.append(batch)
-        seen += len(batch[0]) * _longer(batch, traced)
-        if seen + len(batch[0]) > budget:
-            break
-    return chosen
-
-
-def _inputs(graph: fx.GraphModule) -> list[Tensor]:
-    found = (node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder")
-    return [value for value in found if isinstance(value, Tensor)]
-
-
-def _longer(batch: Batch, traced: Sequence[int]) -> int:
-    """How much larger the values of a batch may be than those traced: scores of attention grow as the square."""
-    ratio = max((x[0].numel() / max(1, size) for x, size in zip(batch, traced, strict=False)), default=1.0)
-    return max(1, math.ceil(ratio * ratio))
-
-
-class _Flow:
-    """The values of one network for all batches, alive as long as a later node reads them."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.graph = graph
-        self.runner = fx.Interpreter(graph, garbage_collect_values=False)
-        self.values: dict[fx.Node, list[object]] = {}
-        self.inputs_seen = 0
-        last: dict[fx.Node, fx.Node] = {}
-        for node in graph.graph.nodes:
-            last |= dict.fromkeys(node.all_input_nodes, node)
-        self.dying: dict[fx.Node, list[fx.Node]] = {}
-        for node, reader in last.items():
-            self.dying.setdefault(reader, []).append(node)
-
-    def inputs(self, node: fx.Node) -> list[Tensor]:
-        """The first argument of a call, for every batch."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return self.values[source]  # type: ignore[return-value]
-
-    def step(self, node: fx.Node, feeds: Sequence[Batch]) -> None:
-        """Computes a node for all batches and forgets what nobody reads any more."""
-        if node.op == "placeholder":
-            self.values[node] = [feed[self.inputs_seen] for feed in feeds]
-            self.inputs_seen += 1
-        elif node.op != "output":
-            found = []
-            for i in range(len(feeds)):
-                self.runner.env = {n: self.values[n][i] for n in node.all_input_nodes}
-                found.append(self.runner.run_node(node))
-            self.values[node] = found
-        for done in self.dying.get(node, []):
-            del self.values[done]
-
-
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """What a layer is fitted with, batch by batch: inputs of both networks, what the stream lost, which tokens are real."""
+    """What a layer is fitted with: its calls in both networks, the streams that its outputs go to, which tokens are real."""
 
-    new: Sequence[Tensor]
-    old: Sequence[Tensor]
-    lost: Sequence[Tensor] | None
+    new: Flow
+    mine: fx.Node
+    old: Flow
+    theirs: fx.Node
+    streams: tuple[fx.Node, fx.Node] | None
     masks: Sequence[Tensor | None]
+    samples: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """For every batch the inputs of both networks, and what the stream has lost."""
+        self.new.reach(self.mine)
+        self.old.reach(self.theirs)
+        for ours, known in zip(self.new.look(self.mine), self.old.look(self.theirs), strict=True):
+            x, y = ours[_input(self.mine)], known[_input(self.theirs)]
+            assert isinstance(x, Tensor)
+            assert isinstance(y, Tensor)
+            yield x, y, self._lost(ours, known, x)
+
+    def _lost(self, ours: Values, known: Values, x: Tensor) -> Tensor | None:
+        if self.streams is None:
+            return None
+        a, b = known[self.streams[1]], ours[self.streams[0]]
+        wanted = (*x.shape[:-1], module_of(self.new.graph, self.mine).out_features)  # type: ignore[union-attr]
+        # one stream for all samples (learned positions) has lost nothing, and does not have the shape of the outputs
+        fits = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape == wanted
+        return a - b if fits else None  # type: ignore[operator]
 
 
-def _lost_streams(
-    mine: fx.Node, theirs: fx.Node, new: _Flow, old: _Flow, rows: Sequence[int] | None
-) -> list[Tensor] | None:
-    """Original less compressed stream at the sum that a linear layer's outputs go to, where both are known already."""
+def _input(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _streams(
+    mine: fx.Node, theirs: fx.Node, new: Flow, old: Flow, rows: Sequence[int] | None
+) -> tuple[fx.Node, fx.Node] | None:
+    """Compressed and original stream at the sum that a linear layer's outputs go to, where both are known already."""
     ours, sums = _stream(mine, new), _stream(theirs, old)
     if rows is not None or ours is None or sums is None or ours.name != sums.name:
         return None
-    pairs = list(zip(old.values[sums], new.values[ours], strict=True))
-    width = (module_of(new.graph, mine).out_features,)  # type: ignore[union-attr]
-    # one stream for all samples (learned positions) has lost nothing, and does not have the shape of the outputs
-    usable = all(
-        isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape == (*x.shape[:-1], *width)
-        for (a, b), x in zip(pairs, new.inputs(mine), strict=True)
-    )
-    return [a - b for a, b in pairs] if usable else None  # type: ignore[operator]
+    return ours, sums
 
 
-def _stream(node: fx.Node, flow: _Flow) -> fx.Node | None:
+def _stream(node: fx.Node, flow: Flow) -> fx.Node | None:
     """The other side of the sum that alone reads a linear layer's outputs, through dropouts."""
     if not isinstance(module_of(flow.graph, node), torch.nn.Linear):
         return None
+    place = flow.index[node]
     while len(node.users) == 1:
         user = next(iter(node.users))
         if user.op == "call_function" and user.target in SUMS and len(user.args) == 2 and not user.kwargs:
             other = next((a for a in user.args if a is not node), None)
-            return other if isinstance(other, fx.Node) and other in flow.values else None
+            return other if isinstance(other, fx.Node) and flow.index[other] < place else None
         if not isinstance(module_of(flow.graph, user), torch.nn.modules.dropout._DropoutNd):
             return None
         node = user
@@ -289,19 +224,18 @@ def _moments(
 ) -> tuple[Moments, Moments]:
     """Moments of (inputs, outputs wanted) over the samples that fit, and over those held back."""
     groups, width = layer.groups, matrix(module).shape[1]
-    target = target.to(task.old[0].dtype)
-    looks, seen = _looks(layer, sum(len(x) for x in task.new)), 0
+    looks, seen = _looks(layer, task.samples), 0
     found = [empty_moments(width + target.shape[1], groups) for _ in range(2)]
-    for i, (x, y) in enumerate(zip(task.new, task.old, strict=True)):
+    for mask, (x, y, lost) in zip(task.masks, task, strict=True):
         rows = input_rows(module, x, seen, looks).reshape(-1, groups, width)
         given = input_rows(teacher, y, seen, looks).reshape(-1, groups, target.shape[2])
-        wanted = torch.einsum("ngi,goi->ngo", given, target)
-        if task.lost is not None:
-            wanted += task.lost[i].reshape(wanted.shape)
+        wanted = torch.einsum("ngi,goi->ngo", given, target.to(y.dtype))
+        if lost is not None:
+            wanted += lost.reshape(wanted.shape)
         joined = torch.cat([rows, wanted], 2).flatten(1)
         back = (seen + torch.arange(len(x))) % HELD_BACK == HELD_BACK - 1
         back = back.repeat_interleave(len(joined) // len(x))
-        real = real_rows(module, x, task.masks[i])
+        real = real_rows(module, x, mask)
         for k, chosen in enumerate((~back, back)):
             found[k] = add_rows(found[k], joined[chosen if real is None else chosen & real])
         seen += len(x)
