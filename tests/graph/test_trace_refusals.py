@@ -67,6 +67,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[object, ...], str, str]]
     "a value": (linear(lambda self, x: self.fc(x) * x.max().item()), FOUR, "aten.item", "`fc`"),
     "numpy": (linear(lambda self, x: torch.from_numpy(x.detach().numpy())), FOUR, "cannot be exported", "numpy"),
     "autocast": (linear(autocast), FOUR, "autocast", ""),
+    "a number beside": (linear(lambda self, x: {"y": self.fc(x), "t": 0.5}), FOUR, r"output\['t'\] is a float", ""),
     "no output": (linear(lambda self, x: None), FOUR, "no tensor back", ""),
     "nested": (nets.MLP, ([torch.randn(2, 12)],), "input `x` is a list", ""),
     "no rows": (nets.MLP, (torch.randn(0, 12),), "no rows", ""),

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import ModelError, TraceError
 from .places import source_line, user_line
-from .signature import Call, batch_rows, plain, tensors_in, with_rows
+from .signature import Call, batch_rows, leaves_in, plain, tensors_in, with_rows
 
 __all__ = [
     "alike",
@@ -128,7 +128,14 @@ def first_line(error: BaseException) -> str:
 
 
 def check_batch_axis(output: Any, rows: int, graph: fx.GraphModule | None = None) -> None:
-    """Raises TraceError where an output's first axis is not the batch."""
+    """Raises TraceError where an output is no tensor, or its first axis is not the batch."""
+    for name, value in leaves_in(output):
+        if value is not None and not isinstance(value, Tensor):
+            raise TraceError(
+                f"{name} is a {type(value).__name__}, not a tensor",
+                why="a file and a graph answer with tensors alone",
+                fix="leave it out of what forward returns, or wrap the model in a module that does",
+            )
     found = list(tensors_in(output))
     if not found:
         raise TraceError("the model gives no tensor back", fix="return a tensor, or a dict or tuple of tensors")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import TraceError
 from ..types import Note
 
-__all__ = ["Call", "batch_rows", "bind", "dynamic_shapes", "free_axes", "plain", "tensors_in", "with_rows"]
+__all__ = ["Call", "batch_rows", "bind", "dynamic_shapes", "free_axes", "leaves_in", "plain", "tensors_in", "with_rows"]
 
 CONSTANTS = (bool, int, float, str, torch.dtype, torch.device)
 
@@ -188,16 +188,21 @@ def free_axes(call: Call, others: Sequence[Call]) -> list[tuple[int, ...]]:
     return found
 
 
-def tensors_in(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an output, with the name of its place."""
-    if isinstance(output, Tensor):
-        yield name, output
-    elif isinstance(output, Mapping):
+def leaves_in(output: Any, name: str = "output") -> Iterator[tuple[str, Any]]:
+    """Everything that an output's plain containers hold, with the name of its place."""
+    if isinstance(output, Mapping):
         for key, value in output.items():
-            yield from tensors_in(value, f"{name}[{key!r}]")
+            yield from leaves_in(value, f"{name}[{key!r}]")
     elif isinstance(output, (list, tuple)):
         for index, value in enumerate(output):
-            yield from tensors_in(value, f"{name}[{index}]")
+            yield from leaves_in(value, f"{name}[{index}]")
+    else:
+        yield name, output
+
+
+def tensors_in(output: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an output, with the name of its place."""
+    return ((name, value) for name, value in leaves_in(output) if isinstance(value, Tensor))
 
 
 def plain(output: Any) -> tuple[Any, tuple[Note, ...]]:
