@@ -20,7 +20,7 @@ __all__ = ["Flow", "Values", "affordable"]
 Batch = tuple[Tensor, ...]
 Values = dict[fx.Node, object]
 MEMORY_BYTES = 800_000_000  # for what waits of two networks, beside their inputs
-WORK_MACS = 4e12  # for running two networks, a minute or two
+WORK_MACS = 2.5e12  # for running two networks, a minute or so
 
 
 class Flow:

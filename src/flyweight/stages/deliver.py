@@ -20,6 +20,7 @@ from flyweight.graph.surgery import fold_norms
 from flyweight.methods import blocks, channels, int8, lowrank
 from flyweight.recover.normstats import rematch
 from flyweight.recover.resolve import resolve
+from flyweight.stages.tidy import tidy
 from flyweight.types import Note, Step
 
 __all__ = ["Network", "Prepared", "deliver", "prepared", "restructured", "with_numbers"]
@@ -88,6 +89,7 @@ def restructured(network: Network, steps: Collection[Step], calib: Callable[[], 
         again = resolve(graph, network.graph, rows, calib())
         rematch(again, network.graph, rows, _first(calib(), NORM_SAMPLES))
         graph = _nearer(network.graph, (graph, again), calib())
+    tidy(network.graph)
     return graph
 
 

@@ -28,6 +28,7 @@ from flyweight.stages.depth import rest_of
 from flyweight.stages.price import Format, Menu, Sizes, edges
 from flyweight.stages.ranks import meeting
 from flyweight.stages.setup import Inputs, Job
+from flyweight.stages.tidy import tidy
 from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store, better, sensitivities, together
 from flyweight.types import Note
@@ -167,6 +168,7 @@ def _ladders(
             prices = [_Prices(o.gone, o.levels, o.layer_errors, o.errors, sensed=o.sensed) for o in ladders]
             store.save(f"channels-{i}.json", msgspec.json.encode(prices))
         made |= {one.group.name: one for one in ladders}
+        tidy(network.graph)
         if advance:
             advance(len(some))
     return tuple(made[group.name] for group in found)

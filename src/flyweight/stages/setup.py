@@ -27,6 +27,7 @@ from flyweight.graph.trace import own_copy, trace
 from flyweight.numerics import divergence as div
 from flyweight.numerics.ragged import joined
 from flyweight.stages import lengths
+from flyweight.stages.tidy import tidy
 from flyweight.types import Budget, Note, Rule
 
 __all__ = [
@@ -180,6 +181,7 @@ def job_of(
     check_calls(model, [*calls, *longer])
     (call, _), *others = calls
     traced = trace(model, call.args, call.kwargs, [(other.args, other.kwargs) for other, _ in others])
+    tidy(traced.module)
     rows = _two_rows(call.inputs)
     yardstick, reason = yardstick_of(traced.module, found, settings)
     metric = yardstick.metric_name or "accuracy"
