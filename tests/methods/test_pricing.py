@@ -11,9 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flyweight.methods import channels
+from flyweight.graph.axes import groups
+from flyweight.graph.operators import layers
+from flyweight.graph.trace import trace
+from flyweight.methods import channels, pricing
 from flyweight.methods.pricing import Judge, by_magnitude, fitted, ladder, outputs_of
 from flyweight.testing import Subject, small_network, subject
+
+from ..graph.nets import TiedNet
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +117,26 @@ def test_the_curve_never_falls_and_is_finite_whatever_was_measured(points, asked
     values = [curve(e) for e in sorted(asked)]
     assert all(math.isfinite(v) and v >= 0 for v in values)
     assert all(b >= a * (1 - 1e-9) for a, b in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize("kind", ["small", "tied"])
+def test_a_trial_shares_what_it_does_not_touch_and_touches_nothing_that_it_shares(one: Subject, kind: str):
+    """A whole copy for every price would be a model's size each; tied tensors count as touched under every name."""
+    example = (torch.randint(0, 11, (2, 6)),)
+    graph = one.graph if kind == "small" else trace(TiedNet().eval(), example).module
+    found = one.groups.values() if kind == "small" else [g for g in groups(graph, example) if g.consumers]
+    assert found
+    for group in found:
+        changed = pricing._copy(graph, group, layers(graph))
+        own = {n for use in group.consumers for n in (use.layer, layers(graph)[use.layer].norm)}
+        touched = {id(t) for name, t in _named(graph) if name.rpartition(".")[0] in own}
+        before = {name: t.clone() for name, t in _named(graph)}
+        for (name, tensor), (_, known) in zip(_named(changed), _named(graph), strict=True):
+            assert (tensor is known) == (id(known) not in touched), name
+            if tensor is not known:
+                tensor.data.add_(1)
+        assert all(torch.equal(t, before[name]) for name, t in _named(graph))
+
+
+def _named(graph: torch.fx.GraphModule) -> list[tuple[str, torch.Tensor]]:
+    return [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]

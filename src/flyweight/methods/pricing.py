@@ -81,7 +81,7 @@ def tried(
     gone, points = channels.order(graph, group, layers, stats), sorted(_spread(len(levels), measured))
     at = points[len(points) // 3]
     refits = channels.refit_readers(graph, group, layers, stats, channels.kept_channels(group, gone, levels[at]))
-    return Trial(gone, {at: _measured(copy.deepcopy(graph), graph, layers, refits, judge)})
+    return Trial(gone, {at: _measured(_copy(graph, group, layers), graph, layers, refits, judge)})
 
 
 def ladder(
@@ -102,7 +102,7 @@ def ladder(
     """
     begun = trial or Trial(channels.order(graph, group, layers, stats) if compensate else by_magnitude(graph, group))
     gone = begun.gone
-    changed = copy.deepcopy(graph)
+    changed = _copy(graph, group, layers)
     points = _spread(len(levels), measured)
     errors, found = [0.0], {0.0: 0.0}
     family = channels.families(graph, group, layers, stats, gone) if compensate else {}
@@ -118,6 +118,15 @@ def ladder(
     curve, sensed = fitted(found), any(use.layer in stats.sensed for use in group.consumers)
     prices = tuple(curve(e) for e in errors)
     return Ladder(group, gone, (group.size, *levels), tuple(errors), prices, sensed)
+
+
+def _copy(graph: fx.GraphModule, group: Group, layers: Mapping[str, Layer]) -> fx.GraphModule:
+    """A copy of the graph with own tensors where the group's readers (and their norms) have theirs; it shares the rest."""
+    readers = [layers[use.layer] for use in group.consumers]
+    own = {name for layer in readers for name in (layer.name, layer.norm)}
+    named = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+    touched = {id(tensor) for name, tensor in named if name.rpartition(".")[0] in own}  # tied ones under every name
+    return copy.deepcopy(graph, {id(tensor): tensor for _, tensor in named if id(tensor) not in touched})
 
 
 def _measured(

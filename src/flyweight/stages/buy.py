@@ -276,17 +276,18 @@ def _corrected(
     found = cost_limits(job.budget, reference, table)
     limits = {name: v for name, v in found.items() if name == "size" or (clock and name.startswith("latency@"))}
     timed = any(name != "size" for name in limits)
-    files: dict[int, bytes | None] = {}
+    tried: list[tuple[Choice, bytes | None]] = []
 
     def trial(offered: Choice, turn: int) -> dict[str, float]:
-        measured, files[id(offered)] = _trial(job, offered, folder, turn, timed)
+        measured, file = _trial(job, offered, folder, turn, timed)
+        tried.append((offered, file))
         return measured
 
     def again(tighter: Mapping[str, float]) -> Choice:
         return choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt)
 
     last = corrected(choice, limits, again, trial, whole=aim == "error")
-    return last, files.get(id(last))
+    return last, next((file for one, file in tried if one is last), None)
 
 
 def _trial(job: Job, choice: Choice, folder: Folder, turn: int, timed: bool) -> tuple[dict[str, float], bytes | None]:
