@@ -16,7 +16,7 @@ from flyweight.errors import Interrupted, ResourceError, UsageError
 
 from .conftest import RESULT, bytes_of, start_driver, stop_before
 
-KILLS = 2  # benchmarks/kill_resume.py does twenty
+KILLS = 1  # benchmarks/kill_resume.py does twenty
 
 
 def times(folder):
