@@ -9,11 +9,19 @@ import pytest
 
 from flyweight.budget import parse
 from flyweight.search.problem import evaluate
-from flyweight.stages.choose import USED, Reference, choose, corrected, cost_limits, goal, steps_of
+from flyweight.stages import choose as choosing
+from flyweight.stages.choose import ROUNDS, USED, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.price import markets, problem
 from flyweight.types import Budget, Interval, Limit
 
 from .menus import SHAPE, bare, menu, table
+
+
+@pytest.fixture(autouse=True)
+def _every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have it: runs of other tests in this process may have been told to correct but once."""
+    monkeypatch.setattr(choosing, "ROUNDS", max(4, ROUNDS))
+
 
 REFERENCE = Reference(file_bytes=10_000, macs=2_000_000)
 
