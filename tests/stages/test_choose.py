@@ -249,3 +249,18 @@ def test_a_file_larger_than_predicted_is_chosen_anew(whole: bool):
     ideal = choose(offers, {"size": limit / larger}, "error", Trials()).solution
     least = choose(offers, {"size": 0.97 * limit / larger}, "error", Trials()).solution
     assert ideal.error <= found.solution.error <= least.error
+
+
+def test_room_that_lies_between_two_options_is_not_looked_for_again():
+    """What is predicted is what is measured: the first choice stays, and nothing is delivered a second time."""
+    offers = markets(menu(), None)
+    limit = 0.5 * choose(offers, {}, "error", Trials()).solution.costs["size"]
+    first = choose(offers, {"size": limit}, "error", Trials())
+
+    def again(factors):
+        raise AssertionError(f"chosen again with {factors}")
+
+    found = corrected(
+        first, {"size": limit}, again, lambda c, _: {"size": 0.999 * c.solution.costs["size"]}, whole=True
+    )
+    assert found is first

@@ -19,6 +19,7 @@ __all__ = ["Choice", "Reference", "choose", "corrected", "cost_limits", "goal", 
 ROUNDS = 4  # corrections by what the delivered file really takes
 MARGIN = 0.985  # a corrected limit on time aims a little lower, so that the interval of the next measurement has room
 USED = 0.985  # of what is allowed: nearer to the limit than this the next measurement may say otherwise
+LITTLE = 1.003  # a limit moved by less is taken to be where it was
 TRIES = 8  # points of the frontier among which the cheapest good one is looked for
 
 
@@ -115,10 +116,13 @@ def corrected(
                 held = choice
             if not whole or max(used.values()) >= USED:
                 break
+            before = factors
             if missed:
                 factors = {name: (factor + missed[name]) / 2 for name, factor in factors.items()}
             else:
                 factors = {name: max(factor, told[name] * _margin(name)) for name, factor in factors.items()}
+            if all(factors[name] <= before[name] * LITTLE for name in limits):
+                break  # the room is between two options, and trying them again would take as long as the first time
         else:
             missed = dict(factors)
             for name, share in used.items():
