@@ -106,3 +106,14 @@ def test_a_plan_is_read_out_of_a_folder_only_if_the_folder_is_whole(plan: Plan, 
     file.write_text(to_json(changed(plan, setting={"kept": [0]})))
     with pytest.raises(UnsafeFileError):
         fw.apply(model(), file, calib=rows(), workdir=tmp_path / "again", progress=False)
+
+
+def test_the_summary_tells_the_time_that_was_promised(tmp_path):
+    """Two shapes are timed, one of them has a limit: the time in the summary is that one's, and says so."""
+    budget = "latency@batch=3<=900%, macs<=60%, divergence<=100"
+    found = fw.compress(
+        model(), calib=rows(), budget=budget, shapes=["batch=1"], workdir=tmp_path / "o", progress=False
+    )
+    times = found.results.rows[-1].latency_share
+    assert set(times) == {"batch=1", "batch=3"}
+    assert f"{times['batch=3'].value:.1%} of the time of the float original at batch=3" in found.results.summary

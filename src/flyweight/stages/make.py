@@ -272,9 +272,12 @@ def _weight_bytes(graph: fx.GraphModule) -> int:
 def _summary(
     costs: Mapping[str, tuple[float, float]], timings: Timings, promised: Sequence[Claim], met: bool, plan: Plan
 ) -> str:
-    share = next(iter(timings.times[COMPRESSED].values())).share.value
+    times = timings.times[COMPRESSED]
+    limited = [limit.shape for limit in plan.budget.limits if limit.quantity == "latency" and limit.shape in times]
+    shape = next(iter(limited or times))
     size = costs["size"][1] / costs["size"][0]
-    parts = f"{size:.1%} of the bytes and {share:.1%} of the time of the float original"
+    parts = f"{size:.1%} of the bytes and {times[shape].share.value:.1%} of the time of the float original"
+    parts += f" at {shape}" if len(times) > 1 else ""
     if met:
         return f"All {len(promised)} limits hold: {parts}."
     broken = ", ".join(c.name for c in promised if c.state == "fails")
