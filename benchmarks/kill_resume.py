@@ -5,7 +5,7 @@
 Every trial starts in an empty folder, is killed at a moment drawn evenly from the length of an unbroken run (once the
 folder exists), is started again with the same latency table, and must then hold the same bytes. Trials go on until as many
 kills have struck as were asked for. Exits 1 if a run ends with other bytes or too few were struck.
-Results: benchmarks/results/kill_resume.csv. `tests/end_to_end/test_resume.py` does two kills in a row in one folder.
+Results: benchmarks/results/kill_resume.csv. `tests/end_to_end/test_resume.py` kills as often as its KILLS says.
 """
 
 from __future__ import annotations
