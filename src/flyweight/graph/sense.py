@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from flyweight.errors import UsageError
 from flyweight.graph.measure import Sensed, looks_of
 from flyweight.graph.operators import TRANSPOSED, Layer, input_rows, output_rows
+from flyweight.graph.shapes import numbers_of
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.numerics.divergence import TASKS, gauss_newton, main_output
 from flyweight.numerics.moments import WIDE, WIDEST, Weighted, add_weighted, empty_moments
@@ -92,10 +93,7 @@ def _look(
 
 def _chunks(graph: fx.GraphModule, batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     """The first samples, few at a time: all values of a network wait for their gradients."""
-    values = (node.meta.get("val") for node in graph.graph.nodes)
-    numbers = sum(
-        int(torch.Size(int(s) for s in v.shape[1:]).numel()) for v in values if isinstance(v, Tensor) and v.ndim
-    )
+    numbers = sum(numbers_of(node) for node in graph.graph.nodes)
     size, left = max(1, min(CHUNK, NUMBERS // max(1, numbers))), samples
     for batch in batches:
         rows = len(batch[0])

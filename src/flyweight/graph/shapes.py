@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.shape_prop import ShapeProp
 
-__all__ = ["annotate", "free_names", "input_of", "shapes", "shown_names"]
+__all__ = ["annotate", "free_names", "input_of", "numbers_of", "shapes", "shown_names"]
 
 
 def _sizes_of_rounded(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,13 @@ def _size(name: str, size: int | torch.SymInt) -> Size:
 def free_names(shape: Sequence[Size]) -> dict[int, str]:
     """The names of the free sizes, by axis: what a placeholder keeps in `meta["free"]`."""
     return {axis: size.partition("=")[0] for axis, size in enumerate(shape) if isinstance(size, str)}
+
+
+def numbers_of(node: fx.Node) -> int:
+    """How many numbers of one traced sample a node's value holds, in all its parts."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return sum(math.prod(int(s) for s in v.shape[1:]) for v in parts if isinstance(v, Tensor) and v.ndim)
 
 
 def shown_names(module: fx.GraphModule) -> dict[str, str]:

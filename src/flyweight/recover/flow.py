@@ -14,6 +14,7 @@ from itertools import accumulate
 from torch import Tensor, fx
 
 from flyweight.graph.operators import layers
+from flyweight.graph.shapes import numbers_of
 
 __all__ = ["Flow", "Values", "affordable"]
 
@@ -91,8 +92,8 @@ def _alive(nodes: Sequence[fx.Node]) -> list[int]:
     changes = [0] * (len(nodes) + 2)
     for i, node in enumerate(nodes):
         if node.op not in ("placeholder", "get_attr", "output"):
-            changes[i + 1] += _numbers(node)
-            changes[index[last[node]] + 1] -= _numbers(node)
+            changes[i + 1] += numbers_of(node)
+            changes[index[last[node]] + 1] -= numbers_of(node)
     total, found = 0, []
     for change in changes[: len(nodes) + 1]:
         total += change
@@ -100,16 +101,9 @@ def _alive(nodes: Sequence[fx.Node]) -> list[int]:
     return found
 
 
-def _numbers(node: fx.Node) -> int:
-    """The numbers of a traced sample in a node's value."""
-    values = node.meta.get("val")
-    parts = values if isinstance(values, (tuple, list)) else [values]
-    return sum(math.prod(int(s) for s in v.shape[1:]) for v in parts if isinstance(v, Tensor) and v.ndim > 1)
-
-
 def affordable(graph: fx.GraphModule, batches: Iterable[Batch]) -> tuple[list[Batch], float]:
     """The first batches (one at least) that MEMORY_BYTES and WORK_MACS allow, and how many numbers of each sample may wait."""
-    traced = [_numbers(node) for node in graph.graph.nodes if node.op == "placeholder"]
+    traced = [numbers_of(node) for node in graph.graph.nodes if node.op == "placeholder"]
     nodes, macs = list(graph.graph.nodes), {n: one.macs for one in layers(graph).values() for n in one.nodes}
     alive, work = _alive(nodes), [macs.get(node.name, 0) for node in nodes]
     chosen: list[Batch] = []
