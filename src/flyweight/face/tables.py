@@ -47,11 +47,11 @@ __all__ = [
 ]
 
 State = Literal["holds", "fails", "undecided"]
-ICONS: Mapping[State, str] = {"holds": "✓", "fails": "✗", "undecided": "?"}
-ASCII_ICONS: Mapping[State, str] = {"holds": "+", "fails": "x", "undecided": "?"}
+ICONS: Mapping[str, str] = {"holds": "✓", "fails": "✗", "undecided": "?", "near": "≈", "off": "≠"}
+ASCII_ICONS: Mapping[str, str] = {"holds": "+", "fails": "x", "undecided": "?", "near": "~", "off": "!"}
 STYLES: Mapping[State, str] = {"holds": "green", "fails": "bold red", "undecided": "yellow"}
 # A forecast promises nothing, so it neither holds nor fails.
-FORECAST_WORDS: Mapping[State, str] = {"holds": "near", "fails": "off", "undecided": "?"}
+FORECAST_WORDS: Mapping[State, str] = {"holds": "near", "fails": "off", "undecided": "undecided"}
 # Metrics that are means of zeros and ones; any other metric keeps the unit its author gave it.
 SHARES = frozenset({"accuracy", "agreement", "top1", "top5", "precision", "recall", "f1"})
 PROSE = frozenset({"text", "fix", "how", "reason", "summary", "command"})  # fields that may hold several lines
@@ -226,12 +226,10 @@ def verdict(results: Results) -> tuple[State, str]:
     return ("holds", "Budget met") if results.budget_met else ("fails", "Budget not met")
 
 
-def state_icon_and_word(claim: Claim, icons: Mapping[State, str] = ICONS) -> tuple[str, str]:
+def state_icon_and_word(claim: Claim, icons: Mapping[str, str] = ICONS) -> tuple[str, str]:
     """How a claim's state is shown: ("✓", "holds"); for a forecast ("≈", "near") or ("≠", "off")."""
-    if claim.kind != "forecast":
-        return icons[claim.state], claim.state
-    signs = {"holds": "≈", "fails": "≠", "undecided": "?"} if icons is ICONS else {"holds": "~", "fails": "!"}
-    return signs.get(claim.state, "?"), FORECAST_WORDS[claim.state]
+    word = FORECAST_WORDS[claim.state] if claim.kind == "forecast" else claim.state
+    return icons[word], word
 
 
 def original_row(results: Results) -> Row | None:
@@ -275,7 +273,7 @@ def summary(results: Results, console: Console) -> None:
     console.file.write(text.encode(console.encoding, "backslashreplace").decode(console.encoding))
 
 
-def _print_summary(results: Results, console: Console, icons: Mapping[State, str]) -> None:
+def _print_summary(results: Results, console: Console, icons: Mapping[str, str]) -> None:
     state, headline = verdict(results)
     console.print(Text(f"{icons[state]} {headline}", STYLES[state]).append(f"  {results.title}", "default"))
     console.print(Text(results.summary))
@@ -287,7 +285,7 @@ def _print_summary(results: Results, console: Console, icons: Mapping[State, str
     console.print(Text("next: ", "dim").append(next_command(results), "default"), soft_wrap=True)
 
 
-def _claims_table(results: Results, icons: Mapping[State, str]) -> Table | None:
+def _claims_table(results: Results, icons: Mapping[str, str]) -> Table | None:
     if not results.claims:
         return None
     table = _two_columns()
