@@ -35,6 +35,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         ({"rules": fw.rule("0", bits=8)}, "one rule, not several"),
         ({"shapes": [8]}, "holds 8, which is no text"),
         ({"keep": [3]}, "holds 3, which is no text"),
+        ({"keep": ["0.*"]}, "did you mean 0"),
         ({"table": 5}, "table is a int"),
         ({"workdir": None}, "workdir is a NoneType"),
         ({"stop": 3}, "stop is a int"),
