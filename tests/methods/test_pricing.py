@@ -33,6 +33,28 @@ def test_a_judge_takes_the_mean_over_samples_whatever_the_batches():
     assert judge(lambda x: 2 * x) == pytest.approx((3 * 2 + 50) / 4)
 
 
+@pytest.mark.parametrize("waiting", [0, 4_000, 200_000_000])
+def test_a_judge_that_begins_behind_finds_what_a_whole_run_finds(one: Subject, monkeypatch, waiting: int):
+    """Wherever the batches may wait, in whatever order it is asked."""
+    monkeypatch.setattr(pricing, "WAITING_BYTES", waiting)
+    for name in [*one.layers, *reversed(one.layers)]:
+        changed = copy.deepcopy(one.graph)
+        with torch.no_grad():
+            changed.get_submodule(name).weight.mul_(0.7)
+        assert one.judge.behind(one.graph, [name])(changed) == one.judge(changed) > 0
+
+
+@pytest.mark.parametrize("name", ["head", "b", "a"])
+def test_a_tensor_that_an_earlier_module_shares_is_changed_there_too(name: str):
+    batches = [(torch.randint(0, 11, (4, 5)),)]
+    graph = trace(TiedNet().eval(), batches[0]).module
+    judge = Judge(batches, outputs_of(graph, batches), lambda a, b: (a - b).square().flatten(1).sum(1))
+    changed = copy.deepcopy(graph)
+    with torch.no_grad():
+        changed.get_submodule(name).weight.mul_(0.7)
+    assert judge.behind(graph, [name])(changed) == judge(changed) > 0
+
+
 def test_a_ladder_begins_with_keep_and_rises(one: Subject):
     for group in one.groups.values():
         found = ladder(one.graph, group, one.layers, one.stats, channels.levels(group.size), one.judge)

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from flyweight.graph.operators import Layer, input_rows, patches_at
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
+from flyweight.graph.waiting import Waiting
 from flyweight.numerics.forms import Blocks
 from flyweight.numerics.kronecker import Kronecker
 from flyweight.numerics.moments import (
@@ -35,7 +36,6 @@ __all__ = ["Sensed", "Stats", "fingerprint", "from_tensors", "looks_of", "measur
 
 POSITIONS = 64  # patches of each sample that a convolution's second moment looks at
 MOST = 1024  # of them where samples are few
-WAITING = 4096  # rows that wait to be multiplied together
 PATCHES = 1 << 20  # numbers in a sample's patches, for moments in Kronecker form: their taps see every value many times
 
 
@@ -147,7 +147,7 @@ class _Recorder(fx.Interpreter):
         self.samples, self.looks = 0, looks
         self.owners = _owners(graph, layers)
         self.moments = {name: _empty(layers[name]) for name in dict.fromkeys(self.owners.values())}
-        self.waiting: dict[str, list[Tensor]] = {name: [] for name in self.moments}
+        self.waiting = {name: Waiting(layers[name].columns) for name in self.moments}
         self.histograms = {name: empty_histogram() for name in ranges}
         self.tokens: Tensor | None = None  # which tokens of the batch are real
 
@@ -169,15 +169,14 @@ class _Recorder(fx.Interpreter):
         rows = input_rows(module, x, self.samples, self.looks[layer])
         real = real_rows(module, x, self.tokens)
         rows = rows if real is None else rows[real]
-        self.waiting[layer].append(rows)
-        # merging a wide moment costs more than the product itself
-        if sum(len(part) for part in self.waiting[layer]) >= min(rows.shape[1], WAITING):
-            self.settle(layer)
+        for block in self.waiting[layer].add(rows):
+            self.moments[layer] = add_rows(self.moments[layer], block)
 
     def settle(self, layer: str) -> None:
-        if self.waiting[layer]:
-            self.moments[layer] = add_rows(self.moments[layer], torch.cat(self.waiting[layer]))
-            self.waiting[layer] = []
+        """Adds what still waits."""
+        left = self.waiting[layer].rest()
+        if left is not None:
+            self.moments[layer] = add_rows(self.moments[layer], left)
 
 
 def _empty(layer: Layer) -> Moments:

@@ -23,6 +23,7 @@ from flyweight.graph.measure import Sensed, looks_of
 from flyweight.graph.operators import TRANSPOSED, Layer, input_rows, output_rows
 from flyweight.graph.shapes import numbers_of
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
+from flyweight.graph.waiting import Waiting
 from flyweight.numerics.divergence import TASKS, gauss_newton, main_output
 from flyweight.numerics.moments import WIDE, WIDEST, Weighted, add_weighted, empty_moments
 
@@ -146,10 +147,10 @@ class _Sums:
     """What runs up for one layer."""
 
     def __init__(self, layer: Layer, positions: int) -> None:
-        self.positions, self.rows, self.least = positions, 0, layer.columns
+        self.positions, self.rows = positions, 0
         self.outputs = torch.zeros(layer.outputs, layer.outputs, dtype=torch.float64)
         self.inputs = Weighted(0.0, 0.0, empty_moments(layer.columns))
-        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.waiting = Waiting(layer.columns)
 
     def add(self, module: Any, x: Tensor, slopes: list[Tensor], first: int, tokens: Tensor | None) -> None:
         """One call: its inputs and, draw by draw, the gradients at its outputs."""
@@ -159,17 +160,17 @@ class _Sums:
             rows, slopes = rows[real], [one[real] for one in slopes]
         self.rows += len(rows) * len(slopes)
         self.outputs += torch.stack([one.T @ one for one in slopes]).double().sum(0)
-        self.waiting.append((rows, torch.stack([one.double().square().sum(1) for one in slopes]).sum(0)))
-        if sum(len(one) for one, _ in self.waiting) >= self.least:  # merging a wide moment costs more than the product
-            self.settle()
+        lengths = torch.linalg.vector_norm(torch.stack(slopes), dim=(0, 2), dtype=torch.float64)  # squares are very small
+        for block in self.waiting.add(torch.cat([rows, lengths[:, None].to(rows.dtype)], 1)):
+            self.settle(block)
 
-    def settle(self) -> None:
-        if self.waiting:
-            rows, weights = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
-            self.inputs, self.waiting = add_weighted(self.inputs, rows, weights), []
+    def settle(self, block: Tensor | None) -> None:
+        """Adds rows whose last column is the length of the gradients there."""
+        if block is not None:
+            self.inputs = add_weighted(self.inputs, block[:, :-1], block[:, -1].double().square())
 
     def result(self) -> Sensed | None:
-        self.settle()
+        self.settle(self.waiting.rest())
         power = float(self.outputs.diagonal().sum())
         if not 0 < power < float("inf") or not 0 < self.inputs.weight < float("inf"):
             return None  # nothing comes back to this layer, or more than numbers can say

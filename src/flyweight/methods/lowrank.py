@@ -234,10 +234,12 @@ def ranks(graph: fx.GraphModule, layer: Layer, stats: Stats, offered: Sequence[i
     made = [factor(graph, layer, moments, found, rank) for rank in offered]
     places = {round(i * (len(made) - 1) / (MEASURED - 1)) for i in range(MEASURED)} if made else set()
     seen, trial = {0.0: 0.0}, copy.deepcopy(graph)
+    touched = [name for name in (layer.name, layer.norm) if name]
+    divergence = judge.behind(graph, touched)
     for i in sorted(places):
         change(trial, layer, made[i])
-        seen[made[i].error] = judge(trial)
-        for name in filter(None, (layer.name, layer.norm)):
+        seen[made[i].error] = divergence(trial)
+        for name in touched:
             trial.get_submodule(name).load_state_dict(graph.get_submodule(name).state_dict())
     curve = fitted(seen)
     errors = (0.0, *(new.error for new in made))

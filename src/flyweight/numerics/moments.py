@@ -34,6 +34,7 @@ WIDE = 4096  # columns above which a second moment is kept in float32
 WIDEST = 8192  # columns above which it is not kept whole
 BLOCK = 2048  # columns of one part of a moment in blocks
 PANEL = 1024  # columns of a product of which only one triangle is computed
+ROUNDING = 1e-14  # of a mean: what it can be off by, as a share
 GATHERED = 1 << 22  # numbers of patches that are alive at once
 
 
@@ -93,7 +94,7 @@ def add_rows(moments: Moments, rows: Float[Tensor, "rows in"]) -> Moments:
         return moments
     total = moments.count + new
     shape = moments.mean.shape
-    mean = rows.mean(0, dtype=torch.float64).view(shape)
+    mean = _steady(rows.mean(0, dtype=torch.float64), rows).view(shape)
     shift, share = mean - moments.mean, new / total
     if isinstance(moments.gram, Blocks):
         spans = moments.gram.spans()
@@ -133,12 +134,18 @@ def add_weighted(before: Weighted, rows: Float[Tensor, "rows in"], weights: Floa
         return before
     assert isinstance(before.running.gram, Tensor)
     total = before.weight + new
-    mean = (weights / new) @ rows.double()
+    mean = _steady((weights / new) @ rows.double(), rows)
     scaled = (rows - mean.to(rows.dtype)) * (weights * (len(rows) / new)).sqrt().to(rows.dtype)[:, None]
     shift, share = mean - before.running.mean, new / total
     gram = _added(before.running.gram, scaled, torch.zeros_like(mean), shift, share)
     running = Moments(0, before.running.mean + shift * share, gram)
     return Weighted(total, before.squares + float(weights.square().sum()), running)
+
+
+def _steady(mean: Tensor, rows: Tensor) -> Tensor:
+    """The mean of `rows`, exactly where they are all alike: its rounding would give such a column a power, if a tiny one."""
+    first = rows[0].to(mean.dtype)
+    return torch.where((mean - first).abs() <= ROUNDING * first.abs(), first, mean)
 
 
 def merged(first: Moments, second: Moments) -> Moments:

@@ -23,7 +23,7 @@ from flyweight.graph.operators import Layer, input_rows, layers, matrix, module_
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.numerics.moments import WIDEST, Moments, add_rows, empty_moments, merged
 from flyweight.numerics.obs import row_errors
-from flyweight.recover.flow import Flow, Values, affordable
+from flyweight.graph.flow import Flow, Values, affordable
 from flyweight.recover.normstats import matched
 
 __all__ = ["resolve"]

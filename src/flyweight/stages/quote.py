@@ -37,7 +37,7 @@ __all__ = ["Quotes", "Store", "largest_integer", "quote"]
 
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32
-JUDGE_MACS = 4e12  # for all prices together, a minute or two: a large network is judged on fewer samples
+JUDGE_MACS = 2.5e12  # for all prices together, a minute or two: a large network is judged on fewer samples
 
 
 class _Prices(msgspec.Struct, frozen=True):
@@ -167,8 +167,8 @@ def _ladders(
             ladders = better(network, sensed, some, offers, judge)
             prices = [_Prices(o.gone, o.levels, o.layer_errors, o.errors, sensed=o.sensed) for o in ladders]
             store.save(f"channels-{i}.json", msgspec.json.encode(prices))
+            tidy(network.graph)
         made |= {one.group.name: one for one in ladders}
-        tidy(network.graph)
         if advance:
             advance(len(some))
     return tuple(made[group.name] for group in found)

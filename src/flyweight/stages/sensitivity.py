@@ -178,12 +178,13 @@ def _levels(evidence: Evidence, group: Group, gone: Sequence[int]) -> tuple[Leve
 
 def _divergence(evidence: Evidence, refits: Mapping[str, channels.Refit]) -> float:
     """What the outputs lose with the readers refitted."""
+    touched = [path for name in refits for path in (name, evidence.layers[name].norm) if path]
+    divergence = evidence.judge.behind(evidence.graph, touched)
     for name, new in refits.items():
         channels.apply(evidence.trial, evidence.layers[name], new)
-    found = evidence.judge(evidence.trial)
-    for name in refits:
-        for path in filter(None, (name, evidence.layers[name].norm)):
-            evidence.trial.get_submodule(path).load_state_dict(evidence.graph.get_submodule(path).state_dict())
+    found = divergence(evidence.trial)
+    for path in touched:
+        evidence.trial.get_submodule(path).load_state_dict(evidence.graph.get_submodule(path).state_dict())
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -53,6 +54,15 @@ class Flow:
         for values in self.waiting:
             own = {n: v.clone() if writes and isinstance(v, Tensor) else v for n, v in values.items()}
             yield self._run(own, self.index[node])
+
+    def answers(self, changed: fx.GraphModule) -> Iterator[Any]:
+        """For every batch what `changed` gives: a copy of the graph that is another from the place on at most."""
+        behind = Flow(changed, (), self.most)
+        there = dict(zip(self.nodes, behind.nodes, strict=True))
+        behind.place = self.place
+        behind.waiting = [{there[node]: value for node, value in values.items()} for values in self.waiting]
+        for values in behind.look(behind.nodes[-1]):
+            yield fx.node.map_arg(behind.nodes[-1].args[0], values.__getitem__)
 
     def _run(self, values: Values, end: int) -> Values:
         self.runner.env = values

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from flyweight.graph.operators import layers
 from flyweight.graph.trace import trace
-from flyweight.recover import flow
-from flyweight.recover.flow import Flow, affordable
+from flyweight.graph import flow
+from flyweight.graph.flow import Flow, affordable
 from flyweight.recover.resolve import resolve
 
-from ..graph.nets import net
+from .nets import net
 
 MOST = (0, 10, 40, 100, math.inf)  # numbers of a sample that may wait
 
