@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,16 +119,36 @@ def kin(texts: Sequence[str]) -> list[int]:
 
 
 def photos(folder: Path) -> dict[str, Sample]:
-    """Images (n, 3, 224, 224), (x - 127) / 128, by role; all crops of one picture are in one role."""
+    """Images (n, 3, 224, 224) in bytes, by role; all crops of one picture are in one role. `Pictures` makes them numbers."""
     from PIL import Image
 
     files = sorted((folder / "photos").glob("*.jpg"))
     if not files:
         raise SystemExit(f"no photos in {folder / 'photos'}\n  fix: pass the folder that holds them with --data FOLDER")
-    pixels = [np.asarray(Image.open(file).convert("RGB"), np.float32).transpose(2, 0, 1) for file in files]
-    images = torch.from_numpy((np.stack(pixels) - 127) / 128)
+    pixels = [np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1) for file in files]
+    images = torch.from_numpy(np.stack(pixels))
     names = {name: i for i, name in enumerate(dict.fromkeys(file.stem.split("_")[0] for file in files))}
     return _by_source((images,), [names[file.stem.split("_")[0]] for file in files])
+
+
+class Pictures(Sequence[tuple[Tensor]]):
+    """Batches of images as a network takes them, (x - 127) / 128, made when they are asked for: all at once are a gigabyte.
+
+    With `mirrored` every batch is followed by its mirror image: twice the statistics from the same pictures.
+    """
+
+    def __init__(self, images: Tensor, size: int, mirrored: bool = False) -> None:
+        self.parts = [(part, flip) for part in images.split(size) for flip in ((False, True) if mirrored else (False,))]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        part, flip = self.parts[number]
+        x = (part.float() - 127) / 128
+        return (x.flip(3) if flip else x,)
 
 
 def _by_source(inputs: tuple[Tensor, ...], source: Sequence[int]) -> dict[str, Sample]:

@@ -112,12 +112,22 @@ def options_of(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+class Stream:
+    """Batches one after the other: what has a length and numbers would be taken for a dataset of samples."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
 def priced(case: Case, keep: Path | None) -> Priced:
     """The quotes of the method `channels` for every proven group, steered by calibration rows without labels."""
     started = time.perf_counter()
     settings = Settings("macs<=60%, divergence<=1000", task=case.task, methods=("channels",))
     # a test set must be given, or half of what judges would be set aside as one; nothing here reads it
-    roles = {"calib": case.calib, "tune": case.judged[:-1], "test": case.judged[-1:]}
+    roles = {"calib": Stream(case.calib), "tune": case.judged[:-1], "test": case.judged[-1:]}
     job = job_of(case.model, **roles, example=None, settings=settings)
     store = Memory(keep and keep / job.model_hash[:12])
     quotes = quote(job, store, _told)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common import RESULTS, arguments, facts, macs, print_table, write_csv
 from flyweight.numerics.divergence import divergence
-from inputs import Sample, photos
+from inputs import Pictures, photos
 from networks import efficientnet_lite0
 from structured import Case, everything, options_of, verdicts
 
@@ -30,33 +30,29 @@ COLUMNS = (
 def case_of(folder: Path, quick: bool) -> Case:
     """EfficientNet-Lite0, its photographs and its figures."""
     model = efficientnet_lite0()
-    roles = photos(folder)
-    test = roles["test"].first(64 if quick else len(roles["test"].source))
-    calib = mirrored(roles["calib"].first(64) if quick else roles["calib"])
+    rows = 64 if quick else None
+    roles = {name: one.first(rows) if rows else one for name, one in photos(folder).items()}
+    test = Pictures(roles["test"].inputs[0], BATCH)
+    calib = Pictures(roles["calib"].inputs[0], BATCH, mirrored=True)
     with torch.inference_mode():
-        reference = torch.cat([model(*batch) for batch in test.batches(BATCH)])
+        reference = torch.cat([model(*batch) for batch in test])
     return Case(
         name="EfficientNet-Lite0",
         model=model,
         calib=calib,
-        judged=roles["choose"].first(64 if quick else len(roles["choose"].source)).batches(BATCH),
+        judged=Pictures(roles["choose"].inputs[0], BATCH),
         task="classify",
         count=lambda network: macs(network, calib[0][0]),
         weigh=partial(weighed, test=test, reference=reference),
-        source=test.source,
+        source=roles["test"].source,
         loss=lambda network, number: loss(network, *calib[number], original=model),
         ignored=lambda network: [network._fc],
     )
 
 
-def mirrored(sample: Sample) -> list[tuple[Tensor, ...]]:
-    """The photographs and their mirror images, in batches: twice the statistics from the same pictures."""
-    return [batch for (x,) in sample.batches(BATCH) for batch in ((x,), (x.flip(3),))]
-
-
-def weighed(network: nn.Module, test: Sample, reference: Tensor) -> dict[str, Tensor]:
+def weighed(network: nn.Module, test: Pictures, reference: Tensor) -> dict[str, Tensor]:
     """For every photograph whether the first answer is the original's, and the KL divergence from it in nats."""
-    found = torch.cat([network(*batch) for batch in test.batches(BATCH)])
+    found = torch.cat([network(*batch) for batch in test])
     same = found.argmax(1) == reference.argmax(1)
     return {"agreement": same, "divergence": divergence("classify", reference, found)}
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from flyweight.graph import flow
+from flyweight.graph.flow import Flow, affordable, chunked, split
 from flyweight.graph.operators import layers
 from flyweight.graph.trace import trace
-from flyweight.graph import flow
-from flyweight.graph.flow import Flow, affordable
 from flyweight.recover.resolve import resolve
 
 from .nets import net
@@ -93,3 +93,20 @@ def test_recomputing_is_paid_for_in_samples(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(flow, "MEMORY_BYTES", memory)
         monkeypatch.setattr(flow, "WORK_MACS", 2 * 70 * work)
         assert sum(len(x) for (x,) in affordable(graph, rows)[0]) == 70
+
+
+@pytest.mark.parametrize("at_once", [1, 200, 100_000])
+def test_chunks_are_the_same_samples_few_enough_at_once(monkeypatch, at_once: int):
+    graph, rows = world()
+    monkeypatch.setattr(flow, "AT_ONCE", at_once)
+    parts = list(chunked(graph, rows))
+    assert torch.equal(torch.cat([x for (x,) in parts]), torch.cat([x for (x,) in rows]))
+    assert all(len(x) <= max(1, at_once // 72) for (x,) in parts)  # the stream and the wide part: 8 + 64
+    assert len(parts) == sum(math.ceil(len(x) / max(1, at_once // 72)) for (x,) in rows)
+
+
+def test_what_has_no_rows_goes_with_every_part():
+    x, table = torch.arange(5), torch.randn(3, 2)
+    parts = list(split((x, table), 2))
+    assert [part[0].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
+    assert all(part[1] is table for part in parts)

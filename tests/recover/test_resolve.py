@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from flyweight.graph import flow
 from flyweight.graph.operators import layers, matrix
 from flyweight.graph.trace import trace
 from flyweight.methods import channels, lowrank
-from flyweight.graph import flow
 from flyweight.recover import resolve as resolving
 from flyweight.recover.normstats import rematch
 from flyweight.recover.resolve import resolve

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
+from flyweight.graph.flow import chunked
 from flyweight.graph.operators import Layer, input_rows, patches_at
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.graph.waiting import Waiting
@@ -93,7 +94,7 @@ def measure(
     recorder = _Recorder(graph, layers, ranges, looks)
     mask = mask_input(graph)
     with torch.no_grad():
-        for batch in batches:
+        for batch in chunked(graph, batches):
             recorder.tokens = None if mask is None else kept_tokens(batch[mask])
             recorder.run(*batch)
             recorder.samples += len(batch[0])

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from flyweight.errors import UsageError
+from flyweight.graph.flow import split
 from flyweight.graph.measure import Sensed, looks_of
 from flyweight.graph.operators import TRANSPOSED, Layer, input_rows, output_rows
 from flyweight.graph.shapes import numbers_of
@@ -97,11 +98,8 @@ def _chunks(graph: fx.GraphModule, batches: Iterable[Batch], samples: int) -> It
     numbers = sum(numbers_of(node) for node in graph.graph.nodes)
     size, left = max(1, min(CHUNK, NUMBERS // max(1, numbers))), samples
     for batch in batches:
-        rows = len(batch[0])
-        for start in range(0, min(rows, left), size):
-            own = slice(start, min(start + size, rows, left))
-            yield tuple(x[own] if len(x) == rows else x for x in batch)
-        left -= rows
+        yield from split(tuple(x[:left] if len(x) == len(batch[0]) else x for x in batch), size)
+        left -= len(batch[0])
         if left <= 0:
             return
 
@@ -160,7 +158,9 @@ class _Sums:
             rows, slopes = rows[real], [one[real] for one in slopes]
         self.rows += len(rows) * len(slopes)
         self.outputs += torch.stack([one.T @ one for one in slopes]).double().sum(0)
-        lengths = torch.linalg.vector_norm(torch.stack(slopes), dim=(0, 2), dtype=torch.float64)  # squares are very small
+        lengths = torch.linalg.vector_norm(
+            torch.stack(slopes), dim=(0, 2), dtype=torch.float64
+        )  # squares are very small
         for block in self.waiting.add(torch.cat([rows, lengths[:, None].to(rows.dtype)], 1)):
             self.settle(block)
 

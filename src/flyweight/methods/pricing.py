@@ -63,12 +63,13 @@ class Judge:
 def _first(graph: fx.GraphModule, changed: Collection[str]) -> fx.Node:
     """The first node that one of these modules' tensors has to do with, by whatever name it goes there."""
     own = {id(tensor) for name in changed for tensor in _tensors(graph.get_submodule(name))}
-    for node in graph.graph.nodes:
-        if node.op == "call_module" and any(id(one) in own for one in _tensors(graph.get_submodule(node.target))):
+    nodes: list[fx.Node] = list(graph.graph.nodes)
+    for node in nodes:
+        if node.op == "call_module" and any(id(one) in own for one in _tensors(graph.get_submodule(str(node.target)))):
             return node
-        if node.op == "get_attr" and id(_attribute(graph, node.target)) in own:
+        if node.op == "get_attr" and id(_attribute(graph, str(node.target))) in own:
             return node
-    return next(iter(reversed(graph.graph.nodes)))
+    return nodes[-1]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from flyweight.graph.flow import Flow, Values, affordable, chunked
 from flyweight.graph.operators import Layer, input_rows, layers, matrix, module_of, set_matrix, sharers
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.numerics.moments import WIDEST, Moments, add_rows, empty_moments, merged
 from flyweight.numerics.obs import row_errors
-from flyweight.graph.flow import Flow, Values, affordable
 from flyweight.recover.normstats import matched
 
 __all__ = ["resolve"]
@@ -54,6 +54,7 @@ def resolve(
     result = copy.deepcopy(graph)
     present = layers(result)
     feeds, most = affordable(original, batches)
+    feeds = list(chunked(original, feeds))
     new, old = Flow(result, feeds, most), Flow(original, feeds, most)
     shared, mask = sharers(result), mask_input(original)
     masks = [None if mask is None else kept_tokens(feed[mask]) for feed in feeds]

@@ -16,6 +16,7 @@ from flyweight.deploy.machine import has_vnni
 from flyweight.deploy.runtimes import get
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
+from flyweight.graph.flow import chunked
 from flyweight.graph.measure import Sensed, from_tensors, measure, to_tensors
 from flyweight.graph.operators import Layer, layers, sharers
 from flyweight.graph.surgery import folded, prove_all
@@ -136,6 +137,7 @@ def _judge(job: Job, passes: int) -> Judge:
         seen += batch.rows
         if seen >= samples:
             break
+    batches = list(chunked(job.graph, batches))
     return Judge(batches, outputs_of(job.graph, batches), job.yardstick.divergences)
 
 

@@ -17,6 +17,7 @@ from flyweight.data import Roles
 from flyweight.errors import UsageError
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import total_macs
+from flyweight.graph.flow import chunked
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers, matrix
 from flyweight.methods import channels, criteria
@@ -106,7 +107,8 @@ def evidence_of(
     stats = measure(graph, (b.inputs for b in found.calib), wanted, advance=stage("measure", count), samples=count)
     slopes, notes = _slopes(graph, _first(found.calib, GRADIENT_SAMPLES), readers, yardstick.task, seed, stage)
     affordable = JUDGE_MACS / max(1, len(SHARES) * len(open_groups) * total_macs(graph))
-    batches = _first(found.tune or found.calib, int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable))))
+    judged = int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable)))
+    batches = list(chunked(graph, _first(found.tune or found.calib, judged)))
     judge = Judge(batches, outputs_of(graph, batches), yardstick.divergences)
     power = {name: _power(graph, layer, stats) for name, layer in wanted.items()}
     few = _few_rows(wanted, stats)
