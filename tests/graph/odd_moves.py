@@ -99,6 +99,15 @@ def glu_tokens() -> nn.Module:
     return net(lambda self, x: self.fc(F.glu(self.a(x))), a=nn.Linear(6, 8), fc=nn.Linear(4, 5))
 
 
+def glu_beside_input() -> nn.Module:
+    """Two inputs before six channels: channel 4 gates 0 and 5 gates 1; 2 and 3 gate the inputs, which stay."""
+
+    def forward(self, x):
+        return self.fc(F.glu(torch.cat([x[..., :2], self.a(x)], -1)))
+
+    return net(forward, a=nn.Linear(6, 6), fc=nn.Linear(4, 5))
+
+
 def swiglu() -> nn.Module:
     return net(
         lambda self, x: self.down(F.silu(self.gate(x)) * self.up(x)),
@@ -311,6 +320,9 @@ MOVES: dict[str, Case] = {
     "input window": (input_window, (PIXELS,), {"a": Found(4, "a b", {"fc": 1}), "fc": HEAD}),
     "glu": (glu_tokens, (TOKENS,), {
         "a": Found(4, {"a": [[0, 4], [1, 5], [2, 6], [3, 7]]}, {"fc": 1}), "fc": HEAD}),
+    "glu beside input": (glu_beside_input, (TOKENS,), {
+        "a": Found(2, {"a": [[0, 4], [1, 5]]}, {"fc": [[2], [3]]}), "a[1]": Found(2, {"a": [2, 3]}, frozen="always stay"),
+        "fc": HEAD}),
     "swiglu": (swiglu, (TOKENS,), {
         "gate": Found(9, "gate up", {"down": 1}), "down": Found(5, "down", frozen=OUTPUT)}),
     "squeeze": (
