@@ -102,6 +102,7 @@ def test_the_runtimes_file_takes_every_length_also_after_a_cut(traced, tmp_path)
     cut(graph, {group: list(range(group.size // 2)) for group in found})
     export(graph, call(2, 6), tmp_path / "net.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    assert [one.shape[:2] for one in session.get_inputs()] == [["batch", "seq"]] * 2
     for inputs in (call(*shape) for shape in LENGTHS):
         feed = {one.name: value.numpy() for one, value in zip(session.get_inputs(), inputs, strict=True)}
         with torch.no_grad():

@@ -87,7 +87,11 @@ _SHARES = (7 / 8, 3 / 4, 1 / 2, 1 / 4)  # of a group's channels; the levels of `
 def _sensitivity(console: Console, found: Inspection) -> None:
     measured = [group for group in found.groups if group.levels]
     shares = [tables.format_share(share, 0) for share in _SHARES]
-    console.print(_text(f"Divergence when a group keeps that share of its channels; task {found.task}", "bold"))
+    console.print(
+        _text(
+            f"Divergence when a group keeps that share of its channels; task {found.task} ({found.task_reason})", "bold"
+        )
+    )
     rises = [(g.name, str(g.channels), *(f"{level.divergence:.2g}" for level in _near(g))) for g in measured]
     console.print(_table(["group", "channels", *shares], rises))
     console.print(_text("Squared change of what reads the group, refitted, as a share of its power", "bold"))

@@ -93,7 +93,7 @@ def corrected(
     *,
     whole: bool,
 ) -> Choice:
-    """Chooses again where what is delivered takes longer, or is larger, than was predicted: under tighter limits.
+    """Chooses again where what is delivered takes more than was predicted, or leaves room: under limits moved by so much.
 
     `limits` are those on latency and size by name, `trial(choice, turn)` measures the delivered file at each,
     `again(factors)` chooses with the limits times these factors. If the `whole` budget should be used (for quality), room
@@ -108,9 +108,7 @@ def corrected(
             break
         found = trial(choice, turn)
         used = {name: found[name] / limit for name, limit in limits.items()}
-        told = {
-            name: choice.solution.costs[name] / found[name] for name in limits
-        }  # what is predicted for one measured
+        told = {name: choice.solution.costs[name] / found[name] for name in limits}  # predicted for one measured
         if max(used.values()) <= 1.0:
             if held is None or choice.solution.error < held.solution.error:
                 held = choice

@@ -59,8 +59,8 @@ class GroupLook(msgspec.Struct, frozen=True):
 class Inspection(msgspec.Struct, frozen=True):
     """What `inspect` found.
 
-    With data: `task` and `samples` by role say what divergences mean; `agreement` is the rank correlation of every two
-    criteria, mean over the groups that both can order.
+    With data: `task` (why it was taken: `task_reason`) and `samples` by role say what divergences mean; `agreement` is
+    the rank correlation of every two criteria, mean over the groups that both can order.
     """
 
     parameters: int
@@ -69,6 +69,7 @@ class Inspection(msgspec.Struct, frozen=True):
     groups: tuple[GroupLook, ...]
     notes: tuple[Note, ...]
     task: str = ""
+    task_reason: str = ""
     samples: Mapping[str, int] = {}
     agreement: Mapping[str, Mapping[str, float]] = {}
     schema_version: int = 1
@@ -195,6 +196,7 @@ def _with_sensitivity(result: Inspection, evidence: Evidence, found: Roles, stag
         groups=looks,
         notes=(*(_without_fix(note) for note in found.notes), *result.notes, *evidence.notes),
         task=evidence.task,
+        task_reason=evidence.task_reason,
         samples={"calib": evidence.stats.samples, "judged": evidence.judged},
         agreement=mean_agreement([one.scores for one in measured.values()]),
     )

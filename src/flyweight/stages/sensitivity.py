@@ -77,6 +77,7 @@ class Evidence:
     judge: Judge
     judged: int  # samples
     task: str
+    task_reason: str
     seed: int
     notes: tuple[Note, ...]
 
@@ -107,14 +108,25 @@ def evidence_of(
     stats = measure(graph, (b.inputs for b in found.calib), wanted, advance=stage("measure", count), samples=count)
     slopes, notes = _slopes(graph, _first(found.calib, GRADIENT_SAMPLES), readers, yardstick.task, seed, stage)
     affordable = JUDGE_MACS / max(1, len(SHARES) * len(open_groups) * total_macs(graph))
-    judged = int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable)))
-    batches = list(chunked(graph, _first(found.tune or found.calib, judged)))
+    wished = int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable)))
+    batches = list(chunked(graph, _first(found.tune or found.calib, wished)))
     judge = Judge(batches, outputs_of(graph, batches), yardstick.divergences)
     power = {name: _power(graph, layer, stats) for name, layer in wanted.items()}
-    few = _few_rows(wanted, stats)
-    judged = sum(len(batch[0]) for batch in batches)
-    told, trial = f"{yardstick.task} ({reason})", copy.deepcopy(graph)
-    return Evidence(graph, trial, wanted, open_groups, stats, power, slopes, judge, judged, told, seed, (*notes, *few))
+    return Evidence(
+        graph=graph,
+        trial=copy.deepcopy(graph),
+        layers=wanted,
+        groups=open_groups,
+        stats=stats,
+        power=power,
+        contributions=slopes,
+        judge=judge,
+        judged=sum(len(batch[0]) for batch in batches),
+        task=yardstick.task,
+        task_reason=reason,
+        seed=seed,
+        notes=(*notes, *_few_rows(wanted, stats)),
+    )
 
 
 def _first(batches: Any, samples: int) -> list[tuple[Tensor, ...]]:

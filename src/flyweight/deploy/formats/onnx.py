@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import re
 import warnings
@@ -43,7 +45,12 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
     dynamic = _dynamic(graph, inputs)
     names = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
     try:
-        with warnings.catch_warnings(), _silent("torch.onnx"), torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            _silent("torch.onnx"),
+            contextlib.redirect_stdout(io.StringIO()),
+            torch.no_grad(),
+        ):
             warnings.simplefilter("ignore")
             program = torch.export.export(lowered, tuple(inputs), dynamic_shapes=dynamic, strict=False)
             made = torch.onnx.export(
