@@ -86,7 +86,7 @@ def measure(
     """The statistics of `layers` (input moments) and of the nodes named in `ranges`, over all `batches`.
 
     Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each batch. `samples`: how many
-    are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (four
+    are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (two
     above WIDE columns, whose products are dear). `positions` sets the number of patches for every convolution. Padding
     (`graph.tokens`) is left out of the rows of linear layers.
     """
@@ -112,7 +112,7 @@ def looks_of(layer: Layer, samples: int | None) -> int:
     if samples is None:
         return POSITIONS
     wide = layer.columns > WIDE
-    wanted = -(-(4 if wide else 12) * layer.columns // samples)
+    wanted = -(-(2 if wide else 12) * layer.columns // samples)
     return min(MOST, max(8 if wide else POSITIONS, wanted))
 
 

@@ -26,7 +26,7 @@ from flyweight.graph.shapes import numbers_of
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.graph.waiting import Waiting
 from flyweight.numerics.divergence import TASKS, gauss_newton, main_output
-from flyweight.numerics.moments import WIDE, WIDEST, Weighted, add_weighted, empty_moments
+from flyweight.numerics.moments import WIDE, Weighted, add_weighted, empty_moments
 
 __all__ = ["sense", "sensible"]
 
@@ -37,9 +37,12 @@ CHUNK = 32  # samples at once, at most
 
 
 def sensible(graph: fx.GraphModule, layer: Layer) -> bool:
-    """Whether a layer's sensitivity is kept: its moments are one dense matrix, its outputs few enough for another."""
+    """Whether a layer's sensitivity is kept: its moments are one dense matrix in float64, its outputs few enough for another.
+
+    Wider ones would double what is dearest, in time and in memory: the order of going is found once for each way.
+    """
     dense = layer.groups == 1 and not isinstance(graph.get_submodule(layer.name), TRANSPOSED)
-    return dense and layer.columns <= WIDEST and layer.outputs <= WIDE
+    return dense and layer.columns <= WIDE and layer.outputs <= WIDE
 
 
 def sense(

@@ -262,12 +262,16 @@ class _State:
 
 
 def _own_parts(consumer: Consumer, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse "own own" and weight "own rows" of the columns that channels own, float64; -1 gives a column of no effect.
+    """Inverse "own own" and weight "own rows" of the columns that channels own; -1 gives a column of no effect.
 
-    Of more outputs than columns only a root of W^T W is kept: no score sees more of W.
+    In the moment's precision where that is enough: an order needs fewer digits than weights do. Of more outputs than
+    columns only a root of W^T W is kept: no score sees more of W.
     """
-    inverse = torch.cholesky_inverse(lower_factor(consumer.gram.to(torch.float64)))
-    weight = consumer.weight.to(torch.float64)
+    try:
+        inverse = torch.cholesky_inverse(lower_factor(consumer.gram))
+    except NumericsError:
+        inverse = torch.cholesky_inverse(lower_factor(consumer.gram.to(torch.float64)))
+    weight = consumer.weight.to(inverse.dtype)
     weight = torch.linalg.qr(weight, mode="r").R if len(weight) > weight.shape[1] else weight
     absent = columns < 0
     every = torch.equal(columns, torch.arange(len(inverse)))
