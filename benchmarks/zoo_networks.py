@@ -28,7 +28,7 @@ from flyweight.deploy.runtimes import get
 from flyweight.errors import FlyweightError
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.rewrite import refresh
-from flyweight.graph.surgery import cut, prove, silence
+from flyweight.graph.surgery import cut, prove_all, silence
 from flyweight.graph.trace import trace
 from flyweight.methods.pricing import by_magnitude
 from networks import NETWORKS, Network
@@ -73,15 +73,9 @@ def proofs(
     graph: fx.GraphModule, found: Sequence[Group], example: Sequence[Tensor]
 ) -> tuple[list[Group], dict[str, str]]:
     """The groups whose cut is proven, and why others (frozen ones aside) are not."""
-    proven, failed = [], {}
-    for group in found:
-        if not group.frozen:
-            reason = prove(graph, group, example)
-            if reason:
-                failed[group.name] = reason
-            else:
-                proven.append(group)
-    return proven, failed
+    offered = [group for group in found if not group.frozen]
+    failed = prove_all(graph, offered, example)
+    return [group for group in offered if group.name not in failed], failed
 
 
 def reasons(found: Sequence[Group], failed: Mapping[str, str]) -> str:

@@ -209,6 +209,17 @@ def test_functions_that_raise_or_return_no_number_per_sample(world, tmp_path, ro
     refused(world, tmp_path, UsageError, f"the {role} function", *words, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda a, b: torch.cosine_similarity(a.flatten(1), b.flatten(1)), ["returned 1 for equal outputs", "1 - s"]),
+        (lambda a, b: -(a - b).flatten(1).square().sum(1), ["the divergence function returned -", "below 0"]),
+    ],
+)
+def test_a_likeness_is_no_divergence(world, tmp_path, function, words):
+    refused(world, tmp_path, UsageError, *words, divergence=function, budget="size<=50%, divergence<=0.1")
+
+
 def test_an_evaluation_that_fails_loses_nothing(tmp_path):
     """It is the user's last step, and the run's: what was done before it is kept until it is mended."""
     answers = iter([None, float("nan"), 0.5, 0.25])

@@ -31,6 +31,7 @@ __all__ = [
     "reference_variance",
 ]
 
+ROUNDING = 1e-5  # below 0: what a user's distance in float32 may round to
 TASKS = ("classify", "multilabel", "embed", "regress", "custom")
 _PREFERRED = ("logits", "sentence_embedding", "embeddings", "last_hidden_state", "pooler_output")
 _FLOAT32_STEP = 2.0**-24  # no float32 probability next to 1 says more than this, so none next to 0 or 1 is trusted more
@@ -131,7 +132,15 @@ def divergence(
         pairs = zip(reference.pieces, outputs.pieces, strict=True)
         return torch.cat([divergence(task, one, other, variance=scale, fn=fn) for one, other in pairs])
     if fn is not None:
-        return _per_sample(fn, (reference, outputs), main_output(reference)[0].shape[0], "divergence")
+        found = _per_sample(fn, (reference, outputs), main_output(reference)[0].shape[0], "divergence")
+        if bool((found < -ROUNDING).any()):
+            raise UsageError(
+                f"the divergence function returned {float(found.min()):g}",
+                where=getattr(fn, "__name__", type(fn).__name__),
+                why="a divergence is 0 for equal outputs and grows with the distance; below 0 worse would count as better",
+                fix="return a distance (for a likeness s in 0 … 1: 1 - s)",
+            )
+        return found
     if task not in _DIVERGENCES:
         raise UsageError(f"no divergence is known for task {task!r}", fix="pass divergence=fn(reference, outputs)")
     first, second = main_output(reference)[0].detach().double(), main_output(outputs)[0].double()

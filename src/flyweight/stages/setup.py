@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from flyweight import budget as budgets
 from flyweight.audit.quality import Yardstick, measured
@@ -44,6 +45,8 @@ __all__ = [
 METHODS = ("blocks", "channels", "lowrank", "int8")
 USUAL = ("channels", "int8")  # without being asked for: what the others add to them is still to be measured
 Inputs = tuple[Tensor, ...]
+
+EQUAL = 1e-3  # what rounding may leave of a user's divergence between equal outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,6 +360,8 @@ def yardstick_of(graph: fx.GraphModule, found: Roles, settings: Settings) -> tup
         task, reason = settings.task, "as asked"
     if task == "custom" and settings.divergence is None:
         raise UsageError("task custom needs a divergence", fix="give divergence=fn(reference_outputs, outputs)")
+    if settings.divergence is not None:
+        _check_divergence(settings.divergence, outputs)
     metric = settings.metric or (div.default_metric(task) if judged.labelled else None)
     lower = settings.better == "lower" or (isinstance(metric, str) and budgets.METRICS.get(metric) == "lower")
     variance = None
@@ -364,6 +369,20 @@ def yardstick_of(graph: fx.GraphModule, found: Roles, settings: Settings) -> tup
         (every,) = joined([graph(*b.inputs) for b in judged])
         variance = div.reference_variance(every)
     return Yardstick(task, metric, lower, settings.divergence, variance), reason
+
+
+def _check_divergence(function: Callable[..., Any], outputs: Any) -> None:
+    """Raises UsageError for a likeness instead of a divergence: equal outputs are apart, or others are nearer than equal."""
+    found = div.divergence("custom", outputs, outputs, fn=function)
+    if float(found.max()) > EQUAL:
+        raise UsageError(
+            f"the divergence function returned {float(found.max()):g} for equal outputs",
+            where=getattr(function, "__name__", type(function).__name__),
+            why="a divergence is 0 for equal outputs and grows with the distance",
+            fix="return a distance (for a likeness s in 0 … 1: 1 - s)",
+        )
+    others = tree_map(lambda x: x.roll(1, 0) if isinstance(x, Tensor) and x.ndim else x, outputs)
+    div.divergence("custom", outputs, others, fn=function)
 
 
 def _hash(graph: fx.GraphModule) -> str:
