@@ -48,6 +48,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
         with (
             warnings.catch_warnings(),
             _silent("torch.onnx"),
+            _silent("onnxscript"),
             contextlib.redirect_stdout(io.StringIO()),
             torch.no_grad(),
         ):
@@ -92,7 +93,8 @@ def _overload(node: fx.Node) -> str:
 
 
 class _silent:
-    """Keeps a logger quiet inside a `with`: the exporter warns about packages that are not needed."""
+    """Keeps a logger quiet inside a `with`: the exporter warns about what is not needed: packages, or
+    constants that it could not fold."""
 
     def __init__(self, name: str) -> None:
         self.logger = logging.getLogger(name)
