@@ -3,7 +3,8 @@
     python examples/digits.py
 
 `result.model` is an ordinary module: its layers are nn.Conv2d and nn.Linear under their old names, `.train()`,
-optimizers and hooks work on it, and where it was quantized the rounding is simulated, so that it trains.
+optimizers and hooks work on it, and where it was quantized the rounding of values is simulated,
+so that it trains (weights leave their grid: compress again afterwards).
 """
 
 from pathlib import Path

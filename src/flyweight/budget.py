@@ -288,6 +288,9 @@ def _value(quantity: str, kind: _Kind, written: str, text: str) -> tuple[float, 
     least = "more than 0" if kind.positive else "0 or more"
     if value < 0 or (kind.positive and value == 0) or value == float("inf"):
         raise BudgetError(f"{text}: the value must be {least} and finite", fix=f"write for example {kind.examples}")
+    if quantity in ("macs", "size") and name != "share" and value < 1:
+        hint = f"did you mean {quantity}{kind.operator}{100 * value:g}%?"
+        raise BudgetError(f"{text}: that is less than one {'byte' if quantity == 'size' else 'operation'}", fix=hint)
     if kind.most is not None and value > kind.most:
         hint = f"{quantity}{kind.operator}{written}%" if kind.most == 1.0 and not unit else f"at most {kind.most:g}"
         raise BudgetError(f"{text}: {quantity} cannot be more than {kind.most:g}", fix=f"did you mean {hint}?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +75,14 @@ class Result:
         """A readable PyTorch file of `model` at `path` ("net.py"), and its weights beside it ("net.safetensors").
 
         `load()` in the file gives the network; it needs torch and safetensors alone, and trains. Raises UsageError
-        for a path that does not end in .py, ModelError for what has no exact spelling.
+        for a path that no import could name, ModelError for what has no exact spelling.
         """
         place = Path(path)
-        if place.suffix != ".py":
-            raise UsageError(f"{place.name!r} is no Python file", where=str(place), fix='save_source("net.py")')
+        if place.suffix != ".py" or not place.stem.isidentifier():
+            why = "it is to be imported by that name" if place.suffix == ".py" else ""
+            raise UsageError(
+                f"{place.name!r} is no Python module", where=str(place), why=why, fix='save_source("net.py")'
+            )
         text, tensors = source(self.model, place.stem)
         write_atomic(place.with_suffix(".safetensors"), save_tensors(tensors))
         return write_atomic(place, text)
@@ -275,9 +278,12 @@ class _Run:
         unknown = sorted(set(others) - known)
         if unknown:
             raise UsageError(f"unknown argument {unknown[0]!r}", fix="see the signature of flyweight.compress")
-        kept = keep if isinstance(keep, str) else tuple(keep)  # one text is refused with all other arguments
         if isinstance(rules, Rule):
             raise UsageError("rules is one rule, not several", fix="write rules=[fw.rule(…)]")
+        for name, value in {"keep": keep, "rules": rules}.items():
+            if value is not None and not isinstance(value, Iterable):
+                raise UsageError(f"{name} is a {type(value).__name__}, not a list", fix="leave it out, or give a list")
+        kept = keep if isinstance(keep, str) else tuple(keep or ())  # one text is refused with all other arguments
         if not callable(stop):
             raise UsageError(f"stop is a {type(stop).__name__}, not a function", fix="leave it out")
         settings = Settings(

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from flyweight.graph.operators import module_of
+from flyweight.graph.rewrite import whole_pools
 
 __all__ = ["Slot", "slots"]
 
@@ -45,8 +46,11 @@ def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ..
         end = _behind_relu(graph, node)
         if not _only_output(end) or not isinstance(module_of(graph, node), nn.Linear):
             stored.add(end)
+    whole = set(whole_pools(graph))
     for node in nodes:  # graph order: the terms are decided before the sum
-        pool = node.target == aten.avg_pool2d.default or isinstance(module_of(graph, node), nn.AvgPool2d)
+        pool = (
+            node in whole or node.target == aten.avg_pool2d.default or isinstance(module_of(graph, node), nn.AvgPool2d)
+        )
         pool = pool and any(_origin(graph, n.args[0]) is node for n in planned)
         if (_is_sum(node) or pool) and all(_origin(graph, a) in stored for a in node.all_input_nodes):
             stored.add(_behind_relu(graph, node))

@@ -11,7 +11,16 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from flyweight.graph.operators import module_of, sizes
 
-__all__ = ["PART_OF", "flatten_views", "part_before", "pooled_means", "refresh", "without_dropout"]
+__all__ = [
+    "PART_OF",
+    "flatten_views",
+    "part_before",
+    "pooled_means",
+    "refresh",
+    "sized_pools",
+    "whole_pools",
+    "without_dropout",
+]
 
 aten = torch.ops.aten
 PART_OF = "part_of"  # in the meta of a call that does the first part of a layer's work: the name of that layer
@@ -29,21 +38,20 @@ def part_before(graph: fx.GraphModule, layer: str) -> str:
 
 
 def pooled_means(graph: fx.GraphModule) -> None:
-    """Global means over both spatial dimensions become average pooling and a flatten, in place.
+    """Global means over both spatial dimensions become adaptive pooling and a flatten, in place.
 
     The same sums in another order; runtimes have integer kernels for pooling and none for a mean (TRAPS 3.4). Needs
-    fresh sizes. Does nothing where sizes beside the batch are free: the pooling would hold those of the example.
+    fresh sizes. Does nothing where sizes beside the batch are free: no runtime pools those in integers.
     """
-    if any(axis for node in graph.graph.nodes for axis in node.meta.get("free", {})):
+    if _free(graph):
         return
     for node in list(graph.graph.nodes):
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or len(sizes(source)) != 4 or not _global_mean(graph, node):
             continue
-        spatial = [int(s) for s in sizes(source)[2:]]
         flat = len(sizes(node)) == 2
         with graph.graph.inserting_before(node):
-            pool = graph.graph.call_function(aten.avg_pool2d.default, (source, spatial))
+            pool = graph.graph.call_function(aten.adaptive_avg_pool2d.default, (source, [1, 1]))
             pool.meta["val"] = source.meta["val"].mean((2, 3), keepdim=True)
             result = graph.graph.call_function(aten.flatten.using_ints, (pool, 1)) if flat else pool
             result.meta["val"] = node.meta["val"]
@@ -52,6 +60,26 @@ def pooled_means(graph: fx.GraphModule) -> None:
         if node.op == "call_module" and all(n.target != node.target for n in graph.graph.nodes):
             graph.delete_submodule(str(node.target))  # what no node calls cannot be stored
     graph.recompile()
+
+
+def sized_pools(graph: fx.GraphModule) -> None:
+    """Global adaptive pooling becomes average pooling of the traced size, in place: as a mean it would be exported."""
+    for node in whole_pools(graph):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node.target, node.args = aten.avg_pool2d.default, (source, [int(s) for s in sizes(source)[2:]])
+    graph.recompile()
+
+
+def whole_pools(graph: fx.GraphModule) -> list[fx.Node]:
+    """Adaptive pooling of a whole picture of fixed size, as `pooled_means` writes it."""
+    nodes = [] if _free(graph) else list(graph.graph.nodes)
+    return [n for n in nodes if n.target == aten.adaptive_avg_pool2d.default and _global_mean(graph, n)]
+
+
+def _free(graph: fx.GraphModule) -> bool:
+    """Whether sizes beside the batch are free."""
+    return any(axis for node in graph.graph.nodes for axis in node.meta.get("free", {}))
 
 
 def _global_mean(graph: fx.GraphModule, node: fx.Node) -> bool:

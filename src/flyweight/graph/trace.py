@@ -23,6 +23,7 @@ from .functional import (
     refuse_unknown,
 )
 from .hooks import hooks_on, isolated_hooks, prove_hooks, strip_hooks
+from .loose import loose_note
 from .modules import rebuild
 from .portable import follow_device
 from .proofs import check_weights, first_line, prove_batches, prove_repeats, prove_rows, prove_sizes
@@ -76,7 +77,7 @@ def trace(
         prove_rows(own, call, len(module.graph.nodes))
     for name, buffer in own.named_buffers():
         buffer.copy_(state[name])  # a forward that counts its calls has counted ours
-    return Traced(module, (*around, *notes, *call.notes, *more, *lost_dropout(own, module)))
+    return Traced(module, (*around, *notes, *call.notes, *more, *lost_dropout(own, module), *loose_note(module)))
 
 
 def own_copy(model: nn.Module) -> tuple[nn.Module, tuple[Note, ...]]:

@@ -28,7 +28,7 @@ FIX = "use result.model, or result.save_source(...) for a file of its own"
 
 
 def transplanted(graph: fx.GraphModule, net: nn.Module, example: tuple[Any, Mapping[str, Any]] | None) -> nn.Module:
-    """A copy of `net` (CPU, float32, eval mode) that holds the graph's tensors and computes what the graph computes.
+    """A copy of `net` (CPU, its own precision if that is one, eval mode) that holds the graph's tensors and computes what the graph computes.
 
     `net` is the network that the graph was traced from and is not changed; `example` is (args, kwargs) of a call,
     None: random inputs of the recorded sizes. Where forward reads sizes from attributes (`self.num_heads`), those are
@@ -43,7 +43,8 @@ def transplanted(graph: fx.GraphModule, net: nn.Module, example: tuple[Any, Mapp
         attempts.append(_attempt(graph, net, call, dropped))
     for made in attempts:
         if isinstance(made, nn.Module):
-            return made
+            kinds = {p.dtype for p in net.parameters() if p.is_floating_point()}
+            return made.to(kinds.pop()) if len(kinds) == 1 else made  # what goes into `net` goes into its copy
     failure = attempts[0]
     assert isinstance(failure, FlyweightError)
     raise failure

@@ -27,6 +27,7 @@ __all__ = [
     "gauss_newton",
     "infer_task",
     "main_output",
+    "other_outputs",
     "quality",
     "reference_variance",
 ]
@@ -58,6 +59,16 @@ def main_output(outputs: Any) -> tuple[Tensor, str]:
         where=f"output of type {type(outputs).__name__}",
         fix="return a tensor, a tuple of tensors or a dict of tensors, or pass divergence=fn",
     )
+
+
+def other_outputs(outputs: Any) -> list[str]:
+    """The names (numbers of a tuple) of the floating outputs, a loss aside, that are not `main_output`."""
+    if isinstance(outputs, Tensor):
+        return []
+    pairs = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    chosen = main_output(outputs)[0]
+    floating = [(str(k), v) for k, v in pairs if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 0]
+    return [name for name, value in floating if value is not chosen and name != "loss"]
 
 
 def infer_task(outputs: Any, labels: Tensor | None) -> tuple[str, str]:

@@ -210,9 +210,14 @@ def _scored(evidence: Evidence, group: Group) -> tuple[dict[str, Tensor], dict[s
     scores, missing = {}, {}
     for name, criterion in criteria.ALL.items():
         try:
-            scores[name] = criterion(seen)
+            found = criterion(seen)
         except UsageError as error:
             missing[name] = error.what
+            continue
+        if name != "full" and len(found) > 1 and bool((found == found[0]).all()):
+            missing[name] = "it gives every channel the same score"  # any order would do, so none says anything
+        else:
+            scores[name] = found
     return scores, missing
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "check_calls",
     "duration_s",
     "job_of",
+    "unjudged",
     "yardstick_of",
 ]
 
@@ -214,6 +215,7 @@ def job_of(
             *found.notes,
             *lengths.lengths_note(traced.module, found.calib, call),
             *traced.notes,
+            *unjudged(traced.module, found, settings),
             *([note] if note else []),
         ),
         started_s=started_s,
@@ -265,9 +267,8 @@ def _check(settings: Settings) -> None:
             raise UsageError(f"{name} is one text, not several", fix=f"write {name}=[{value!r}]")
         odd = [one for one in value or () if not isinstance(one, str)]
         if odd:
-            raise UsageError(
-                f"{name} holds {odd[0]!r}, which is no text", fix='write shapes=["batch=8"], keep=["head"]'
-            )
+            example = {"methods": "channels", "keep": "head", "shapes": "batch=8"}[name]
+            raise UsageError(f"{name} holds {odd[0]!r}, which is no text", fix=f'write {name}=["{example}"]')
     unknown = [m for m in settings.methods or () if m not in METHODS]
     if unknown:
         raise UsageError(f"unknown method {unknown[0]!r}", fix=f"choose from {', '.join(METHODS)}")
@@ -369,6 +370,18 @@ def yardstick_of(graph: fx.GraphModule, found: Roles, settings: Settings) -> tup
         (every,) = joined([graph(*b.inputs) for b in judged])
         variance = div.reference_variance(every)
     return Yardstick(task, metric, lower, settings.divergence, variance), reason
+
+
+def unjudged(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple[Note, ...]:
+    """A Note naming the outputs that no divergence looks at, where there are several and the user gave none."""
+    with torch.no_grad():
+        outputs = graph(*first_batch(found.tune or found.calib).inputs)
+    names = div.other_outputs(outputs) if settings.divergence is None else []
+    if not names:
+        return ()
+    text = f"only one of {len(names) + 1} outputs is judged, {div.main_output(outputs)[1]}; others may change freely"
+    fix = "pass divergence=fn(reference_outputs, outputs) that looks at all of them: one number a sample, 0 if equal"
+    return (Note("data.outputs", text, where=", ".join(names), fix=fix),)
 
 
 def _check_divergence(function: Callable[..., Any], outputs: Any) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from flyweight.errors import ModelError
 from flyweight.graph.operators import CONVOLUTIONS
 from flyweight.graph.places import source_line
-from flyweight.graph.rewrite import flatten_views, refresh, without_dropout
+from flyweight.graph.rewrite import flatten_views, refresh, sized_pools, without_dropout
 from flyweight.graph.shapes import shown_names
 
 __all__ = ["export", "lower", "output_names", "stored_name"]
@@ -189,6 +189,8 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     refresh(lowered, inputs)
     flatten_views(lowered)
     numbers: Mapping[str, Mapping[str, object]] = graph.meta.get("numbers", {})
+    if numbers:
+        sized_pools(lowered)
     scales: Mapping[str, Tensor] = graph.meta.get("extra_tensors", {})
     for node in list(lowered.graph.nodes):
         if node.op == "call_module" and node.target in numbers:
