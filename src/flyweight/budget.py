@@ -288,9 +288,8 @@ def _value(quantity: str, kind: _Kind, written: str, text: str) -> tuple[float, 
     least = "more than 0" if kind.positive else "0 or more"
     if value < 0 or (kind.positive and value == 0) or value == float("inf"):
         raise BudgetError(f"{text}: the value must be {least} and finite", fix=f"write for example {kind.examples}")
-    if quantity in ("macs", "size") and name != "share" and value < 1:
-        hint = f"did you mean {quantity}{kind.operator}{100 * value:g}%?"
-        raise BudgetError(f"{text}: that is less than one {'byte' if quantity == 'size' else 'operation'}", fix=hint)
+    if quantity == "macs" and name != "share" and value < 1:
+        raise BudgetError(f"{text}: less than one operation", fix=f"did you mean {quantity}<={100 * value:g}%?")
     if kind.most is not None and value > kind.most:
         hint = f"{quantity}{kind.operator}{written}%" if kind.most == 1.0 and not unit else f"at most {kind.most:g}"
         raise BudgetError(f"{text}: {quantity} cannot be more than {kind.most:g}", fix=f"did you mean {hint}?")
@@ -393,8 +392,7 @@ def _preference(name: str) -> Literal["quality", "latency", "size"]:
 
 
 def _plain(value: Decimal) -> str:
-    text = format(value.normalize(), "f")
-    return "0" if text in {"-0", "0"} else text
+    return "0" if (text := format(value.normalize(), "f")) in {"-0", "0"} else text
 
 
 def _scaled(value: Decimal, units: tuple[tuple[str, int], ...]) -> str:

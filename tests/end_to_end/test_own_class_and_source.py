@@ -63,7 +63,8 @@ def test_the_same_result_writes_the_same_bytes(channels, tmp_path):
     assert first.with_suffix(".safetensors").read_bytes() == second.with_suffix(".safetensors").read_bytes()
 
 
-def test_another_ending_is_refused(channels, tmp_path):
-    with pytest.raises(UsageError, match="no Python file"):
-        channels.save_source(tmp_path / "net")
+@pytest.mark.parametrize("name", ["net", "net.txt", "net-x.py", "2net.py"])
+def test_what_no_import_could_name_is_refused(channels, tmp_path, name):
+    with pytest.raises(UsageError, match="no Python module"):
+        channels.save_source(tmp_path / name)
     assert not list(tmp_path.iterdir())

@@ -59,6 +59,12 @@ def test_smaller_layers_stand_in_the_users_own_class():
     }
 
 
+def test_what_goes_into_the_network_goes_into_its_copy():
+    net, graph, x = residual()
+    made = transplanted(graph, net.double(), None)
+    assert made(x.double()).dtype == torch.float64
+
+
 def test_the_state_dict_goes_round():
     net, graph, x = residual()
     made = transplanted(graph, net, None)

@@ -236,6 +236,36 @@ def test_shares_stay_shares_where_a_layer_says_the_same_to_every_sample():
     assert all(one.dropped < 10 for one in looks)
 
 
+def test_a_criterion_that_scores_all_channels_alike_says_so():
+    """Fresh batch norms all have the scale 1: any order of the channels would do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    found = fw.inspect(model, calib=torch.randn(64, 4), sensitivity=True, progress=False)
+    (look,) = [one for group in found.groups for one in group.criteria if one.name == "norm_scale"]
+    assert look.missing == "it gives every channel the same score"
+    assert look.agreement is None
+    assert "norm_scale" not in found.agreement
+
+
+class TwoAnswers(nn.Module):
+    """A mask, and a class that nobody looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mask, self.cls = nn.Linear(4, 8), nn.Linear(8, 5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return {"mask": self.mask(h), "cls": self.cls(h)}
+
+
+def test_outputs_that_nothing_judges_are_named():
+    found = fw.inspect(TwoAnswers(), calib=torch.randn(64, 4), sensitivity=True, progress=False)
+    (note,) = [note for note in found.notes if note.code == "data.outputs"]
+    assert note.where == "cls"
+    assert "(mask)" in note.text
+
+
 class Severed(nn.Module):
     """The answer has no gradient."""
 

@@ -28,7 +28,8 @@ FIX = "use result.model, or result.save_source(...) for a file of its own"
 
 
 def transplanted(graph: fx.GraphModule, net: nn.Module, example: tuple[Any, Mapping[str, Any]] | None) -> nn.Module:
-    """A copy of `net` (CPU, its own precision if that is one, eval mode) that holds the graph's tensors and computes what the graph computes.
+    """A copy of `net` that holds the graph's tensors and computes what the graph computes: on the CPU, in eval mode, in
+    `net`'s precision if all of it has one.
 
     `net` is the network that the graph was traced from and is not changed; `example` is (args, kwargs) of a call,
     None: random inputs of the recorded sizes. Where forward reads sizes from attributes (`self.num_heads`), those are

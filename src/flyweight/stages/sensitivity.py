@@ -25,8 +25,9 @@ from flyweight.methods.pricing import Judge, outputs_of
 from flyweight.numerics.forms import row_errors
 from flyweight.numerics.moments import enough
 from flyweight.stages.quote import JUDGE_MACS, JUDGE_SAMPLES, LEAST_SAMPLES
-from flyweight.stages.setup import Settings, yardstick_of
+from flyweight.stages.setup import Settings
 from flyweight.stages.watch import Stage
+from flyweight.stages.yardstick import unjudged, yardstick_of
 from flyweight.types import Note
 
 __all__ = ["CriterionLook", "Evidence", "LevelLook", "Sensitivity", "evidence_of", "mean_agreement", "sensitivity_of"]
@@ -101,7 +102,8 @@ def evidence_of(
     stage: Stage,
 ) -> Evidence:
     """Second moments on all of calib, gradients on a part of it, outputs to compare with on what was set aside."""
-    yardstick, reason = yardstick_of(graph, found, Settings("", task=task, divergence=divergence))
+    judging = Settings("", task=task, divergence=divergence)
+    yardstick, reason = yardstick_of(graph, found, judging)
     readers = {use.layer for group in open_groups for use in group.consumers}
     wanted = {name: layer for name, layer in layers(graph).items() if name in readers}
     count = found.calib.samples
@@ -125,7 +127,7 @@ def evidence_of(
         task=yardstick.task,
         task_reason=reason,
         seed=seed,
-        notes=(*notes, *_few_rows(wanted, stats)),
+        notes=(*unjudged(graph, found, judging), *notes, *_few_rows(wanted, stats)),
     )
 
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
 
 from flyweight import budget as budgets
-from flyweight.audit.quality import Yardstick, measured
-from flyweight.data import Batch, Batches, Roles, bind_example, first_batch, roles
+from flyweight.audit.quality import Yardstick
+from flyweight.data import Batch, Batches, Roles, bind_example, roles
 from flyweight.deploy import runtimes
 from flyweight.deploy.latency import LatencyTable, table_hash
 from flyweight.errors import DataError, Interrupted, ResourceError, UsageError
@@ -26,9 +25,9 @@ from flyweight.graph.places import user_line
 from flyweight.graph.proofs import check_weights, first_line
 from flyweight.graph.trace import own_copy, trace
 from flyweight.numerics import divergence as div
-from flyweight.numerics.ragged import joined
 from flyweight.stages import lengths
 from flyweight.stages.tidy import tidy
+from flyweight.stages.yardstick import try_limits, unjudged, yardstick_of
 from flyweight.types import Budget, Note, Rule
 
 __all__ = [
@@ -39,15 +38,11 @@ __all__ = [
     "check_calls",
     "duration_s",
     "job_of",
-    "unjudged",
-    "yardstick_of",
 ]
 
 METHODS = ("blocks", "channels", "lowrank", "int8")
 USUAL = ("channels", "int8")  # without being asked for: what the others add to them is still to be measured
 Inputs = tuple[Tensor, ...]
-
-EQUAL = 1e-3  # what rounding may leave of a user's divergence between equal outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +193,7 @@ def job_of(
     shapes = lengths.resolved(settings.shapes, traced.module, guarded, found.calib)
     _check_table(settings, shapes)
     _check_patterns(settings, traced.module)
-    _try_limits(traced.module, found, yardstick, guarded, settings.metric)
+    try_limits(traced.module, found, yardstick, guarded, settings.metric)
     return Job(
         graph=traced.module,
         roles=found,
@@ -328,74 +323,9 @@ def _nearest_names(pattern: str, names: Sequence[str]) -> str:
     return f"the layers are {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
 
 
-def _try_limits(graph: fx.GraphModule, found: Roles, yardstick: Yardstick, budget: Budget, metric: object) -> None:
-    """Asks for the metric and every limit on quality on one batch: what cannot be judged is said before the work."""
-    wanted = [limit for limit in budget.limits if budgets.is_quality(limit)]
-    if metric is not None and not any(role.labelled for role in (found.tune, found.test) if role):
-        raise DataError("a metric was given, but no labels", fix="give tune= and test= with labels, or leave it out")
-    for role in (found.tune or found.calib, *([found.test] if found.test else ())):
-        batch = first_batch(role)
-        rows = torch.arange(max(2, batch.rows)) % batch.rows
-        with torch.no_grad():
-            outputs = graph(*(x[rows] if len(x) == batch.rows else x for x in batch.inputs))
-        labels = None if batch.labels is None else batch.labels[rows]
-        if yardstick.metric is not None and labels is not None:
-            yardstick.scores(outputs, labels)
-        for limit in wanted:
-            measured(limit, yardstick, outputs, outputs, labels)
-
-
 def _two_rows(inputs: Inputs) -> Inputs:
     """The example with two rows: one row would make the batch a constant."""
     return tuple(x[torch.arange(2) % len(x)] for x in inputs)
-
-
-def yardstick_of(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple[Yardstick, str]:
-    """How answers are judged, and why so. Raises UsageError for a custom task without its divergence."""
-    judged = found.tune or found.calib
-    batch = first_batch(judged)
-    with torch.no_grad():
-        outputs = graph(*batch.inputs)
-    task, reason = div.infer_task(outputs, batch.labels)
-    if settings.task != "auto":
-        task, reason = settings.task, "as asked"
-    if task == "custom" and settings.divergence is None:
-        raise UsageError("task custom needs a divergence", fix="give divergence=fn(reference_outputs, outputs)")
-    if settings.divergence is not None:
-        _check_divergence(settings.divergence, outputs)
-    metric = settings.metric or (div.default_metric(task) if judged.labelled else None)
-    lower = settings.better == "lower" or (isinstance(metric, str) and budgets.METRICS.get(metric) == "lower")
-    variance = None
-    if task == "regress":
-        (every,) = joined([graph(*b.inputs) for b in judged])
-        variance = div.reference_variance(every)
-    return Yardstick(task, metric, lower, settings.divergence, variance), reason
-
-
-def unjudged(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple[Note, ...]:
-    """A Note naming the outputs that no divergence looks at, where there are several and the user gave none."""
-    with torch.no_grad():
-        outputs = graph(*first_batch(found.tune or found.calib).inputs)
-    names = div.other_outputs(outputs) if settings.divergence is None else []
-    if not names:
-        return ()
-    text = f"only one of {len(names) + 1} outputs is judged, {div.main_output(outputs)[1]}; others may change freely"
-    fix = "pass divergence=fn(reference_outputs, outputs) that looks at all of them: one number a sample, 0 if equal"
-    return (Note("data.outputs", text, where=", ".join(names), fix=fix),)
-
-
-def _check_divergence(function: Callable[..., Any], outputs: Any) -> None:
-    """Raises UsageError for a likeness instead of a divergence: equal outputs are apart, or others are nearer than equal."""
-    found = div.divergence("custom", outputs, outputs, fn=function)
-    if float(found.max()) > EQUAL:
-        raise UsageError(
-            f"the divergence function returned {float(found.max()):g} for equal outputs",
-            where=getattr(function, "__name__", type(function).__name__),
-            why="a divergence is 0 for equal outputs and grows with the distance",
-            fix="return a distance (for a likeness s in 0 … 1: 1 - s)",
-        )
-    others = tree_map(lambda x: x.roll(1, 0) if isinstance(x, Tensor) and x.ndim else x, outputs)
-    div.divergence("custom", outputs, others, fn=function)
 
 
 def _hash(graph: fx.GraphModule) -> str:
