@@ -259,7 +259,10 @@ def test_dropout_inside_attention_is_told():
 
     model = net(forward, attend=nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True))
     result = trace(model, (torch.randn(2, 5, 8),), {})
-    assert [(note.code, note.where) for note in result.notes] == [("trace.dropout-lost", "attend")]
+    assert [(note.code, note.where) for note in result.notes] == [
+        ("trace.dropout-lost", "attend"),
+        ("trace.loose-weights", "attend.in_proj_weight by 'linear'"),  # of the module's own three in one
+    ]
 
 
 def test_rows_of_the_example_may_be_one_or_many():
