@@ -24,7 +24,7 @@ Batch = tuple[Tensor, ...]
 Values = dict[fx.Node, object]
 MEMORY_BYTES = 800_000_000  # for what waits of two networks, beside their inputs
 WORK_MACS = 2.5e12  # for running two networks, a minute or so
-AT_ONCE = 1 << 23  # numbers that are alive at once: what fits the processor's caches runs up to four times as fast
+AT_ONCE = 1 << 23  # numbers that are alive at once: more leave the caches, and every layer asks for fresh memory
 
 
 class Flow:

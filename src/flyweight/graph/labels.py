@@ -110,6 +110,12 @@ class Walk:
             found = torch.stack([a[both], b[both]], 1)
             self.pairs.append(np.unique(found.numpy(), axis=0))
 
+    def pair(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """As `join`; what meets an entry that always stays, stays too, for the `reason`."""
+        self.join(a, b)
+        self.freeze(torch.where(b == FIXED, a, FIXED), reason)
+        self.freeze(torch.where(a == FIXED, b, FIXED), reason)
+
     def merge(self, marks: Tensor, dims: Sequence[int]) -> Tensor:
         """Ties all labels that differ only along `dims`; gives the first of each, `dims` at size 1."""
         head = marks
@@ -137,10 +143,7 @@ class Walk:
         if key not in self.held:
             self.held[key] = Held(owner, tensor, dim, role, labels.clone())
             return
-        known = self.held[key].labels
-        self.join(known, labels)
-        self.freeze(torch.where(labels == FIXED, known, FIXED), f"{owner!r} also reads channels that always stay")
-        self.freeze(torch.where(known == FIXED, labels, FIXED), f"{owner!r} also reads channels that always stay")
+        self.pair(self.held[key].labels, labels, f"{owner!r} also reads channels that always stay")
 
     def roots(self) -> np.ndarray:
         """For every label the number of its class, by order of first appearance."""

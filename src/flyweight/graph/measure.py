@@ -85,7 +85,7 @@ def measure(
 ) -> Stats:
     """The statistics of `layers` (input moments) and of the nodes named in `ranges`, over all `batches`.
 
-    Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each batch. `samples`: how many
+    Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each part of one. `samples`: how many
     are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (two
     above WIDE columns, whose products are dear). `positions` sets the number of patches for every convolution. Padding
     (`graph.tokens`) is left out of the rows of linear layers.

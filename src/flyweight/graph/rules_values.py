@@ -193,11 +193,7 @@ def glu(call: Call) -> Result:
         return None
     dim = int(call.args.get("dim", -1)) if call.module is None else int(call.module.dim)  # type: ignore[arg-type]
     a, b = first.full.chunk(2, dim)
-    call.walk.join(a, b)
-    for one, other in ((a, b), (b, a)):
-        call.walk.freeze(
-            torch.where(other == FIXED, one, FIXED), f"{call.node.name!r} pairs it with entries that always stay"
-        )
+    call.walk.pair(a, b, f"{call.node.name!r} pairs it with entries that always stay")
     return kept(call, a, first.weak)
 
 

@@ -15,7 +15,7 @@ MOST = 4096
 
 class Waiting:
     """One block of memory that rows are copied into: as tensors of their own, small and kept for long among large ones that
-    come and go, they would keep the allocator from using that room again (a third more memory for a small network)."""
+    come and go, they would keep the allocator from using that room again."""
 
     def __init__(self, columns: int) -> None:
         """`columns` of the layer's moment: merging one costs as much as a product of so many rows."""
