@@ -17,7 +17,7 @@ from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer
 from flyweight.methods import channels
 
-__all__ = ["Judge", "Ladder", "Trial", "by_magnitude", "fitted", "ladder", "outputs_of", "tried"]
+__all__ = ["Judge", "Ladder", "Trial", "by_magnitude", "fitted", "ladder", "lost", "outputs_of", "tried"]
 
 WAITING_BYTES = 200_000_000  # of the values before what is tried
 
@@ -125,7 +125,7 @@ def tried(
     gone, points = channels.order(graph, group, layers, stats), sorted(_spread(len(levels), measured))
     at = points[len(points) // 3]
     refits = channels.refit_readers(graph, group, layers, stats, channels.kept_channels(group, gone, levels[at]))
-    return Trial(gone, {at: _measured(_copy(graph, group, layers), graph, layers, refits, judge)})
+    return Trial(gone, {at: lost(_copy(graph, group, layers), graph, layers, refits, judge)})
 
 
 def ladder(
@@ -158,7 +158,7 @@ def ladder(
         errors.append(sum(r.error for r in refits.values()))
         if i in points:
             known = begun.found.get(i)
-            found[errors[-1]] = _measured(changed, graph, layers, refits, judge) if known is None else known
+            found[errors[-1]] = lost(changed, graph, layers, refits, judge) if known is None else known
     curve, sensed = fitted(found), any(use.layer in stats.sensed for use in group.consumers)
     prices = tuple(curve(e) for e in errors)
     return Ladder(group, gone, (group.size, *levels), tuple(errors), prices, sensed)
@@ -173,20 +173,21 @@ def _copy(graph: fx.GraphModule, group: Group, layers: Mapping[str, Layer]) -> f
     return copy.deepcopy(graph, {id(tensor): tensor for _, tensor in named if id(tensor) not in touched})
 
 
-def _measured(
+def lost(
     changed: fx.GraphModule,
     graph: fx.GraphModule,
     layers: Mapping[str, Layer],
     refits: Mapping[str, channels.Refit],
     judge: Judge,
 ) -> float:
-    """The divergence with the readers refitted. `changed` is a copy of `graph`, and is one again afterwards."""
+    """The divergence with layers refitted. `changed` is a copy of `graph`, and is one again afterwards."""
     touched = [path for name in refits for path in (name, layers[name].norm) if path]
     behind = judge.behind(graph, touched)
     for name, new in refits.items():
         channels.apply(changed, layers[name], new)
     result = behind(changed)
-    _restore(changed, graph, [layers[name] for name in refits])
+    for path in touched:
+        changed.get_submodule(path).load_state_dict(graph.get_submodule(path).state_dict())
     return result
 
 
@@ -207,13 +208,6 @@ def _spread(count: int, wanted: int) -> set[int]:
     if count <= wanted:
         return set(range(count))
     return {round(i * (count - 1) / (wanted - 1)) for i in range(wanted)}
-
-
-def _restore(trial: fx.GraphModule, graph: fx.GraphModule, changed: Sequence[Layer]) -> None:
-    for layer in changed:
-        for name in (layer.name, layer.norm):
-            if name:
-                trial.get_submodule(name).load_state_dict(graph.get_submodule(name).state_dict())
 
 
 def fitted(found: Mapping[float, float]) -> Callable[[float], float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import torch
 from safetensors.torch import load, save
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from flyweight.deploy.machine import has_vnni
 from flyweight.deploy.runtimes import get
@@ -34,7 +34,7 @@ from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store, better, sensitivities, together
 from flyweight.types import Note
 
-__all__ = ["Quotes", "Store", "largest_integer", "quote"]
+__all__ = ["Quotes", "Store", "judge_on", "largest_integer", "quote"]
 
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32
@@ -77,7 +77,8 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     job.checkpoint("measuring sensitivity")
     sensed, blind = sensitivities(job, present, open_groups, store, stage)
     network = Network(job.graph, present, {g.name: g for g in open_groups}, stats, job.example)
-    judge = _judge(job, passes=5 * len(open_groups) + len(present))
+    passes = 5 * len(open_groups) + len(present)
+    judge = judge_on(job.graph, (batch.inputs for batch in job.judged), job.yardstick.divergences, passes)
     job.checkpoint("pricing channels")
     ladders = _ladders(job, network, open_groups, sensed, judge, store, stage)
     readers = {use.layer for lad in ladders if lad.sensed for use in lad.group.consumers}
@@ -126,19 +127,21 @@ def _groups(job: Job) -> tuple[tuple[Group, ...], tuple[Group, ...], tuple[Note,
     return tuple(g for g in open_groups if g.name not in failed), tuple(frozen), tuple(notes)
 
 
-def _judge(job: Job, passes: int) -> Judge:
-    """Divergence on the samples that choose, on as many as the network's size allows."""
-    affordable = JUDGE_MACS / max(1, passes * total_macs(job.graph))
-    samples = int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable)))
-    batches: list[Inputs] = []
+def judge_on(
+    graph: fx.GraphModule, batches: Iterable[Inputs], divergence: Callable[[object, object], Tensor], passes: int
+) -> Judge:
+    """A judge on the first of `batches`: on as many samples as the network's size allows to run `passes` times."""
+    affordable = JUDGE_MACS / max(1, passes * total_macs(graph))
+    wished = int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable)))
+    taken: list[Inputs] = []
     seen = 0
-    for batch in job.judged:
-        batches.append(batch.inputs)
-        seen += batch.rows
-        if seen >= samples:
+    for batch in batches:
+        taken.append(batch)
+        seen += len(batch[0])
+        if seen >= wished:
             break
-    batches = list(chunked(job.graph, batches))
-    return Judge(batches, outputs_of(job.graph, batches), job.yardstick.divergences)
+    parts = list(chunked(graph, taken))
+    return Judge(parts, outputs_of(graph, parts), divergence)
 
 
 def _ladders(

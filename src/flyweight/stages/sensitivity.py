@@ -16,15 +16,13 @@ from torch import Tensor, fx
 from flyweight.data import Roles
 from flyweight.errors import UsageError
 from flyweight.graph.axes import Group
-from flyweight.graph.cost import total_macs
-from flyweight.graph.flow import chunked
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers, matrix
 from flyweight.methods import channels, criteria
-from flyweight.methods.pricing import Judge, outputs_of
+from flyweight.methods.pricing import Judge, lost
 from flyweight.numerics.forms import row_errors
 from flyweight.numerics.moments import enough
-from flyweight.stages.quote import JUDGE_MACS, JUDGE_SAMPLES, LEAST_SAMPLES
+from flyweight.stages.quote import judge_on
 from flyweight.stages.setup import Settings
 from flyweight.stages.watch import Stage
 from flyweight.stages.yardstick import unjudged, yardstick_of
@@ -109,10 +107,8 @@ def evidence_of(
     count = found.calib.samples
     stats = measure(graph, (b.inputs for b in found.calib), wanted, advance=stage("measure", count), samples=count)
     slopes, notes = _slopes(graph, _first(found.calib, GRADIENT_SAMPLES), readers, yardstick.task, seed, stage)
-    affordable = JUDGE_MACS / max(1, len(SHARES) * len(open_groups) * total_macs(graph))
-    wished = int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable)))
-    batches = list(chunked(graph, _first(found.tune or found.calib, wished)))
-    judge = Judge(batches, outputs_of(graph, batches), yardstick.divergences)
+    passes = len(SHARES) * len(open_groups)
+    judge = judge_on(graph, (b.inputs for b in found.tune or found.calib), yardstick.divergences, passes)
     power = {name: _power(graph, layer, stats) for name, layer in wanted.items()}
     return Evidence(
         graph=graph,
@@ -123,7 +119,7 @@ def evidence_of(
         power=power,
         contributions=slopes,
         judge=judge,
-        judged=sum(len(batch[0]) for batch in batches),
+        judged=sum(len(batch[0]) for batch in judge.batches),
         task=yardstick.task,
         task_reason=reason,
         seed=seed,
@@ -188,20 +184,9 @@ def _levels(evidence: Evidence, group: Group, gone: Sequence[int]) -> tuple[Leve
     for level in sorted({max(1, round(group.size * share)) for share in SHARES} - {group.size}, reverse=True):
         refits = {name: one.refit(level) for name, one in families.items()}
         error = sum(one.error for one in refits.values())
-        looks.append(LevelLook(level, error, _shares(evidence, refits), _divergence(evidence, refits)))
+        divergence = lost(evidence.trial, evidence.graph, evidence.layers, refits, evidence.judge)
+        looks.append(LevelLook(level, error, _shares(evidence, refits), divergence))
     return tuple(looks)
-
-
-def _divergence(evidence: Evidence, refits: Mapping[str, channels.Refit]) -> float:
-    """What the outputs lose with the readers refitted."""
-    touched = [path for name in refits for path in (name, evidence.layers[name].norm) if path]
-    divergence = evidence.judge.behind(evidence.graph, touched)
-    for name, new in refits.items():
-        channels.apply(evidence.trial, evidence.layers[name], new)
-    found = divergence(evidence.trial)
-    for path in touched:
-        evidence.trial.get_submodule(path).load_state_dict(evidence.graph.get_submodule(path).state_dict())
-    return found
 
 
 def _scored(evidence: Evidence, group: Group) -> tuple[dict[str, Tensor], dict[str, str]]:
