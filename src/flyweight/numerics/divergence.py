@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from flyweight.budget import METRICS
 from flyweight.errors import DataError, ModelError, UsageError
@@ -21,6 +22,7 @@ from flyweight.numerics.ragged import Ragged, pieces
 
 __all__ = [
     "TASKS",
+    "check_divergence",
     "class_numbers",
     "default_metric",
     "divergence",
@@ -32,6 +34,7 @@ __all__ = [
     "reference_variance",
 ]
 
+EQUAL = 1e-3  # what rounding may leave of a user's divergence between equal outputs
 ROUNDING = 1e-5  # below 0: what a user's distance in float32 may round to
 TASKS = ("classify", "multilabel", "embed", "regress", "custom")
 _PREFERRED = ("logits", "sentence_embedding", "embeddings", "last_hidden_state", "pooler_output")
@@ -45,15 +48,13 @@ def main_output(outputs: Any) -> tuple[Tensor, str]:
     """
     if isinstance(outputs, Tensor):
         return outputs, "the only output"
-    pairs = outputs.items() if isinstance(outputs, Mapping) else ()
-    named = {str(k): v for k, v in (enumerate(outputs) if isinstance(outputs, (tuple, list)) else pairs)}
-    floating = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 0}
+    floating = _floating(outputs)
     for name in _PREFERRED:
         if name in floating:
             return floating[name], f"the output named {name}"
     for name, value in floating.items():
         if name != "loss":
-            return value, f"the first floating tensor of {len(named)} outputs ({name})"
+            return value, f"the first floating tensor of {len(outputs)} outputs ({name})"
     raise ModelError(
         "the model's output holds no floating tensor to compare",
         where=f"output of type {type(outputs).__name__}",
@@ -65,10 +66,15 @@ def other_outputs(outputs: Any) -> list[str]:
     """The names (numbers of a tuple) of the floating outputs, a loss aside, that are not `main_output`."""
     if isinstance(outputs, Tensor):
         return []
-    pairs = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     chosen = main_output(outputs)[0]
-    floating = [(str(k), v) for k, v in pairs if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 0]
-    return [name for name, value in floating if value is not chosen and name != "loss"]
+    return [name for name, value in _floating(outputs).items() if value is not chosen and name != "loss"]
+
+
+def _floating(outputs: Any) -> dict[str, Tensor]:
+    """The floating tensors of a mapping, or by number of a tuple; {} of anything else."""
+    pairs = enumerate(outputs) if isinstance(outputs, (tuple, list)) else ()
+    named = outputs.items() if isinstance(outputs, Mapping) else pairs
+    return {str(k): v for k, v in named if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 0}
 
 
 def infer_task(outputs: Any, labels: Tensor | None) -> tuple[str, str]:
@@ -145,12 +151,7 @@ def divergence(
     if fn is not None:
         found = _per_sample(fn, (reference, outputs), main_output(reference)[0].shape[0], "divergence")
         if bool((found < -ROUNDING).any()):
-            raise UsageError(
-                f"the divergence function returned {float(found.min()):g}",
-                where=getattr(fn, "__name__", type(fn).__name__),
-                why="a divergence is 0 for equal outputs and grows with the distance; below 0 worse would count as better",
-                fix="return a distance (for a likeness s in 0 … 1: 1 - s)",
-            )
+            raise _no_divergence(fn, f"{float(found.min()):g}: below 0 worse would count as better")
         return found
     if task not in _DIVERGENCES:
         raise UsageError(f"no divergence is known for task {task!r}", fix="pass divergence=fn(reference, outputs)")
@@ -301,6 +302,25 @@ def _label_accuracy(tensor: Tensor, truth: Tensor) -> Tensor:
     answers = tensor >= (0.5 if _in_unit_range(tensor) else 0.0)
     right = (answers == (truth.reshape(tensor.shape) > 0.5)) & ~tensor.isnan()
     return _rows(right.double()).mean(1)
+
+
+def check_divergence(fn: Callable[..., Any], outputs: Any) -> None:
+    """Raises UsageError for a likeness instead of a divergence: equal outputs are apart, or others are nearer than equal."""
+    found = divergence("custom", outputs, outputs, fn=fn)
+    if float(found.max()) > EQUAL:
+        raise _no_divergence(fn, f"{float(found.max()):g} for equal outputs")
+    divergence(
+        "custom", outputs, tree_map(lambda x: x.roll(1, 0) if isinstance(x, Tensor) and x.ndim else x, outputs), fn=fn
+    )
+
+
+def _no_divergence(fn: Callable[..., Any], returned: str) -> UsageError:
+    return UsageError(
+        f"the divergence function returned {returned}",
+        where=getattr(fn, "__name__", type(fn).__name__),
+        why="a divergence is 0 for equal outputs and grows with the distance",
+        fix="return a distance (for a likeness s in 0 … 1: 1 - s)",
+    )
 
 
 def _per_sample(fn: Callable[..., Any], arguments: tuple[Any, Any], samples: int, what: str) -> Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+from torch import fx
 
 from flyweight import budget as budgets
 from flyweight.audit.quality import Yardstick, measured
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["try_limits", "unjudged", "yardstick_of"]
 
-EQUAL = 1e-3  # what rounding may leave of a user's divergence between equal outputs
-
 
 def yardstick_of(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple[Yardstick, str]:
     """How answers are judged, and why so. Raises UsageError for a custom task without its divergence."""
@@ -37,7 +33,7 @@ def yardstick_of(graph: fx.GraphModule, found: Roles, settings: Settings) -> tup
     if task == "custom" and settings.divergence is None:
         raise UsageError("task custom needs a divergence", fix="give divergence=fn(reference_outputs, outputs)")
     if settings.divergence is not None:
-        _check_divergence(settings.divergence, outputs)
+        div.check_divergence(settings.divergence, outputs)
     metric = settings.metric or (div.default_metric(task) if judged.labelled else None)
     lower = settings.better == "lower" or (isinstance(metric, str) and budgets.METRICS.get(metric) == "lower")
     variance = None
@@ -57,20 +53,6 @@ def unjudged(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple[N
     text = f"only one of {len(names) + 1} outputs is judged, {div.main_output(outputs)[1]}; others may change freely"
     fix = "pass divergence=fn(reference_outputs, outputs) that looks at all of them: one number a sample, 0 if equal"
     return (Note("data.outputs", text, where=", ".join(names), fix=fix),)
-
-
-def _check_divergence(function: Callable[..., Any], outputs: Any) -> None:
-    """Raises UsageError for a likeness instead of a divergence: equal outputs are apart, or others are nearer than equal."""
-    found = div.divergence("custom", outputs, outputs, fn=function)
-    if float(found.max()) > EQUAL:
-        raise UsageError(
-            f"the divergence function returned {float(found.max()):g} for equal outputs",
-            where=getattr(function, "__name__", type(function).__name__),
-            why="a divergence is 0 for equal outputs and grows with the distance",
-            fix="return a distance (for a likeness s in 0 … 1: 1 - s)",
-        )
-    others = tree_map(lambda x: x.roll(1, 0) if isinstance(x, Tensor) and x.ndim else x, outputs)
-    div.divergence("custom", outputs, others, fn=function)
 
 
 def try_limits(graph: fx.GraphModule, found: Roles, yardstick: Yardstick, budget: Budget, metric: object) -> None:
