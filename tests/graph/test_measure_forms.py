@@ -152,3 +152,28 @@ def test_few_samples_show_more_of_their_positions():
     assert stats([9], samples=9).inputs["groups"].count == 9 * 64  # 12 rows a column are there anyway
     assert stats([9], samples=1).inputs["groups"].count == 9 * (PLACES - 3)  # 108 positions wanted: all there are
     assert stats([9], positions=5).inputs["groups"].count == 9 * 5
+
+
+class Short(nn.Module):
+    """A wide convolution whose input has fewer numbers than a patch: zeros around it from two sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv1d(65, 2, 64, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(nn.functional.pad(x, (20, 31))).mean(2)
+
+
+def test_a_short_input_is_measured_at_every_position_whatever_its_length():
+    generator = torch.Generator().manual_seed(0)
+    feeds = [(torch.randn(4, 65, length, generator=generator) + 1,) for length in (40, 60, 40)]
+    graph = trace(Short(), feeds[0]).module
+    found = measure(graph, feeds, layers(graph), samples=12).inputs["wide"]
+    wide = graph.get_submodule("wide")
+    rows = torch.cat([input_rows(wide, nn.functional.pad(x, (20, 31)), 0, 1000) for (x,) in feeds])
+    expected = add_rows(empty_moments(65 * 64), rows)
+    assert found.count == expected.count == 4 * (34 + 54 + 34)
+    assert torch.allclose(found.mean, expected.mean, rtol=1e-6, atol=1e-7)
+    # products of 4 to 12 rows in float32, and a sum over 54 positions
+    assert float((found.gram - expected.gram).abs().max()) < 1e-5 * float(expected.gram.abs().max())

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
+from flyweight.graph.operators import input_rows
+from flyweight.graph.operators import windows as windows_of
 from flyweight.numerics.forms import Blocks
 from flyweight.numerics.moments import (
     BINS,
@@ -18,6 +21,7 @@ from flyweight.numerics.moments import (
     empty_kronecker,
     empty_moments,
     enough,
+    patch_moments,
     shrunk,
 )
 
@@ -120,6 +124,31 @@ def test_moments_as_a_product_are_the_margins_of_the_full_moment(split: list[int
         assert torch.allclose(form.channels * 3, over_channels, rtol=1e-9, atol=1e-10)
         assert torch.allclose(form.taps * over_taps.trace() / 3, over_taps, rtol=1e-9, atol=1e-10)
         assert float(form.dense().trace()) == pytest.approx(float(over_taps.trace()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "spatial", "settings"),
+    [
+        (nn.Conv1d, (7,), {"kernel_size": 9, "padding": 4}),
+        (nn.Conv1d, (6,), {"kernel_size": 8, "padding": "same"}),
+        (nn.Conv1d, (6,), {"kernel_size": 4, "padding": 7, "stride": 3, "dilation": 2}),  # patches of padding alone
+        (nn.Conv2d, (4, 3), {"kernel_size": (3, 5), "padding": (1, 2), "stride": (2, 1)}),
+        (nn.Conv3d, (2, 3, 2), {"kernel_size": 3, "padding": 2, "stride": 2, "dilation": (1, 2, 1)}),
+    ],
+)
+def test_moments_of_patches_out_of_those_of_whole_maps(kind: type, spatial: tuple[int, ...], settings: dict):
+    module = kind(3, 1, **settings)
+    maps = torch.randn(40, 3, *spatial, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 + 5
+    maps[:, 1] = 4  # a constant, beside zeros of padding
+    patches = input_rows(module, maps, 0, 1000)
+    expected = add_rows(empty_moments(patches.shape[1]), patches)
+    at = windows_of(module, spatial, [0] * 2 * len(spatial))
+    found = patch_moments(
+        add_rows(empty_moments(maps[0].numel()), maps.flatten(1)), maps.shape[1:], module.kernel_size, at
+    )
+    assert found.count == expected.count
+    assert torch.allclose(found.mean, expected.mean, rtol=1e-12)
+    assert torch.allclose(found.gram, expected.gram, rtol=1e-10, atol=1e-11)
 
 
 def test_inputs_that_are_a_product_give_that_product():

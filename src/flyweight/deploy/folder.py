@@ -96,7 +96,13 @@ class Folder:
     def save(self, name: str, payload: bytes) -> None:
         """Keeps a checkpoint for a resumed run, with its SHA-256 in front."""
         head = f"flyweight-stage {hashlib.sha256(payload).hexdigest()}\n".encode()
-        write_atomic(_stage(self.path, name), head + payload)
+
+        def write(part: Path) -> None:  # in two pieces: a joined one would be a second copy of what may be large
+            with part.open("wb") as file:
+                file.write(head)
+                file.write(payload)
+
+        write_atomic(_stage(self.path, name), write)
 
     def load(self, name: str) -> bytes | None:
         """The checkpoint `name`, or None; one that is torn or changed is removed, with a Note."""

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from flyweight.graph.flow import chunked
-from flyweight.graph.operators import Layer, input_rows, patches_at
+from flyweight.graph.operators import CONVOLUTIONS, Layer, input_rows, patches_at, windows, zeros_around
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.graph.waiting import Waiting
 from flyweight.numerics.forms import Blocks
@@ -31,10 +31,14 @@ from flyweight.numerics.moments import (
     empty_histogram,
     empty_kronecker,
     empty_moments,
+    merged,
+    patch_moments,
 )
 
 __all__ = ["Sensed", "Stats", "fingerprint", "from_tensors", "looks_of", "measure", "to_tensors"]
 
+Map = tuple[tuple[int, ...], tuple[int, ...]]  # the shape of whole inputs, and the zeros that are put around them
+ROWS: Map = ((), ())  # what is counted as it is
 POSITIONS = 64  # patches of each sample that a convolution's second moment looks at
 MOST = 1024  # of them where samples are few
 PATCHES = 1 << 20  # numbers in a sample's patches, for moments in Kronecker form: their taps see every value many times
@@ -87,11 +91,11 @@ def measure(
 
     Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each part of one. `samples`: how many
     are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (two
-    above WIDE columns, whose products are dear). `positions` sets the number of patches for every convolution. Padding
-    (`graph.tokens`) is left out of the rows of linear layers.
+    above WIDE columns, whose products are dear; all of them where the input has no more numbers than a patch). `positions`
+    sets the number of patches for every convolution. Padding (`graph.tokens`) is left out of the rows of linear layers.
     """
     looks = {name: positions or looks_of(layer, samples) for name, layer in layers.items()}
-    recorder = _Recorder(graph, layers, ranges, looks)
+    recorder = _Recorder(graph, layers, ranges, looks, whole=positions is None)
     mask = mask_input(graph)
     with torch.no_grad():
         for batch in chunked(graph, batches):
@@ -99,9 +103,8 @@ def measure(
             recorder.run(*batch)
             recorder.samples += len(batch[0])
             advance(len(batch[0]))
-        for name in recorder.moments:
-            recorder.settle(name)
-    inputs = {name: recorder.moments[owner] for name, owner in recorder.owners.items()}
+        found = {owner: recorder.result(owner) for owner in dict.fromkeys(recorder.owners.values())}
+    inputs = {name: found[owner] for name, owner in recorder.owners.items()}
     return Stats(recorder.samples, inputs, recorder.histograms)
 
 
@@ -142,42 +145,66 @@ class _Recorder(fx.Interpreter):
     """Runs the graph and keeps the running statistics."""
 
     def __init__(
-        self, graph: fx.GraphModule, layers: Mapping[str, Layer], ranges: Collection[str], looks: Mapping[str, int]
+        self,
+        graph: fx.GraphModule,
+        layers: Mapping[str, Layer],
+        ranges: Collection[str],
+        looks: Mapping[str, int],
+        *,
+        whole: bool,
     ) -> None:
         super().__init__(graph)
-        self.samples, self.looks = 0, looks
+        self.samples, self.looks, self.layers, self.whole = 0, looks, layers, whole
         self.owners = _owners(graph, layers)
-        self.moments = {name: _empty(layers[name]) for name in dict.fromkeys(self.owners.values())}
-        self.waiting = {name: Waiting(layers[name].columns) for name in self.moments}
+        self.found: dict[str, dict[Map, Moments]] = {owner: {} for owner in self.owners.values()}
+        self.waiting: dict[tuple[str, Map], Waiting] = {}
         self.histograms = {name: empty_histogram() for name in ranges}
         self.tokens: Tensor | None = None  # which tokens of the batch are real
 
     def run_node(self, n: fx.Node) -> object:
-        if n.op == "call_module" and n.target in self.moments:
-            self.look(str(n.target), self.fetch_args_kwargs_from_env(n)[0][0])
+        if n.op == "call_module" and n.target in self.found:
+            self.look(n, str(n.target), self.fetch_args_kwargs_from_env(n)[0][0])
         value = super().run_node(n)
         if n.name in self.histograms:
             assert isinstance(value, Tensor)
             self.histograms[n.name] = add_values(self.histograms[n.name], value)
         return value
 
-    def look(self, layer: str, x: Tensor) -> None:
+    def look(self, n: fx.Node, layer: str, x: Tensor) -> None:
         """What one call adds to the layer's moments."""
-        module, moments = self.fetch_attr(layer), self.moments[layer]
-        if isinstance(moments.gram, Kronecker):
-            self.moments[layer] = add_patches(moments, *patches_at(module, x, self.samples, self.looks[layer]))
-            return
-        rows = input_rows(module, x, self.samples, self.looks[layer])
-        real = real_rows(module, x, self.tokens)
-        rows = rows if real is None else rows[real]
-        for block in self.waiting[layer].add(rows):
-            self.moments[layer] = add_rows(self.moments[layer], block)
+        module, own = self.fetch_attr(layer), self.layers[layer]
+        beside = zeros_around(n) if self.whole and isinstance(module, CONVOLUTIONS) and own.groups == 1 else ()
+        inner = nn.functional.pad(x, [-width for width in beside])
+        if _is_product(own):
+            before = self.found[layer].get(ROWS, _empty(own))
+            self.found[layer][ROWS] = add_patches(before, *patches_at(module, x, self.samples, self.looks[layer]))
+        elif beside and inner[0].numel() <= own.columns > WIDE:  # then there are no more columns, and far fewer rows
+            self.add(layer, (tuple(inner.shape[1:]), beside), inner.flatten(1))
+        else:
+            rows = input_rows(module, x, self.samples, self.looks[layer])
+            real = real_rows(module, x, self.tokens)
+            self.add(layer, ROWS, rows if real is None else rows[real])
 
-    def settle(self, layer: str) -> None:
-        """Adds what still waits."""
-        left = self.waiting[layer].rest()
-        if left is not None:
-            self.moments[layer] = add_rows(self.moments[layer], left)
+    def add(self, layer: str, kind: Map, rows: Tensor) -> None:
+        """Counts rows of one kind: of the layer's columns, or whole inputs."""
+        if kind not in self.found[layer]:
+            own, columns = self.layers[layer], rows.shape[1]
+            self.waiting[layer, kind] = Waiting(own.columns if kind == ROWS else columns)
+            self.found[layer][kind] = _empty(own) if kind == ROWS else empty_moments(columns)
+        for block in self.waiting[layer, kind].add(rows):
+            self.found[layer][kind] = add_rows(self.found[layer][kind], block)
+
+    def result(self, layer: str) -> Moments:
+        """The layer's moments. What they are made of is forgotten."""
+        module, total = self.fetch_attr(layer), None
+        for kind, moments in self.found.pop(layer).items():
+            left = self.waiting[layer, kind].rest() if (layer, kind) in self.waiting else None
+            part = moments if left is None else add_rows(moments, left)
+            if kind != ROWS:
+                shape, beside = kind
+                part = patch_moments(part, shape, module.kernel_size, windows(module, shape[1:], beside))
+            total = part if total is None else merged(total, part)
+        return _empty(self.layers[layer]) if total is None else total
 
 
 def _empty(layer: Layer) -> Moments:

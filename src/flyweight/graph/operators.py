@@ -33,10 +33,13 @@ __all__ = [
     "set_matrix",
     "sharers",
     "sizes",
+    "windows",
+    "zeros_around",
 ]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -232,12 +235,49 @@ def _chosen(spatial: Sequence[int], samples: int, first_sample: int, positions: 
     return torch.unravel_index(chosen, tuple(spatial))
 
 
+def windows(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d, spatial: Sequence[int], beside: Sequence[int]
+) -> list[list[tuple[slice, slice]]]:
+    """Per dimension and output position: the taps that do not lie in the padding, and where in the input they lie.
+
+    `beside`: more zeros around the input (`zeros_around`).
+    """
+    padding, found = [own + more for own, more in zip(_padding(module), beside, strict=True)], []
+    for i, (size, kernel, stride, step) in enumerate(
+        zip(spatial, module.kernel_size, module.stride, module.dilation, strict=True)
+    ):
+        before, after = padding[2 * (len(spatial) - 1 - i) :][:2]
+        last = before + size + after - step * (kernel - 1)
+        at: list[tuple[slice, slice]] = []
+        for start in range(-before, last - before, stride):
+            first = max(0, -(start // step))
+            end = max(first, min(kernel, (size - 1 - start) // step + 1))
+            at.append((slice(first, end), slice(start + first * step, start + end * step, step)))
+        found.append(at)
+    return found
+
+
+def zeros_around(node: fx.Node) -> tuple[int, ...]:
+    """The zeros that an operator of its own puts around the input of a convolution, as `functional.pad` takes them."""
+    source, none = node.args[0], (0,) * 2 * (len(sizes(node)) - 2)
+    assert isinstance(source, fx.Node)
+    if source.target not in PADS or any(rest not in ("constant", 0, None) for rest in source.args[2:]):
+        return none
+    widths = tuple(source.args[1]) if isinstance(source.args[1], Sequence) else ()
+    found = tuple(width for width in widths if isinstance(width, int) and width >= 0)
+    usable = len(found) == len(widths) <= len(none) and not source.kwargs
+    return (*found, *none)[: len(none)] if usable else none
+
+
 def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    return nn.functional.pad(x, _padding(module))
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+    """Zeros before and after, last dimension first, as `functional.pad` takes them."""
     if isinstance(module.padding, str):
-        padding = [s for pair in zip(*[iter(module._reversed_padding_repeated_twice)] * 2, strict=True) for s in pair]
-    else:
-        padding = [p for p in reversed(module.padding) for _ in range(2)]
-    return nn.functional.pad(x, padding)
+        return [s for pair in zip(*[iter(module._reversed_padding_repeated_twice)] * 2, strict=True) for s in pair]
+    return [p for p in reversed(module.padding) for _ in range(2)]
 
 
 def _unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

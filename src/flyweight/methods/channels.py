@@ -172,7 +172,7 @@ def _weighed(weights: Tensor, new: Tensor, layer: Layer, moments: Moments, compe
     absorbed = absorbs(layer)
     lost = torch.zeros(len(weights), dtype=weights.dtype)
     if absorbed and compensate:
-        lost = forms.mean_outputs(change, moments.mean)
+        lost = forms.mean_outputs(change.to(moments.mean.dtype), moments.mean)
     measured = moments.gram if compensate and absorbed else moments.raw
     return Refit(new, lost, float(forms.row_errors(change, measured).sum()))
 
@@ -189,9 +189,9 @@ class Family:
     block: int
 
     def refit(self, level: int) -> Refit:
-        """As `channels.refit` when the last `level` channels of the order remain."""
+        """As `channels.refit` when the last `level` channels of the order remain, in the moment's precision."""
         new = self.nested.weights(self.others + level * self.block)
-        return _weighed(self.weights, new, self.layer, self.moments)
+        return _weighed(self.weights.to(new.dtype), new, self.layer, self.moments)
 
 
 def families(

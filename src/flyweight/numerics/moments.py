@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +29,7 @@ __all__ = [
     "empty_moments",
     "enough",
     "merged",
+    "patch_moments",
     "shrunk",
 ]
 
@@ -153,8 +157,8 @@ def merged(first: Moments, second: Moments) -> Moments:
     assert isinstance(first.gram, Tensor)
     assert isinstance(second.gram, Tensor)
     total = first.count + second.count
-    if not total:
-        return first
+    if not first.count or not second.count:
+        return first if first.count else second
     share, shift = second.count / total, second.mean - first.mean
     apart = (shift[..., :, None] * shift[..., None, :]).to(first.gram.dtype)
     gram = first.gram * (1 - share) + second.gram * share + apart * (share * (1 - share))
@@ -217,6 +221,33 @@ def add_patches(
     return Moments(total, (old + shift * share).flatten(), _product(over_channels, over_taps))
 
 
+def patch_moments(
+    maps: Moments, shape: Sequence[int], kernel: Sequence[int], windows: Sequence[Sequence[tuple[slice, slice]]]
+) -> Moments:
+    """Moments of all patches of small maps, out of the moments of whole maps ("channels places" of `shape`).
+
+    The covariance of two columns of a patch is that of two places of the map, summed over positions; the mean patches of
+    the positions differ, too. Maps no larger than the kernel have fewer columns than patches, and one row where those
+    have one a position. `windows` (`graph.operators.windows`): per dimension and position the taps within the map, and where.
+    """
+    assert isinstance(maps.gram, Tensor)
+    channels, positions = shape[0], list(itertools.product(*windows))
+    width = channels * math.prod(kernel)
+    found, whole = maps.gram.to(_precision(width)).view(*shape, *shape), (slice(None),)
+    gram = torch.zeros(channels, *kernel, channels, *kernel, dtype=_precision(width))
+    means = torch.zeros(len(positions), channels, *kernel, dtype=torch.float64)
+    for i, at in enumerate(positions):
+        taps, places = (tuple(one[part] for one in at) for part in (0, 1))
+        gram[(*whole, *taps, *whole, *taps)] += found[(*whole, *places, *whole, *places)]
+        means[i][(*whole, *taps)] = maps.mean.view(*shape)[(*whole, *places)]
+    rows = means.flatten(1)
+    mean = _steady(rows.mean(0), rows)
+    apart, share = (rows - mean).to(gram.dtype), 1 / len(positions)
+    return Moments(
+        maps.count * len(positions), mean, gram.view(width, width).mul_(share).addmm_(apart.T, apart, alpha=share)
+    )
+
+
 def _patch_margins(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean patch, and the centred second moment summed over equal taps and over equal channels; float64."""
     samples, patches, taps = places.shape
@@ -234,7 +265,7 @@ def _patch_margins(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tens
         over_channels += rows @ rows.T
         found = part.gather(2, where[:, None].expand(-1, channels, -1)).view(-1, channels, patches, taps)
         over_taps += found.flatten(0, 2).T @ found.flatten(0, 2)
-        mean += found.sum((0, 2), dtype=torch.float64)
+        mean += found.sum(2).sum(0)  # of few, and centred
     mean /= count
     over_channels = over_channels / count - mean @ mean.T
     over_taps = over_taps / count - mean.T @ mean

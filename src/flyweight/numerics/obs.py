@@ -32,7 +32,7 @@ __all__ = [
     "sweep",
 ]
 
-PANEL = 1024  # columns of a float32 matrix that are float64 at once
+PANEL = 1024  # columns of a wide matrix that are worked on at once
 
 Snap = Callable[[Tensor, int], Tensor]
 
@@ -137,9 +137,20 @@ class Nest:
 
 
 def nested(weight: Float[Tensor, "... out in"], gram: Float[Tensor, "... in in"], order: Int64[Tensor, " in"]) -> Nest:
-    """The family of polished weights along `order` (columns that stay longest come first); raises as `polish`."""
-    factor = lower_factor(gram[..., order, :][..., order].to(weight.dtype))
-    return Nest(order, factor, weight[..., order] @ factor)
+    """The family of polished weights along `order` (columns that stay longest come first); raises as `polish`.
+
+    In the moment's precision where that is enough: prices need fewer digits than the weights that are delivered.
+    """
+    factor = _enough(gram[..., order, :][..., order])
+    return Nest(order, factor, weight.to(factor.dtype)[..., order] @ factor)
+
+
+def _enough(gram: Float[Tensor, "... in in"]) -> Float[Tensor, "... in in"]:
+    """The lower factor in the moment's precision, or in float64 where that breaks down."""
+    try:
+        return lower_factor(gram)
+    except NumericsError:
+        return lower_factor(gram.to(torch.float64))
 
 
 def nest_weights(nest: Nest, count: int) -> Float[Tensor, "... out keptin"]:
@@ -204,8 +215,9 @@ PENDING = 128  # columns of changes that wait before they are worked into the in
 class _State:
     """Weights and inverse of one consumer during the sweep: the only mutable thing, and it never leaves this file.
 
-    Only the channels' own columns of both matter. `inverse` lacks the changes that wait: it is
-    inverse - rows^T solved of all of them. Half of the channels gone, the matrices are made smaller.
+    Only the channels' own columns of both matter. Of `inverse`, which is symmetric, only what lies on and right of the
+    diagonal is kept up; it lacks the changes that wait: it is inverse - rows^T solved of all of them. Half of the channels
+    gone, the matrices are made smaller.
     """
 
     def __init__(self, consumer: Consumer) -> None:
@@ -238,7 +250,8 @@ class _State:
             return
         i = self.place.pop(channel)
         own = slice(i * self.block, (i + 1) * self.block)
-        rows = self.inverse[own] - self.rows[:, own].T @ self.solved
+        above, beside = self.inverse[: own.start, own].T, self.inverse[own, own.start :]
+        rows = torch.cat([above, beside], 1) - self.rows[:, own].T @ self.solved
         solved = torch.linalg.solve(self.blocks[i], rows)
         self.weight.addmm_(solved.T, self.weight[own].clone(), alpha=-1)
         shape = (self.block, len(self.names), self.block)
@@ -251,7 +264,9 @@ class _State:
             self.settle()
 
     def settle(self) -> None:
-        self.inverse.addmm_(self.rows.T, self.solved, alpha=-1)
+        for start in range(0, len(self.inverse), PANEL):
+            panel, end = self.inverse[start : start + PANEL, start:], start + PANEL
+            panel.addmm_(self.rows[:, start:end].T, self.solved[:, start:], alpha=-1)
         if 2 * len(self.gone) >= len(self.names):
             left = [i for i in range(len(self.names)) if i not in self.gone]
             index = (torch.tensor(left)[:, None] * self.block + torch.arange(self.block)).flatten()
@@ -267,10 +282,7 @@ def _own_parts(consumer: Consumer, columns: Tensor) -> tuple[Tensor, Tensor]:
     In the moment's precision where that is enough: an order needs fewer digits than weights do. Of more outputs than
     columns only a root of W^T W is kept: no score sees more of W.
     """
-    try:
-        inverse = torch.cholesky_inverse(lower_factor(consumer.gram))
-    except NumericsError:
-        inverse = torch.cholesky_inverse(lower_factor(consumer.gram.to(torch.float64)))
+    inverse = torch.cholesky_inverse(_enough(consumer.gram))
     weight = consumer.weight.to(inverse.dtype)
     weight = torch.linalg.qr(weight, mode="r").R if len(weight) > weight.shape[1] else weight
     absent = columns < 0

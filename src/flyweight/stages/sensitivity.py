@@ -123,7 +123,7 @@ def evidence_of(
         task=yardstick.task,
         task_reason=reason,
         seed=seed,
-        notes=(*unjudged(graph, found, judging), *notes, *_few_rows(wanted, stats)),
+        notes=(*unjudged(judge.reference[0], judging), *notes, *_few_rows(wanted, stats)),
     )
 
 

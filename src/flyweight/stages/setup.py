@@ -182,6 +182,8 @@ def job_of(
     traced = trace(model, call.args, call.kwargs, [(other.args, other.kwargs) for other, _ in others])
     tidy(traced.module)
     rows = _two_rows(call.inputs)
+    with torch.no_grad():
+        outputs = traced.module(*rows)
     yardstick, reason = yardstick_of(traced.module, found, settings)
     metric = yardstick.metric_name or "accuracy"
     better: Any = "lower" if yardstick.lower_is_better else "higher"
@@ -210,7 +212,7 @@ def job_of(
             *found.notes,
             *lengths.lengths_note(traced.module, found.calib, call),
             *traced.notes,
-            *unjudged(traced.module, found, settings),
+            *unjudged(outputs, settings),
             *([note] if note else []),
         ),
         started_s=started_s,

@@ -43,10 +43,8 @@ def yardstick_of(graph: fx.GraphModule, found: Roles, settings: Settings) -> tup
     return Yardstick(task, metric, lower, settings.divergence, variance), reason
 
 
-def unjudged(graph: fx.GraphModule, found: Roles, settings: Settings) -> tuple[Note, ...]:
+def unjudged(outputs: object, settings: Settings) -> tuple[Note, ...]:
     """A Note naming the outputs that no divergence looks at, where there are several and the user gave none."""
-    with torch.no_grad():
-        outputs = graph(*first_batch(found.tune or found.calib).inputs)
     names = div.other_outputs(outputs) if settings.divergence is None else []
     if not names:
         return ()
