@@ -297,9 +297,11 @@ ATTENTION: dict[str, Case] = {
         masked_tokens, masked_inputs, {"q": "heads 4", "embed": "norm", "ff1": 64},
     ),
     "torch encoder": Case(
-        torch_encoder, sequence(), {"inp": "norm", "encoder.layers.0.linear1": 48, "encoder.layers.1.linear1": 48}
+        torch_encoder, sequence(),
+        {"inp": "norm"} | {f"encoder.layers.{i}.{name}": found for i in (0, 1)
+                           for name, found in (("self_attn.in_proj", "heads 4"), ("linear1", 48))},
     ),
-    "torch attention": Case(torch_attention, sequence(), {"inp": 48, "mid": ""}),
+    "torch attention": Case(torch_attention, sequence(), {"inp": 48, "mid": 16, "attention.in_proj": "heads 4"}),
     "non local": Case(non_local, image(), {"stem": 16, "theta": "multiplies", "g": 24}),
     "lstm": Case(recurrent(lambda: nn.LSTM(16, 24, batch_first=True), 24), sequence(), {"pre": 64, "proj": "lstm"}),
     "gru": Case(

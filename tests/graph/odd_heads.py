@@ -193,7 +193,7 @@ def block() -> nn.Module:
 
 
 def multihead_module() -> nn.Module:
-    """The fused weight of nn.MultiheadAttention is a loose value: what it makes stays."""
+    """Torch's own module: its projection is a loose tensor, and its forward merges the batch with the heads."""
 
     def forward(self, x):
         y = self.a(x)
@@ -259,8 +259,9 @@ HEADS: dict[str, Case] = {
         "q": heads(SPLIT), "o": Found(8, "o down", frozen="normalises over the channels"),
         "up": Found(16, "up", {"down": 1}), "fc": HEAD}),
     "nn.MultiheadAttention": (multihead_module, (TOKENS,), {
-        "a": Found(8, "a", frozen="no rule for linear"),
-        "attention.out_proj": Found(8, "attention.out_proj", {"fc": 1}, literals=(1,)), "fc": HEAD}),
+        "a": Found(8, "a", {"attention.in_proj": 1}),
+        "attention.in_proj": Found(2, {"attention.in_proj": QKV}, {"attention.out_proj": 4}, literals=SPLIT[:3], kind="heads"),
+        "attention.out_proj": Found(8, "attention.out_proj", {"fc": 1}), "fc": HEAD}),
     "attention of a picture": (picture_attention, (image(),), {
         "stem": Found(6, "stem o", {"q": 1, "k": 1, "v": 1, "fc": 1}), "q": Found(2, "q", frozen=PRODUCT),
         "k": Found(2, "k", frozen=PRODUCT), "v": Found(6, "v", {"o": 1}, literals=(1,)), "fc": HEAD}),

@@ -15,9 +15,11 @@ X = torch.randn(3, 6)
 HELD = nn.Parameter(torch.randn(6, 4))
 
 LOOSE = {
-    "a matrix": (lambda self, x: self.fc(x) + x @ self.w, {"w": HELD}, ["w by 'matmul'"]),
-    "addmm": (lambda self, x: torch.addmm(self.b, x, self.w) + self.fc(x), {"w": HELD, "b": nn.Parameter(torch.randn(4))},
-              ["w by 'addmm'"]),
+    "a matrix used elsewhere": (lambda self, x: self.fc(x) + x @ self.w + self.w.sum(), {"w": HELD}, ["w by 'matmul'"]),
+    "both ways": (lambda self, x: torch.mm(self.fc(x) + x @ self.w, self.w.T), {"w": HELD}, ["w by 'matmul'", "w by 'mm'"]),
+    "two biases": (lambda self, x: torch.addmm(self.b, x, self.w) + torch.addmm(self.c, x, self.w) + self.fc(x),
+                   {"w": HELD, "b": nn.Parameter(torch.randn(4)), "c": nn.Parameter(torch.randn(4))},
+                   ["w by 'addmm'"]),
     "einsum": (lambda self, x: torch.einsum("bi,io->bo", x, self.w) + self.fc(x), {"w": HELD}, ["w by 'einsum'"]),
     "computed": (lambda self, x: F.linear(x, (self.w * 2).T) + self.fc(x), {"w": HELD}, ["w by 'linear'"]),
 }  # fmt: skip

@@ -204,7 +204,8 @@ def _changes(
     own: nn.Module, graph: fx.GraphModule, place: str, shrinks: Shrinks, liked: list[str]
 ) -> Iterator[list[Change]]:
     """Attributes to set together: nearest module first, few before many, what helped elsewhere before others."""
-    done = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}  # their sizes are right
+    done = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}  # their sizes are right …
+    done -= {name.rpartition(".")[0] for name in graph.meta.get("renamed", {})}  # … where the class is torch's
     for path in _outwards(own, place):
         if path in done:
             continue

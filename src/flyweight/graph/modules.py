@@ -15,7 +15,7 @@ from .functional import arguments_of
 from .places import source_line
 from .specs import PARAMETRIZED, STATELESS, Spec, build
 
-__all__ = ["Rebuilt", "rebuild", "tensor_key"]
+__all__ = ["Rebuilt", "call_instead", "rebuild", "tensor_key"]
 
 aten = torch.ops.aten
 Owned = Mapping[str, Tensor | None]  # the tensors that the module will own, by attribute
@@ -238,7 +238,8 @@ def rebuild(graph: fx.Graph, user: nn.Module, attribute: Callable[[str], Tensor]
             continue
         if path not in modules:
             modules[path] = _filled(spec, owned, owners.get(path))
-        _call(graph, node, path)
+        value = arguments_of(node)["indices"] if node.target is aten.embedding.default else node.args[0]
+        call_instead(graph, node, path, value)
     return Rebuilt(modules, tuple(notes))
 
 
@@ -322,8 +323,8 @@ def _filled(spec: Spec, owned: Owned, owner: nn.Module | None) -> nn.Module:
     return made
 
 
-def _call(graph: fx.Graph, node: fx.Node, path: str) -> None:
-    value = arguments_of(node)["indices"] if node.target is aten.embedding.default else node.args[0]
+def call_instead(graph: fx.Graph, node: fx.Node, path: str, value: Any) -> None:
+    """A call of the module `path` on `value` takes the place of a node."""
     name = path.replace(".", "_")
     with graph.inserting_before(node):
         made = graph.create_node("call_module", path, (value,), name="layer_self" if name == "self" else name)

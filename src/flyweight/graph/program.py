@@ -77,6 +77,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nodes: tuple[StoredNode, ...]
     numbers: dict[str, Any] | None = None
     notes: tuple[Note, ...] | None = None
+    renamed: dict[str, tuple[str, bool]] | None = None
 
 
 # ---- writing ----
@@ -85,7 +86,7 @@ class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def save(module: fx.GraphModule) -> tuple[str, dict[str, Tensor]]:
     """The graph as (program.json's text, its tensors by name); tied tensors are stored once.
 
-    The entries "numbers", "notes" and "extra_tensors" of `module.meta` go along. Equal graphs give equal text.
+    The entries "numbers", "notes", "renamed" and "extra_tensors" of `module.meta` go along. Equal graphs give equal text.
     Raises ModelError for a module, operator or argument that no program can name.
     """
     named = [*_tensors_of(module), *_extra_of(module)]
@@ -106,6 +107,7 @@ def save(module: fx.GraphModule) -> tuple[str, dict[str, Tensor]]:
         nodes=tuple(_stored_node(node) for node in module.graph.nodes),
         numbers=module.meta.get("numbers"),
         notes=module.meta.get("notes"),
+        renamed=module.meta.get("renamed"),
     )
     raw = msgspec.json.encode(program, order="deterministic")
     return msgspec.json.format(raw, indent=1).decode() + "\n", tensors
@@ -228,7 +230,8 @@ def _read(program: Program, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
             module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
     module.graph.lint()
     annotate(module)
-    entries = {"numbers": program.numbers, "notes": program.notes, "extra_tensors": extra or None}
+    told = {"numbers": program.numbers, "notes": program.notes, "renamed": program.renamed}
+    entries = told | {"extra_tensors": extra or None}
     module.meta.update({key: value for key, value in entries.items() if value is not None})
     return module.eval()
 

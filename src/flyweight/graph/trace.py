@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ModelError
 from ..types import Note
+from .attention import plain_attention
+from .dense import dense_layers
 from .exporting import exported, name_free_sizes, quiet, refuse_fixed_batch
 from .functional import (
     erase_checks,
@@ -67,6 +69,7 @@ def trace(
     beside = tuple(bind(own, tuple(args), dict(kwargs)) for args, kwargs in others)
     two = with_rows(call, 2)
     with torch.random.fork_rng(devices=[]):
+        notes += plain_attention(own, two)
         program = exported(own, two, beside)
         notes += _hooks_only_look(model, own, two)
         prove_repeats(own, call, len(program.graph.nodes))
@@ -142,10 +145,14 @@ def _as_graph(
     notes += follow_device(raw, graph)
     tensors = {**dict(own.named_parameters(remove_duplicate=False)), **dict(own.named_buffers(remove_duplicate=False))}
     attribute = _attribute_of(raw, tensors)
+    dense = dense_layers(graph, own, attribute)
     rebuilt = rebuild(graph, own, attribute)
     _erase_unread(graph)
     notes += rebuilt.notes
-    module = assemble(graph, rebuilt.modules, attribute, _not_persistent(own, tensors), type(own).__name__)
+    modules = {**rebuilt.modules, **dense.modules}
+    module = assemble(graph, modules, attribute, _not_persistent(own, tensors), type(own).__name__)
+    if dense.renamed:
+        module.meta["renamed"] = dense.renamed
     notes += _dropped(own, module)
     return module, notes
 
@@ -235,7 +242,8 @@ def _plain_interface(graph: fx.Graph, program: torch.export.ExportedProgram, cal
 
 
 def _dropped(own: nn.Module, module: fx.GraphModule) -> list[Note]:
-    lost = sorted(set(own.state_dict()) - set(module.state_dict()))
+    renamed = {name for name, _ in module.meta.get("renamed", {}).values()}
+    lost = sorted(set(own.state_dict()) - set(module.state_dict()) - renamed)
     if not lost:
         return []
     some = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")

@@ -192,7 +192,7 @@ def _written(own: nn.Module, graph: fx.GraphModule) -> Shrinks:
     tied: dict[int, list[str]] = {}
     for name, tensor in olds.items():
         tied.setdefault(id(tensor), []).append(name)
-    theirs = dict(_named(graph))
+    theirs = _under_own_names(graph)
     made: dict[tuple[Any, ...], Tensor] = {}
     shrinks: dict[str, set[tuple[int, int]]] = {}
     for name, tensor in theirs.items():
@@ -207,6 +207,16 @@ def _written(own: nn.Module, graph: fx.GraphModule) -> Shrinks:
             shrinks.setdefault(place.rpartition(".")[0], set()).update((a, b) for a, b in pairs if a != b)
     _set_sizes(own, graph, shrinks)
     return {path: frozenset(pairs) for path, pairs in shrinks.items() if pairs}
+
+
+def _under_own_names(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """The graph's tensors as the network calls and keeps them (`graph.dense`: some are renamed, some turned)."""
+    renamed = graph.meta.get("renamed", {})
+    found = {}
+    for name, tensor in _named(graph):
+        own, turned = renamed.get(name, (name, False))
+        found[own] = nn.Parameter(tensor.detach().T.contiguous(), tensor.requires_grad) if turned else tensor
+    return found
 
 
 def _takes(own: nn.Module, name: str, is_parameter: bool) -> bool:
@@ -268,7 +278,10 @@ def _split_layers(own: nn.Module, graph: fx.GraphModule) -> None:
     for path in called:
         owner, _, leaf = path.rpartition(".")
         whole = parts.get(owner)
-        if path not in parts and whole is not None and whole._parameters and not whole._modules and owner not in called:
+        dense = f"{path}.weight" in graph.meta.get("renamed", {})
+        if path in parts or dense or whole is None or whole._modules or owner in called:
+            continue
+        if whole._parameters:
             split.setdefault(owner, []).append(leaf)
     for owner, leaves in split.items():
         row = nn.Sequential()
