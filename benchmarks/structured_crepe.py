@@ -28,7 +28,7 @@ from networks import PITCH_BINS, crepe
 from structured import Case, everything, options_of, verdicts
 
 DIVIDES = (4.0, 6.0)
-ROWS = {"calib": 2_048, "choose": 128, "test": 4_000}
+ROWS = {"calib": 1_024, "choose": 128, "test": 4_000}
 QUICK_ROWS = {"calib": 256, "choose": 128, "test": 100}
 SEEDS = {"calib": 1, "choose": 2, "test": 3}
 BATCH = 64

@@ -353,7 +353,7 @@ ODD: dict[str, Case] = {
         reparametrized(parametrizations.spectral_norm), vector(), {"a": "", "c": 32, "d": 24}, budget="macs<=80%"
     ),
     "standardised weights": Case(standardised, image(), {"b": 32, "c": 16}),
-    "loose weights": Case(loose_weights, vector(), {"parts.a": 32, "b": 24}),
+    "loose weights": Case(loose_weights, vector(), {"parts.a": 32, "weights.0": 16, "b": 24}),
     "layers called as functions": Case(functional_use, vector(), MLP),
     "einsum of weights": Case(einsum_weights, vector(), {"a": "", "b": 48}, budget="macs<=80%"),
     "half": Case(changed(lambda m: m.half()), lambda n: (torch.randn(n, 12).half(),), MLP, note="trace.dtype"),

@@ -67,6 +67,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     """All prices that do not depend on the machine. `stage(name, total)` starts a line of progress."""
     present = layers(job.graph)
     open_groups, frozen, notes = _groups(job)
+    tidy(job.graph)
     kept = store.load("statistics.safetensors")
     if kept is None:
         advance = stage("measure", job.roles.calib.samples)
@@ -76,6 +77,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
         stats = from_tensors(load(kept))
     job.checkpoint("measuring sensitivity")
     sensed, blind = sensitivities(job, present, open_groups, store, stage)
+    tidy(job.graph)
     network = Network(job.graph, present, {g.name: g for g in open_groups}, stats, job.example)
     passes = 5 * len(open_groups) + len(present)
     judge = judge_on(job.graph, (batch.inputs for batch in job.judged), job.yardstick.divergences, passes)
