@@ -26,7 +26,7 @@ from .modules import tensor_key
 from .shapes import annotate, free_names, input_of
 from .specs import PARAMETRIZED, STATELESS, Spec, build, spec_of
 
-__all__ = ["load", "load_files", "save", "save_files"]
+__all__ = ["load", "load_files", "save", "save_files", "title"]
 
 SCHEMA_VERSION = 1
 PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
@@ -101,7 +101,7 @@ def save(module: fx.GraphModule) -> tuple[str, dict[str, Tensor]]:
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     program = Program(
         schema_version=SCHEMA_VERSION,
-        name=_class_name(module),
+        name=title(module),
         modules=tuple(_stored_modules(module)),
         tensors=tuple(stored),
         nodes=tuple(_stored_node(node) for node in module.graph.nodes),
@@ -113,8 +113,9 @@ def save(module: fx.GraphModule) -> tuple[str, dict[str, Tensor]]:
     return msgspec.json.format(raw, indent=1).decode() + "\n", tensors
 
 
-def _class_name(module: fx.GraphModule) -> str:
-    name = type(module).__name__
+def title(module: fx.GraphModule) -> str:
+    """The name of the user's class. Copies of a graph forget it (they are of the class GraphModule), its meta does not."""
+    name = str(module.meta.get("title", type(module).__name__))
     return name if name.isidentifier() else "GraphModule"
 
 
@@ -230,7 +231,7 @@ def _read(program: Program, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
             module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
     module.graph.lint()
     annotate(module)
-    told = {"numbers": program.numbers, "notes": program.notes, "renamed": program.renamed}
+    told = {"numbers": program.numbers, "notes": program.notes, "renamed": program.renamed, "title": program.name}
     entries = told | {"extra_tensors": extra or None}
     module.meta.update({key: value for key, value in entries.items() if value is not None})
     return module.eval()

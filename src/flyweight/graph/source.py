@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from ..errors import ModelError
 from .construction import Tree, checked, construction, plain_word, stored_tensors, tree_of
+from .program import title
 from .spelling import layout, literal, spelled
 
 __all__ = ["source"]
@@ -84,7 +85,7 @@ def source(graph: fx.GraphModule, module: str = "net") -> tuple[str, dict[str, T
 
 
 def _class_name(graph: fx.GraphModule) -> str:
-    name = type(graph).__name__
+    name = title(graph)
     return name if plain_word(name) and name not in RESERVED else "Net"
 
 

@@ -203,6 +203,7 @@ def assemble(
         holder = module.get_submodule(owner)
         if leaf in holder._buffers and not_persistent(target):
             holder._non_persistent_buffers_set.add(leaf)
+    module.meta["title"] = name
     module.graph.lint()
     module.recompile()
     return module.eval()
