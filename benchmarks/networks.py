@@ -96,7 +96,8 @@ class Masked(Picked):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The output named at the start."""
-        return super().forward(input_ids, attention_mask)
+        answer = self.model(input_ids=input_ids, attention_mask=attention_mask, **self.settings)
+        return getattr(answer, self.output)  # type: ignore[no-any-return]
 
 
 class Single(Picked):
@@ -215,6 +216,21 @@ def llama() -> nn.Module:
     return Masked(model, "last_hidden_state", use_cache=False)
 
 
+def gpt2() -> nn.Module:
+    """GPT-2 of four blocks, without a cache: its layers are Conv1D, no nn.Linear."""
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=256, n_layer=4, n_head=8, use_cache=False)
+    config.bos_token_id = config.eos_token_id = 1
+    return Masked(GPT2Model(config), "last_hidden_state")
+
+
+def torch_encoder() -> nn.Module:
+    """Torch's own transformer on features of 64 numbers a step."""
+    layer = nn.TransformerEncoderLayer(256, 8, 1024, batch_first=True)
+    return nn.Sequential(nn.Linear(64, 256), nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
+
+
 def conformer() -> nn.Module:
     """Conformer layers behind a convolutional front end (wav2vec2), relative positions."""
     from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
@@ -253,5 +269,7 @@ RANDOM = (
     Network("bert", fresh(bert), _text(VOCABULARY)),
     Network("llama", fresh(llama), _text(VOCABULARY)),
     Network("conformer", fresh(conformer), _normal(8_000)),
+    Network("gpt2", fresh(gpt2), _text(VOCABULARY)),
+    Network("torch_encoder", fresh(torch_encoder), _normal(24, 64)),
 )
 NETWORKS = {network.name: network for network in (*PRETRAINED, *RANDOM)}
