@@ -314,6 +314,12 @@ def test_labels_that_are_nan_or_too_many_or_partly_there_are_refused():
         roles(one, calib=X, test=[{"x": OTHER[:7], "y": Y[:7]}, {"x": OTHER[7:9]}])
 
 
+def test_fields_of_several_lengths_are_told_from_batches_of_several_lengths():
+    with pytest.raises(DataError, match="tune: the fields do not have one length: 30, 5"):
+        roles(one, calib=X, tune=(OTHER, Y[:5]))
+    assert roles(one, calib=(X[:8], X[8:]), test=OTHER, tune=THIRD).calib.samples == len(X)
+
+
 def test_other_shapes_and_types_are_refused_in_and_between_roles():
     with pytest.raises(DataError, match="samples of x are 4 here and 3 elsewhere") as caught:
         roles(one, calib=X, tune=[OTHER, rows(2, 4)], test=rows(5, 3))

@@ -30,7 +30,7 @@ def walker(source: Any, role: str, batch_size: int) -> Walk:
 
     Raises DataError for what cannot be walked (again), with the fix.
     """
-    if is_array(source) or isinstance(source, Mapping) or (isinstance(source, tuple) and _are_columns(source)):
+    if is_array(source) or isinstance(source, Mapping) or (isinstance(source, tuple) and _are_columns(source, role)):
         return lambda: _rows_of_columns(source, role, batch_size)
     if isinstance(source, (str, bytes)) or (not hasattr(source, "__iter__") and not hasattr(source, "__getitem__")):
         raise DataError(
@@ -139,10 +139,17 @@ def as_tensor(value: Any, where: str) -> Tensor:
     return torch.from_numpy(array.astype(wanted, order="C"))
 
 
-def _are_columns(source: tuple[Any, ...]) -> bool:
-    return bool(source) and all(is_array(value) and value.ndim > 0 for value in source) and (
-        len({len(value) for value in source}) == 1
-    )  # fmt: skip
+def _are_columns(source: tuple[Any, ...], role: str) -> bool:
+    """Whether arrays are the fields of all samples: of one length. Alike, but of several lengths, they are batches."""
+    if not source or not all(is_array(value) and value.ndim > 0 for value in source):
+        return False
+    lengths = [len(value) for value in source]
+    if len(set(lengths)) > 1 and len({(value.ndim, str(value.dtype)) for value in source}) > 1:
+        raise DataError(
+            f"{role}: the fields do not have one length: {', '.join(map(str, lengths))}",
+            fix="give one row per sample in each",
+        )
+    return len(set(lengths)) == 1
 
 
 def _rows_of_columns(columns: Any, role: str, batch_size: int) -> Iterator[Any]:

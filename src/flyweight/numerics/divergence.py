@@ -327,7 +327,10 @@ def _per_sample(fn: Callable[..., Any], arguments: tuple[Any, Any], samples: int
     """What the user's function says, checked: one finite number per sample."""
     name = getattr(fn, "__name__", type(fn).__name__)
     try:
-        result = torch.as_tensor(fn(*arguments)).detach().to(torch.float64)
+        returned = fn(*arguments)
+        if returned is None:
+            raise ValueError("it returns nothing")
+        result = torch.as_tensor(returned).detach().to(torch.float64)
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
         raise UsageError(

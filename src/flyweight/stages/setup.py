@@ -251,7 +251,7 @@ def _check_call(own: nn.Module, call: Batch, where: str, fix: str) -> None:
         shapes = ", ".join(f"{'×'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}" for x in call.inputs)
         raise DataError(
             f"the model does not run on these inputs ({shapes}): {first_line(error)}",
-            where=f"{where}; {user_line(error)}",
+            where="; ".join(filter(None, (where, user_line(error)))),
             fix=fix,
         ) from error
 
