@@ -50,6 +50,8 @@ CASES = {  # the network, the layer's name, the user's name of its weight
     "linear": (lambda: own(lambda self, x: self.fc(torch.relu(F.linear(x, self.in_weight, self.b))), in_weight=W.T, b=B),
                "in_weight", "in_weight"),  # "in" is a word of Python
     "x @ w.T": (lambda: own(lambda self, x: self.fc(torch.relu(x @ self.w.T)), w=W.T), "w", "w"),
+    "a list's": (lambda: net(lambda self, x: self.fc(torch.relu(x @ self.ws[0])), ws=nn.ParameterList([W]),
+                             fc=nn.Linear(16, 5)).eval(), "ws.0", "ws.0"),
     "transpose": (lambda: own(lambda self, x: self.fc(torch.relu(x @ self.w.transpose(0, 1))), w=W.T), "w", "w"),
 }  # fmt: skip
 
