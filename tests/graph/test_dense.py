@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,6 +107,85 @@ def hidden(x: Tensor) -> Tensor:
     return (x[:, :, 0] > 1) & (torch.arange(x.shape[1]) > 0)
 
 
+LEFT_ALONE = {  # what looks like a layer and is none
+    "one number as bias": lambda self, x: self.fc(torch.relu(torch.addmm(self.one, x.mean(1), self.w))),
+    "one number in linear": lambda self, x: self.fc(torch.relu(F.linear(x, self.w.T.contiguous(), self.one))),
+    "its own input": lambda self, x: self.fc(torch.relu((x @ (self.w @ self.w.t())) @ self.w)),
+    "scaled": lambda self, x: self.fc(torch.addmm(self.b, x.mean(1), self.w, alpha=2.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_is_no_layer_stays_a_product(name: str):
+    model = own(LEFT_ALONE[name], w=W, b=B, one=torch.randn(1))
+    graph = trace(model, (TOKENS,)).module
+    assert list(layers(graph)) == ["fc"]
+    assert sum(p.numel() for p in graph.parameters()) <= sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(program.load(*program.save(graph))(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("name", ["forward", "type", "train", "graph", "code", "meta", "T_destination", "import"])
+def test_a_layer_is_never_called_as_something_that_every_module_has(name: str):
+    model = own(lambda self, x: self.fc(torch.relu(x @ getattr(self, f"{name}_weight"))), **{f"{name}_weight": W})
+    assert list(layers(trace(model, (TOKENS,)).module)) == [f"{name}_weight", "fc"]
+
+
+def test_two_views_of_one_product_are_one_call():
+    def forward(self, x):
+        rows, shape = torch.addmm(self.b, x.reshape(-1, 6), self.w), (*x.shape[:-1], 16)
+        return self.fc(torch.relu(rows.view(shape)) * torch.sigmoid(rows.view(shape)))
+
+    layer = layers(trace(own(forward, w=W, b=B), (TOKENS,)).module)["w"]
+    assert (len(layer.nodes), layer.positions) == (1, 7)
+
+
+def test_a_plain_tensor_beside_the_weight_goes_into_the_users_class_too():
+    model = own(lambda self, x: self.fc(torch.relu(x @ self.w + self.c)), w=W)
+    model.c = torch.randn(16)
+    graph = trace(model, (TOKENS,)).module
+    cut(graph, {next(g for g in groups(graph, (TOKENS,)) if g.name == "w"): [1, 2, 5]})
+    made = transplanted(graph, model, None)
+    assert made.c.shape == (3,)
+    assert not isinstance(made.c, nn.Parameter)
+
+
+class Homogeneous(nn.Module):
+    """A bias as one more row, and a size that is not what torch's classes mean by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.weight = 6, nn.Parameter(torch.randn(7, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == self.in_features
+        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) @ self.weight
+
+
+def test_sizes_of_the_users_own_class_stay_the_users():
+    model = net(lambda self, x: self.fc(torch.relu(self.up(x))), up=Homogeneous(), fc=nn.Linear(16, 5)).eval()
+    assert transplanted(trace(model, (TOKENS,)).module, model, None).up.in_features == 6
+
+
+def test_a_forward_of_the_users_on_torchs_attention_is_the_users():
+    def mine(self, x):
+        return 2 * nn.MultiheadAttention.forward(self, x, x, x)[0] + 1
+
+    model = net(lambda self, x: self.fc(self.a(x)), a=nn.MultiheadAttention(8, 2, batch_first=True), fc=nn.Linear(8, 3))
+    model.a.forward = types.MethodType(mine, model.a)
+    x = torch.randn(5, 7, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(trace(model.eval(), (x,)).module(x), model(x))
+
+
+def test_cross_attention_is_looked_at():
+    model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True).eval()
+    example = (torch.randn(4, 7, 8), torch.randn(4, 5, 8))
+    found = [group.name for group in groups(trace(model, example).module, example) if not group.frozen]
+    own_heads = [f"{side}.layers.0.self_attn.in_proj" for side in ("encoder", "decoder")]
+    assert found == [own_heads[0], "encoder.layers.0.linear1", own_heads[1], "decoder.layers.0.linear1"]
+
+
 ATTENTION = {
     "self": lambda self, x: self.fc(self.a(x, x, x, need_weights=False)[0]),
     "weights thrown away": lambda self, x: self.fc(self.a(x, x, x)[0]),
@@ -165,5 +246,5 @@ def test_a_network_with_cut_heads_does_not_go_into_torchs_class():
         dict(transplanted(graph, model, None).state_dict())["self_attn.in_proj_weight"], model.self_attn.in_proj_weight
     )
     cut(graph, {heads: [0, 2, 3]})
-    with pytest.raises(ModelError, match=r"do not fit TransformerEncoderLayer\.forward"):
+    with pytest.raises(ModelError, match=r"1 nn\.MultiheadAttention lost heads"):
         transplanted(graph, model, None)

@@ -6,7 +6,7 @@ weight lies, are not the user's: `Dense.renamed` leads back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from keyword import iskeyword
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 TURNS = (aten.t.default, aten.numpy_T.default)
 SWAPS = ((0, 1), (1, 0), (-1, -2), (-2, -1))
+EMPTY = fx.GraphModule(nn.Module(), fx.Graph())  # what it has, no layer may be called
 Renamed = dict[
     str, tuple[str, bool]
 ]  # a tensor of the graph -> its name in the user's network, and whether it is turned
@@ -51,11 +52,12 @@ def dense_layers(graph: fx.Graph, user: nn.Module, attribute: Callable[[str], Te
     Only where every use of the weight is such a product, always with the same bias, and the weight has one name.
     """
     names: dict[tuple[object, ...], list[str]] = {}
+    biases = {name for name, _ in (*user.named_parameters(remove_duplicate=False), *user.named_buffers())}
     for name, parameter in user.named_parameters(remove_duplicate=False):
         names.setdefault(tensor_key(parameter), []).append(name)
     found: dict[str, list[_Product]] = {}
     for node in graph.nodes:
-        one = _product(node)
+        one = _product(node, biases)
         if one is not None and names.get(tensor_key(attribute(one.weight))) == [one.weight]:
             found.setdefault(one.weight, []).append(one)
     made = Dense({}, {})
@@ -65,7 +67,8 @@ def dense_layers(graph: fx.Graph, user: nn.Module, attribute: Callable[[str], Te
     return made
 
 
-def _product(node: fx.Node) -> _Product | None:
+def _product(node: fx.Node, biases: Collection[str]) -> _Product | None:
+    """The product that a node is, its bias one of `biases`."""
     match node.target:
         case aten.linear.default:
             (x, weight), bias, turned = node.args[:2], (*node.args[2:], None)[0], False
@@ -78,17 +81,22 @@ def _product(node: fx.Node) -> _Product | None:
             return None
     if isinstance(weight, fx.Node) and _turns(weight) and len(weight.users) == 1:
         weight, turned = weight.args[0], not turned
-    if not _is_tensor(weight, 2) or not (bias is None or _is_tensor(bias, 1)):
+    if not _is_tensor(weight, 2) or not isinstance(x, fx.Node) or x.meta["val"].ndim < 2:
         return None
-    if not isinstance(x, fx.Node) or x.op == "get_attr" or x.meta["val"].ndim < 2:
+    if x.op == "get_attr" or (_turns(x) and x.all_input_nodes[0].op == "get_attr"):
+        return None
+
+    def is_bias(value: object) -> bool:
+        usable = _is_tensor(value, 1) and str(value.target) in biases  # type: ignore[attr-defined]
+        return usable and bool(value.meta["val"].shape[0] == node.meta["val"].shape[-1])  # type: ignore[attr-defined]
+
+    if bias is not None and not is_bias(bias):
         return None
     end = node
-    if bias is None:
-        outputs = node.meta["val"].shape[-1]
-        for user in node.users if len(node.users) == 1 else ():
-            other = user.args[1 - user.args.index(node)] if user.target is aten.add.Tensor and not user.kwargs else None
-            if _is_tensor(other, 1) and other.meta["val"].shape[0] == outputs:  # type: ignore[union-attr]
-                bias, end = other, user
+    for user in node.users if bias is None and len(node.users) == 1 else ():
+        other = user.args[1 - user.args.index(node)] if user.target is aten.add.Tensor and not user.kwargs else None
+        if is_bias(other):
+            bias, end = other, user
     place = node.args.index(x)
     return _Product(node, place, str(weight.target), turned, "" if bias is None else str(bias.target), end)  # type: ignore[union-attr]
 
@@ -145,9 +153,10 @@ def _replace(
     for product in products:
         sources = {*product.node.all_input_nodes, *product.end.all_input_nodes}
         x, views = _unfolded(product, matrix.shape[0])
-        for node in views:
-            call_instead(graph, node, path, x)
-        for node in (product.end, product.node, *sources):
+        called = call_instead(graph, views[0], path, x)
+        for node in views[1:]:
+            node.replace_all_uses_with(called)
+        for node in (*views[1:], product.end, product.node, *sources):
             if node in graph.nodes and not node.users and node.op == "call_function":
                 graph.erase_node(node)
 
@@ -160,7 +169,7 @@ def _path(graph: fx.Graph, user: nn.Module, product: _Product, taken: Mapping[st
     if owner and alone and leaf == "weight" and product.bias in ("", f"{owner}.bias"):
         return owner
     stem = leaf.removesuffix("_weight") if leaf != "weight" else "linear"
-    stem = leaf if iskeyword(stem) else stem
+    stem = leaf if iskeyword(stem) or hasattr(EMPTY, stem) else stem
     known = {*dict(user.named_modules()), *taken, *(read - {product.weight})}
     name = f"{owner}.{stem}".lstrip(".")
     return name if name not in known else next(n for i in range(len(known)) if (n := f"{name}_{i}") not in known)
@@ -169,7 +178,7 @@ def _path(graph: fx.Graph, user: nn.Module, product: _Product, taken: Mapping[st
 def _unfolded(product: _Product, outputs: int) -> tuple[fx.Node, list[fx.Node]]:
     """The product's input and what the layer stands for: itself, or, where a view made rows of an input and others undo
     that, that input and those others."""
-    rows, views = product.node.args[product.place], list(product.end.users)
+    rows, views = product.node.args[product.place], sorted(product.end.users)
     assert isinstance(rows, fx.Node)
     if rows.target in VIEWS and views and all(view.target in VIEWS for view in views):
         source = rows.args[0]

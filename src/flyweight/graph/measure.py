@@ -7,6 +7,7 @@ read the very same rows (queries, keys and values; gate and up) share one second
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -196,13 +197,18 @@ class _Recorder(fx.Interpreter):
 
     def result(self, layer: str) -> Moments:
         """The layer's moments. What they are made of is forgotten."""
-        module, total = self.fetch_attr(layer), None
-        for kind, moments in self.found.pop(layer).items():
+        module, total, found = self.fetch_attr(layer), None, self.found.pop(layer)
+        several = ROWS in found and len(found) > 1
+        for kind, moments in found.items():
             left = self.waiting[layer, kind].rest() if (layer, kind) in self.waiting else None
             part = moments if left is None else add_rows(moments, left)
             if kind != ROWS:
                 shape, beside = kind
-                part = patch_moments(part, shape, module.kernel_size, windows(module, shape[1:], beside))
+                at = windows(module, shape[1:], beside)
+                part = patch_moments(part, shape, module.kernel_size, at)
+                if several:  # longer inputs are seen at some positions, and count as much as short ones
+                    seen = min(self.looks[layer], math.prod(map(len, at)))
+                    part = replace(part, count=part.count // math.prod(map(len, at)) * seen)
             total = part if total is None else merged(total, part)
         return _empty(self.layers[layer]) if total is None else total
 

@@ -323,14 +323,15 @@ def _filled(spec: Spec, owned: Owned, owner: nn.Module | None) -> nn.Module:
     return made
 
 
-def call_instead(graph: fx.Graph, node: fx.Node, path: str, value: Any) -> None:
-    """A call of the module `path` on `value` takes the place of a node."""
+def call_instead(graph: fx.Graph, node: fx.Node, path: str, value: Any) -> fx.Node:
+    """The call of the module `path` on `value` that now stands in the place of a node."""
     name = path.replace(".", "_")
     with graph.inserting_before(node):
         made = graph.create_node("call_module", path, (value,), name="layer_self" if name == "self" else name)
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
+    return made
 
 
 def _fresh(name: str, taken: set[str]) -> str:

@@ -178,7 +178,8 @@ def _same(expected: Any, got: Any, nodes: int, rows: int) -> None:
             raise TraceError(
                 f"the graph does not compute what the model computes: {name} differs at {rows} rows",
                 why="forward depends on something that the graph does not hold: state, randomness or the batch size",
-                fix="make forward a pure function of its inputs",
+                fix="make forward a pure function of its inputs; an nn.TransformerEncoder that skips padding: build it with"
+                " enable_nested_tensor=False",
             )
 
 

@@ -73,17 +73,24 @@ def _attempt(graph: fx.GraphModule, net: nn.Module, call: Call, dropped: tuple[s
     with torch.random.fork_rng(devices=[]):
         failure = fitted(own, _copied(net), graph, call, shrinks)
         if failure is not None:
-            return _misfit(net, failure)
+            return _misfit(net, failure, shrinks)
         try:
             prove_batches(own, graph, call)
         except TraceError as error:
-            return _misfit(net, error)
+            return _misfit(net, error, shrinks)
     for name, buffer in own.named_buffers():
         buffer.copy_(state[name])  # a forward that counts its calls has counted ours
     return own
 
 
-def _misfit(net: nn.Module, failure: FlyweightError) -> ModelError:
+def _misfit(net: nn.Module, failure: FlyweightError, shrinks: Shrinks) -> ModelError:
+    heads = [p for p, part in net.named_modules() if isinstance(part, nn.MultiheadAttention) and shrinks.get(p)]
+    if heads:
+        return ModelError(
+            f"{len(heads)} nn.MultiheadAttention lost heads, and torch's class takes its heads from its width",
+            where=", ".join(heads[:4]),
+            fix='compress with keep=["*.in_proj"], or ' + FIX,
+        )
     return ModelError(
         f"the smaller layers do not fit {type(net).__name__}.forward: {failure.what}",
         where=failure.where,
@@ -226,10 +233,15 @@ def _takes(own: nn.Module, name: str, is_parameter: bool) -> bool:
         holder = own.get_submodule(owner)
     except AttributeError:
         holder = None
-    if holder is not None and leaf in holder._parameters:
+    if holder is not None and (leaf in holder._parameters or isinstance(vars(holder).get(leaf), Tensor)):
         return True
     if not is_parameter:
         return False  # a table that the trace has made of what forward computes
+    before, now = owner.removesuffix("_in"), dict(own.named_modules())
+    if owner.endswith("_in") and owner not in now and before in now:
+        raise ModelError(
+            f"the layer `{before}` became two of lower rank, which the network's own class cannot say", fix=FIX
+        )
     raise UsageError(
         f"the network given has no `{name}`", fix="give the network that was compressed, of the same class and sizes"
     )
@@ -241,6 +253,9 @@ def _put(own: nn.Module, name: str, new: Tensor, old: Tensor | None) -> Tensor:
     if leaf in holder._buffers:
         holder._buffers[leaf] = new
         return new
+    if isinstance(vars(holder).get(leaf), Tensor):  # a plain attribute, which no state holds
+        setattr(holder, leaf, new.detach())
+        return new
     if not isinstance(new, nn.Parameter):
         new = nn.Parameter(new, requires_grad=new.is_floating_point() if old is None else old.requires_grad)
     setattr(holder, leaf, new)  # not into _parameters: an LSTM keeps a list of its own, which this keeps up
@@ -251,7 +266,9 @@ def _set_sizes(own: nn.Module, graph: fx.GraphModule, touched: Mapping[str, obje
     """The numbers in which layers keep their sizes, after the graph's layers or, where it has none, their tensors."""
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     parts = dict(own.named_modules(remove_duplicate=False))
-    for path in [path for path in {*called, *touched} if path in parts]:
+    # a class of the user's whose weight became a layer here has numbers of its own: those are sought
+    own_classes = {name.rpartition(".")[0] for name in graph.meta.get("renamed", {})}
+    for path in [path for path in {*called, *touched} - own_classes if path in parts]:
         if path in called:
             like = graph.get_submodule(path)
             sizes = {name: getattr(like, name) for name in SIZES if hasattr(like, name)}

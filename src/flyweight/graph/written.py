@@ -154,7 +154,7 @@ def _line(labels: Labels, dim: int, classes: Tensor) -> Tensor | None:
     now = seen(labels, classes)
     if now is None or dim not in now.varying:
         return None
-    slabs = now.marks.movedim(dim, 0).flatten(1)
+    slabs = now.marks.movedim(dim, 0).reshape(now.shape[dim], -1)
     line = slabs.max(1).values
     alike = (slabs == line[:, None]) | (slabs == FIXED)
     return line.expand(now.shape[dim]) if bool(alike.all()) else None
