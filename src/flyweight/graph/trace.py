@@ -80,7 +80,8 @@ def trace(
         prove_rows(own, call, len(module.graph.nodes))
     for name, buffer in own.named_buffers():
         buffer.copy_(state[name])  # a forward that counts its calls has counted ours
-    return Traced(module, (*around, *notes, *call.notes, *more, *lost_dropout(own, module), *loose_note(module)))
+    told = (*around, *notes, *call.notes, *more, *lost_dropout(own, module), *loose_note(module))
+    return Traced(module, tuple(dict.fromkeys(told)))  # a line that runs twice is told of once
 
 
 def own_copy(model: nn.Module) -> tuple[nn.Module, tuple[Note, ...]]:
