@@ -165,7 +165,8 @@ def test_a_limit_without_a_shape_holds_at_every_shape(timed):
     for shape in timed.results.shapes:
         claim, share = found[f"latency<=300% ({shape})"], timed.results.rows[1].latency_share[shape]
         assert claim.interval == share
-        assert claim.state == "holds"
+        # on a busy machine the interval may reach three times the time: then nothing may be promised
+        assert claim.state == ("holds" if share.high <= 3 else "undecided" if share.low <= 3 else "fails")
     assert timed.plan.made_with.table_hash
 
 
