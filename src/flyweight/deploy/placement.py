@@ -5,7 +5,9 @@ The rules (each violation is silent: the layer runs in float, slower than before
 2. behind a layer and its ReLU sits one quantizer, whose zero point is 0; ReLU6 never gets a range above 6;
 3. pooling by maximum, flattening and reshaping keep their input's grid;
 4. an addition runs in integers when both terms and the sum (after its ReLU) are stored in 8 bits;
-5. average pooling runs in integers between two stored values; a mean does not (rewritten before).
+5. average pooling runs in integers between two stored values; a mean does not (rewritten before);
+6. a linear layer on sequences (rank 3 and more) reads integers and gives float: only its own input is stored, others
+   go on reading the float value.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import fx, nn
 from flyweight.graph.operators import module_of
 from flyweight.graph.rewrite import whole_pools
 
-__all__ = ["Slot", "slots"]
+__all__ = ["Slot", "on_sequences", "slots"]
 
 aten = torch.ops.aten
 
@@ -32,13 +34,18 @@ class Slot:
     like: str = ""
     low: float | None = None  # known lowest value
     high: float | None = None  # known highest value
+    readers: tuple[str, ...] = ()  # the nodes that read the stored value, where others read the float one; (): all
 
 
 def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ...]:
     """The values to store in 8 bits when the layers named run in int8, in graph order."""
     stored: set[fx.Node] = set()
     nodes = list(graph.graph.nodes)
-    planned = [n for n in nodes if n.op == "call_module" and n.target in int8_layers]
+    called = [n for n in nodes if n.op == "call_module" and n.target in int8_layers]
+    readers: dict[fx.Node, list[str]] = {}
+    for node in [n for n in called if on_sequences(graph, n)]:
+        readers.setdefault(node.all_input_nodes[0], []).append(node.name)
+    planned = [n for n in called if not on_sequences(graph, n)]
     for node in planned:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -54,7 +61,19 @@ def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ..
         pool = pool and any(_origin(graph, n.args[0]) is node for n in planned)
         if (_is_sum(node) or pool) and all(_origin(graph, a) in stored for a in node.all_input_nodes):
             stored.add(_behind_relu(graph, node))
-    return tuple(slot for node in nodes if (slot := _slot(graph, node, stored)) is not None)
+    found = [slot for node in nodes if (slot := _slot(graph, node, stored)) is not None]
+    whole_values = {slot.node for slot in found}
+    for source, names in readers.items():
+        if source.name not in whole_values:
+            found.append(Slot(source.name, "", *_known_range(graph, source), tuple(names)))
+    return tuple(found)
+
+
+def on_sequences(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a call is a linear layer's on an input of rank 3 or more."""
+    source = node.args[0] if node.args else None
+    ranked = isinstance(source, fx.Node) and isinstance(source.meta.get("val"), torch.Tensor)
+    return isinstance(module_of(graph, node), nn.Linear) and ranked and source.meta["val"].ndim > 2  # type: ignore[union-attr]
 
 
 def _slot(graph: fx.GraphModule, node: fx.Node, stored: Collection[fx.Node]) -> Slot | None:

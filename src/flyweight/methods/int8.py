@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, set_matrix
@@ -56,6 +56,10 @@ class Slot(Protocol):
     @property
     def high(self) -> float | None:
         """Its highest value, where known."""
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The nodes that read it stored; () means all."""
 
 
 def step(layer: str, compensate: bool = True) -> Step:
@@ -145,7 +149,7 @@ def apply(
     nodes = {n.name: n for n in graph.graph.nodes}
     _round_biases(graph, layers, steps, scales, chosen, nodes)
     for slot in slots:
-        _set_quantizer(graph, nodes[slot.node], chosen[slot.node])
+        _set_quantizer(graph, nodes[slot.node], chosen[slot.node], slot.readers)
     graph.recompile()
     graph.meta["numbers"] = {one.target: {"bits": 8} for one in steps}
     graph.meta["extra_tensors"] = scales
@@ -160,7 +164,7 @@ def _round_biases(
     chosen: Mapping[str, Grid],
     nodes: Mapping[str, fx.Node],
 ) -> None:
-    """Biases onto the grid of the products, where the runtime adds them as int32 (layers called once)."""
+    """Biases onto the grid of the products, where the runtime adds them as int32 (layers called once, not on sequences)."""
     for one in steps:
         module: Any = graph.get_submodule(one.target)
         calls = layers[one.target].nodes
@@ -168,15 +172,20 @@ def _round_biases(
             continue
         source = nodes[calls[0]].args[0]
         assert isinstance(source, fx.Node)
+        if isinstance(module, nn.Linear) and source.meta["val"].ndim > 2:
+            continue
         unit = scales[f"{one.target}.weight_scale"].double() * chosen[source.name].scale
         with torch.no_grad():
             module.bias.copy_((module.bias.double() / unit).round().clamp(-(2**31), 2**31 - 1) * unit)
 
 
-def _set_quantizer(graph: fx.GraphModule, node: fx.Node, grid: Grid) -> None:
+def _set_quantizer(graph: fx.GraphModule, node: fx.Node, grid: Grid, readers: tuple[str, ...]) -> None:
     with graph.graph.inserting_after(node):
         quantizer = graph.graph.call_function(
             torch.ops.aten.fake_quantize_per_tensor_affine.default,
             (node, grid.scale, grid.zero_point, grid.low, grid.high),
         )
-    node.replace_all_uses_with(quantizer, delete_user_cb=lambda user: user is not quantizer)
+    quantizer.meta = dict(node.meta)
+    node.replace_all_uses_with(
+        quantizer, delete_user_cb=lambda user: user is not quantizer and (not readers or user.name in readers)
+    )

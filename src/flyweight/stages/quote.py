@@ -243,8 +243,6 @@ def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tu
             reason = reason or f"{layer.kind} has no int8 form here yet"
         elif name in shared:
             reason = reason or f"weights are shared by {', '.join(shared[name])}"
-        elif isinstance(module, nn.Linear) and layer.positions != len(layer.nodes):
-            reason = reason or "a linear layer on sequences has no static int8 form here yet"
         elif len(layer.nodes) > 1:
             reason = reason or "it is called more than once"
         if reason:

@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
+from flyweight.deploy.placement import on_sequences
 from flyweight.errors import ModelError
 from flyweight.graph.operators import CONVOLUTIONS
 from flyweight.graph.places import source_line
@@ -246,6 +247,11 @@ def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     input_scale = float(source.args[1])  # type: ignore[arg-type]  # the fake quantizer in front
+    if on_sequences(graph, node):
+        call = _sequence_product(graph, module, node, source, scale)
+        node.replace_all_uses_with(call)
+        graph.graph.erase_node(node)
+        return
     weight = _integers(graph, stored_name(name), module.weight, scale, 127, torch.int8, node)
     bias = None
     if module.bias is not None:
@@ -256,6 +262,18 @@ def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
         call = _functional(graph, module, source, weight, bias)
     node.replace_all_uses_with(call)
     graph.graph.erase_node(node)
+
+
+def _sequence_product(graph: fx.GraphModule, module: Any, node: fx.Node, source: fx.Node, scale: Tensor) -> fx.Node:
+    """Inputs of rank 3: a matrix product and an addition in float, which ONNX Runtime makes MatMulIntegerToFloat of."""
+    name = str(node.target)
+    weight = _integers(graph, stored_name(name), module.weight.T, scale, 127, torch.int8, node, axis=1)
+    with graph.graph.inserting_before(node):
+        product = graph.graph.call_function(aten.matmul.default, (source, weight))
+        if module.bias is None:
+            return product
+        bias = _buffer(graph, f"{name}.bias_float", module.bias.detach())
+        return graph.graph.call_function(aten.add.Tensor, (product, bias))
 
 
 def _functional(
@@ -273,10 +291,17 @@ def _functional(
 
 
 def _integers(
-    graph: fx.GraphModule, name: str, values: Tensor, scale: Tensor, largest: int, kind: torch.dtype, before: fx.Node
+    graph: fx.GraphModule,
+    name: str,
+    values: Tensor,
+    scale: Tensor,
+    largest: int,
+    kind: torch.dtype,
+    before: fx.Node,
+    axis: int = 0,
 ) -> fx.Node:
-    """Nodes that read `values` back from integers of one scale per row."""
-    shape = (-1, *[1] * (values.ndim - 1))
+    """Nodes that read `values` back from integers of one scale per entry of `axis`."""
+    shape = tuple(-1 if i == axis else 1 for i in range(values.ndim))
     scale = scale.to(torch.float32)
     integers = (values.detach().double() / scale.double().reshape(shape)).round().clamp(-largest, largest).to(kind)
     low = -largest if kind == torch.int8 else -(2**31)
@@ -285,7 +310,7 @@ def _integers(
     with graph.graph.inserting_before(before):
         for suffix, tensor in tensors.items():
             nodes.append(_buffer(graph, name + suffix, tensor))
-        return graph.graph.call_function(decomposed.dequantize_per_channel.default, (*nodes, 0, low, largest, kind))
+        return graph.graph.call_function(decomposed.dequantize_per_channel.default, (*nodes, axis, low, largest, kind))
 
 
 def _buffer(graph: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
