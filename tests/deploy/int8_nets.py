@@ -65,8 +65,17 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
                     fc=nn.Linear(64, 10)), (torch.randn(4, 2, 16),)),
     "two readers of a convolution": (
         two_convs(lambda s, x: s.fc(both(s.b, s.a(x)).mean((2, 3)))), PIXELS),
+    "tokens": (
+        lambda: net(lambda s, x: s.fc((x + s.o(gated(s, torch.tanh(x)))).mean(1)), a=nn.Linear(16, 48),
+                    b=nn.Linear(16, 48), o=nn.Linear(48, 16, bias=False), fc=nn.Linear(16, 10)),
+        (torch.randn(4, 6, 16),)),
     "convolution at the end": (lambda: net(lambda s, x: s.b(F.relu(s.a(x))), a=conv(3, 16), b=conv(16, 4)), PIXELS),
 }  # fmt: skip
+
+
+def gated(s: nn.Module, y: Tensor) -> Tensor:
+    """Two layers on sequences that read one value, which goes on in float as well."""
+    return F.gelu(s.a(y)) * s.b(y) + y.mean(-1, keepdim=True)
 
 
 def both(layer: nn.Module, y: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def test_macs_quoted_before_a_cut_are_those_counted_after_it(name: str):
         ("Conv2d", True, "", 8, 54 + 6 * 4 + 6 * (4 + 4)),
         ("Conv2d", False, "", 8, 54 + 6 * 4),
         ("Conv2d", False, "bn", 8, 54 + 6 * 4 + 6 * (4 + 4)),
-        ("Linear", True, "", 8, 54 + 6 * (4 + 1) + 6 * (4 + 4)),
+        ("Linear", True, "", 8, 54 + 6 * (4 + 1) + 6 * 4),  # at 49 positions: its bias stays float
         ("Linear", False, "", 8, 54 + 6 * (4 + 1)),
     ],
 )
