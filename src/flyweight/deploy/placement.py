@@ -42,6 +42,7 @@ def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ..
     stored: set[fx.Node] = set()
     nodes = list(graph.graph.nodes)
     called = [n for n in nodes if n.op == "call_module" and n.target in int8_layers]
+    called = [n for n in called if not isinstance(module_of(graph, n), nn.Embedding)]  # whose input is no value
     readers: dict[fx.Node, list[str]] = {}
     for node in [n for n in called if on_sequences(graph, n)]:
         readers.setdefault(node.all_input_nodes[0], []).append(node.name)

@@ -33,6 +33,7 @@ __all__ = [
     "set_matrix",
     "sharers",
     "sizes",
+    "tables",
     "windows",
     "zeros_around",
 ]
@@ -128,6 +129,18 @@ def _layer(graph: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> Layer:
         norm=norm_behind(graph, nodes),
         groups=getattr(module, "groups", 1),
     )
+
+
+def tables(graph: fx.GraphModule) -> dict[str, nn.Embedding]:
+    """The embeddings that rows are looked up in by what an input says, by name; others become constants in a file."""
+    found, told = {}, set[fx.Node]()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or any(source in told for source in node.all_input_nodes):
+            told.add(node)
+            module = module_of(graph, node)
+            if isinstance(module, nn.Embedding):
+                found[str(node.target)] = module
+    return found
 
 
 def _positions(module: nn.Module, node: fx.Node) -> int:

@@ -30,7 +30,7 @@ from flyweight.numerics.forms import Rounding
 from flyweight.numerics.moments import Moments, shrunk
 from flyweight.types import Step
 
-__all__ = ["NAME", "apply", "grids", "round_weights", "step"]
+__all__ = ["NAME", "apply", "grids", "round_table", "round_weights", "step"]
 
 NAME = "int8"
 FLOOR = 0.01  # least shrinkage of the second moment: rounding errors are small, a sharp inverse is not needed
@@ -107,6 +107,21 @@ def round_weights(
     return scale.float(), float(forms.row_errors(change, gram if compensate else moments.raw).sum())
 
 
+def round_table(module: nn.Module, largest: int = LARGEST) -> tuple[Tensor, float]:
+    """Rounds an embedding's rows onto int8 grids in place; returns the scale per row and the error (mean over rows).
+
+    Nothing reads two entries of a table at once, so nothing can make up for another: each is the nearest one.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    rows = weight.detach().double()
+    scale = weight_scales(rows, torch.ones(rows.shape[1], dtype=rows.dtype), largest)
+    new = (rows / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
+    with torch.no_grad():
+        weight.copy_(new)
+    return scale.float(), float((rows - new).square().sum(1).mean())
+
+
 def _scales(weights: Tensor, power: Tensor, largest: int) -> Tensor:
     """The scale of every row; rows of a convolution with channel groups see inputs of their own."""
     parts = weights.chunk(len(power)) if power.ndim == 2 else [weights]
@@ -134,7 +149,8 @@ def apply(
     stats: Stats,
     largest: int = LARGEST,
 ) -> dict[str, float]:
-    """Stores the layers of `steps` in int8, in place: rounds weights and biases, sets fake quantizers behind `slots`.
+    """Stores the layers and embeddings of `steps` in int8, in place: rounds weights and biases, sets fake quantizers behind
+    `slots`.
 
     `stats` must come from this graph (its norms folded). Returns each layer's weight error. `graph.meta["numbers"]` and
     `graph.meta["extra_tensors"]` record what the exporter needs.
@@ -143,9 +159,12 @@ def apply(
     errors: dict[str, float] = {}
     scales: dict[str, Tensor] = {}
     for one in steps:
-        layer = layers[one.target]
-        scale, errors[layer.name] = round_weights(graph, layer, stats, one.setting.get("compensate", True), largest)
-        scales[f"{layer.name}.weight_scale"] = scale
+        if one.target in layers:
+            keep = one.setting.get("compensate", True)
+            scale, errors[one.target] = round_weights(graph, layers[one.target], stats, keep, largest)
+        else:
+            scale, errors[one.target] = round_table(graph.get_submodule(one.target), largest)
+        scales[f"{one.target}.weight_scale"] = scale
     nodes = {n.name: n for n in graph.graph.nodes}
     _round_biases(graph, layers, steps, scales, chosen, nodes)
     for slot in slots:
@@ -167,8 +186,8 @@ def _round_biases(
     """Biases onto the grid of the products, where the runtime adds them as int32 (layers called once, not on sequences)."""
     for one in steps:
         module: Any = graph.get_submodule(one.target)
-        calls = layers[one.target].nodes
-        if module.bias is None or len(calls) != 1:
+        calls = layers[one.target].nodes if one.target in layers else ()
+        if len(calls) != 1 or module.bias is None:
             continue
         source = nodes[calls[0]].args[0]
         assert isinstance(source, fx.Node)

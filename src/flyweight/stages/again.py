@@ -16,7 +16,7 @@ from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.errors import DataError, UsageError, VerificationError
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.measure import measure
-from flyweight.graph.operators import layers
+from flyweight.graph.operators import layers, tables
 from flyweight.graph.program import load_files
 from flyweight.methods import channels
 from flyweight.methods.blocks import blocks
@@ -51,7 +51,8 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     known = {g.name: g for g in groups(job.graph, job.example)}
     steps = tuple(step for option in plan.choices.values() for step in option.steps)
     sums = {block.node for block in blocks(job.graph)}
-    missing = [s.target for s in steps if s.target not in known and s.target not in present and s.target not in sums]
+    there = {*known, *present, *sums, *tables(job.graph)}
+    missing = [s.target for s in steps if s.target not in there]
     if missing:
         raise UsageError(f"the plan changes {missing[0]!r}, which the model does not have", fix="plan this model anew")
     for one in steps:

@@ -130,7 +130,7 @@ def _check_table(table: LatencyTable, menu: Menu) -> None:
     """Raises UsageError unless the table prices every group and layer that something is offered for."""
     regimes = [FLOAT, *([INT8] if menu.formats else [])]
     unknown = [f"the model in {regime}" for regime in regimes if regime not in table.whole]
-    unknown += [f.layer for f in menu.formats if f.layer not in table.extra] if not unknown else []
+    unknown += [n for n in _timed_formats(menu) if n not in table.extra] if not unknown else []
     unknown += [g.name for g in menu.groups for r in regimes if g.name not in table.saved.get(r, {})]
     unknown += [p.block.name for p in menu.blocks for r in regimes if p.block.node not in table.without.get(r, {})]
     unknown += [
@@ -161,7 +161,7 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
         return sum(
             weight_bytes(one, one.inputs, one.outputs, 8 if name in int8_layers else 32)
             for name, one in menu.layers.items()
-        )
+        ) - sum(menu.tables.get(name, 0) for name in int8_layers)
 
     overhead = bases[FLOAT].stat().st_size - stored(())
     per_split = split_overhead(menu, ready, job.example, bases[FLOAT]) if menu.ranks else 0.0
@@ -179,7 +179,7 @@ def _measured_table(
     job: Job, menu: Menu, bases: Mapping[str, Path], ready: Prepared, folder: Folder, stage: Stage, place: Path
 ) -> LatencyTable:
     levels = {lad.group.name: lad.levels[1:] for lad in menu.ladders}
-    float_layers = [f.layer for f in menu.formats]
+    float_layers = _timed_formats(menu)
     variants = 1 + len(bases) * (COPIES + sum(len(v) for v in levels.values()) + len(menu.blocks)) + len(float_layers)
     variants += len(bases) * sum(len(one.levels) - 1 for one in menu.ranks)
     without = {
@@ -194,6 +194,11 @@ def _measured_table(
         narrowed=lambda group, level: _narrowed(job, group, level, place), without=without,
         ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
     )  # fmt: skip
+
+
+def _timed_formats(menu: Menu) -> list[str]:
+    """The layers whose number format takes time: a row of a table is looked up as fast in either."""
+    return [f.layer for f in menu.formats if f.layer not in menu.tables]
 
 
 def _without(

@@ -60,7 +60,7 @@ def deliver(
     """The compressed graph, eval mode, and notes. `calib()` walks the calibration batches anew."""
     structure = [s for s in steps if s.method != int8.NAME]
     graph = restructured(network, structure, calib)
-    left = set(layers(graph))  # without those of blocks left out
+    left = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}  # without those of blocks left out
     numbers = _of_both_parts(graph, [s for s in steps if s.method == int8.NAME and s.target in left])
     if not numbers:
         return graph, ()
@@ -118,7 +118,7 @@ def prepared(
     refresh(folded, example)
     pooled_means(folded)
     present = layers(folded)
-    wanted = {} if known else {name: present[name] for name in int8_layers}
+    wanted = {} if known else {name: present[name] for name in int8_layers if name in present}
     values = {slot.node for slot in slots(folded, int8_layers)} | {slot.node for slot in slots(folded, list(present))}
     stats = measure(folded, _first(calib(), NUMBER_SAMPLES), wanted, values)
     return Prepared(folded, present, replace(stats, inputs=known.inputs) if known else stats)

@@ -62,6 +62,7 @@ class Menu:
     meetings: Mapping[str, float] = field(default_factory=dict)
     blocks: tuple[Price, ...] = ()
     rest: Mapping[str, Rest] = field(default_factory=dict)  # by the block's node
+    tables: Mapping[str, int] = field(default_factory=dict)  # embeddings with a format: bytes that int8 saves
 
     @property
     def groups(self) -> tuple[Group, ...]:

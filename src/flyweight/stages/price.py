@@ -72,7 +72,9 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
     where = menu.format_index()
     for f in menu.formats:
         error = [0.0 if 0 in f.allowed else np.inf, f.error if 1 in f.allowed else np.inf]
-        factors.append(Factor((where[f.layer],), np.array(error)))
+        saved = menu.tables.get(f.layer)
+        extra = 0.0 if saved is None else menu.sizes.per_int8_layer - saved
+        factors.append(Factor((where[f.layer],), np.array(error), {"size": np.array([0.0, extra])}))
     regime = INT8 if menu.formats else FLOAT
     own = {shape: own_times(menu, table, shape, regime) for shape in table.reference_s} if table is not None else {}
     of_layer = {layer.name: layer_factors(menu, layer, table, own) for layer in menu.layers.values()}

@@ -18,7 +18,7 @@ from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
 from flyweight.graph.flow import chunked
 from flyweight.graph.measure import Sensed, from_tensors, measure, to_tensors
-from flyweight.graph.operators import Layer, layers, sharers
+from flyweight.graph.operators import Layer, layers, sharers, tables
 from flyweight.graph.surgery import folded, prove_all
 from flyweight.methods import blocks, channels, int8, lowrank
 from flyweight.methods.lowrank import Ranks
@@ -88,6 +88,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     network = replace(network, stats=stats)
     job.checkpoint("pricing numbers")
     allowed, refused = _number_layers(job, present)
+    saved = _number_tables(job, open_groups, allowed, refused)
     formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
     job.checkpoint("pricing ranks")
     ranks, meetings = _ranks(job, network, formats, judge, store, stage)
@@ -99,7 +100,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     rest = rest_of(job.graph, [price.block for price in depth], present, beside)
     sizes = Sizes(0, 0.0)
     menu = Menu(
-        present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest
+        present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest, saved
     )  # fmt: skip
     few = _few_samples(job, network)
     return Quotes(network, menu, frozen, refused, (*notes, *blind, *few))
@@ -250,6 +251,31 @@ def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tu
         else:
             allowed[name] = (1,) if bits == 8 else (0, 1)
     return allowed, refused
+
+
+def _number_tables(
+    job: Job, open_groups: Sequence[Group], allowed: dict[str, tuple[int, ...]], refused: dict[str, str]
+) -> dict[str, int]:
+    """The bytes that int8 saves of each embedding that may have it; they join `allowed`, others say why in `refused`."""
+    shared, found = sharers(job.graph), {}
+    cut = {part.owner for group in open_groups for part in group.slices}
+    for name, module in tables(job.graph).items():
+        bits, reason = job.fixed_bits(name), job.kept_reason([name])
+        if bits == 32:
+            reason = reason or "a rule keeps it at 32 bits"
+        elif "int8" not in job.methods:
+            reason = reason or "the method 'int8' was not asked for"
+        elif name in shared:
+            reason = reason or f"weights are shared by {', '.join(shared[name])}"
+        elif name in cut:
+            reason = reason or "its channels may be cut"
+        if reason:
+            refused[name] = reason
+            continue
+        rows, columns = module.weight.shape
+        allowed[name] = (1,) if bits == 8 else (0, 1)
+        found[name] = 3 * rows * columns - 4 * rows
+    return found
 
 
 def _formats(

@@ -246,6 +246,11 @@ def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
     module: Any = graph.get_submodule(name)
     source = node.args[0]
     assert isinstance(source, fx.Node)
+    if isinstance(module, nn.Embedding):
+        found = _looked_up(graph, module, node, source, scale)
+        node.replace_all_uses_with(found)
+        graph.graph.erase_node(node)
+        return
     input_scale = float(source.args[1])  # type: ignore[arg-type]  # the fake quantizer in front
     if on_sequences(graph, node):
         call = _sequence_product(graph, module, node, source, scale)
@@ -262,6 +267,18 @@ def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
         call = _functional(graph, module, source, weight, bias)
     node.replace_all_uses_with(call)
     graph.graph.erase_node(node)
+
+
+def _looked_up(graph: fx.GraphModule, module: nn.Embedding, node: fx.Node, source: fx.Node, scale: Tensor) -> fx.Node:
+    """Rows of integers and their scales are looked up and multiplied: a table read back whole would be so at every run."""
+    name = stored_name(str(node.target))
+    integers = (module.weight.detach().double() / scale.double()[:, None]).round().to(torch.int8)
+    with graph.graph.inserting_before(node):
+        table, scales = _buffer(graph, name, integers), _buffer(graph, f"{name}_scale", scale.float()[:, None])
+        rows = graph.graph.call_function(aten.embedding.default, (table, source))
+        wide = graph.graph.call_function(aten.to.dtype, (rows, torch.float32))
+        factors = graph.graph.call_function(aten.embedding.default, (scales, source))
+        return graph.graph.call_function(aten.mul.Tensor, (wide, factors))
 
 
 def _sequence_product(graph: fx.GraphModule, module: Any, node: fx.Node, source: fx.Node, scale: Tensor) -> fx.Node:

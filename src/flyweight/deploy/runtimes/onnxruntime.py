@@ -208,7 +208,7 @@ def _weight_runs_int8(weight: str, facts: _Facts) -> bool:
             carriers.update(node.output)
         else:
             consumers.append(node)
-    return bool(consumers) and all(_is_int8(node) for node in consumers)
+    return bool(consumers) and all(_is_int8(node) or node.op_type == "Gather" for node in consumers)  # a table's rows
 
 
 def _renamed(weight: str, facts: _Facts) -> set[str]:
