@@ -21,7 +21,7 @@ from torch import fx, nn
 from flyweight.graph.operators import module_of
 from flyweight.graph.rewrite import whole_pools
 
-__all__ = ["Slot", "on_sequences", "slots"]
+__all__ = ["Slot", "on_sequences", "readers_on_sequences", "slots"]
 
 aten = torch.ops.aten
 
@@ -43,9 +43,7 @@ def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ..
     nodes = list(graph.graph.nodes)
     called = [n for n in nodes if n.op == "call_module" and n.target in int8_layers]
     called = [n for n in called if not isinstance(module_of(graph, n), nn.Embedding)]  # whose input is no value
-    readers: dict[fx.Node, list[str]] = {}
-    for node in [n for n in called if on_sequences(graph, n)]:
-        readers.setdefault(node.all_input_nodes[0], []).append(node.name)
+    readers = readers_on_sequences(graph, int8_layers)
     planned = [n for n in called if not on_sequences(graph, n)]
     for node in planned:
         source = node.args[0]
@@ -64,10 +62,20 @@ def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ..
             stored.add(_behind_relu(graph, node))
     found = [slot for node in nodes if (slot := _slot(graph, node, stored)) is not None]
     whole_values = {slot.node for slot in found}
+    by_name = {node.name: node for node in nodes}
     for source, names in readers.items():
-        if source.name not in whole_values:
-            found.append(Slot(source.name, "", *_known_range(graph, source), tuple(names)))
+        if source not in whole_values:
+            found.append(Slot(source, "", *_known_range(graph, by_name[source]), tuple(names)))
     return tuple(found)
+
+
+def readers_on_sequences(graph: fx.GraphModule, int8_layers: Collection[str]) -> dict[str, list[str]]:
+    """The values that linear layers on sequences read, by node, with the calls that read them."""
+    found: dict[str, list[str]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and node.target in int8_layers and on_sequences(graph, node):
+            found.setdefault(node.all_input_nodes[0].name, []).append(node.name)
+    return found
 
 
 def on_sequences(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -210,7 +210,7 @@ def _without(
     if regime == INT8:
         present = layers(graph)
         steps = [int8.step(name) for name in int8_layers if name in present]
-        graph, _ = with_numbers(Prepared(graph, present, ready.stats), steps, largest_integer())
+        graph, _ = with_numbers(Prepared(graph, present, ready.stats, ready.migrations), steps, largest_integer())
     path = place / "without.onnx"
     export(graph, job.example, path)
     return onnx.load(path)

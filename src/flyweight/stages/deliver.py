@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from flyweight.deploy.placement import Slot, slots
+from flyweight.deploy.placement import Slot, readers_on_sequences, slots
 from flyweight.graph.axes import Group
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers
 from flyweight.graph.rewrite import part_before, pooled_means, refresh
 from flyweight.graph.surgery import fold_norms
 from flyweight.methods import blocks, channels, int8, lowrank
+from flyweight.methods.smooth import Migration, migrated, migrations, node_name
 from flyweight.recover.normstats import rematch
 from flyweight.recover.resolve import resolve
 from flyweight.stages.tidy import tidy
@@ -49,6 +50,7 @@ class Prepared:
     graph: fx.GraphModule
     layers: Mapping[str, Layer]
     stats: Stats
+    migrations: tuple[Migration, ...] = ()
 
 
 def deliver(
@@ -120,8 +122,16 @@ def prepared(
     present = layers(folded)
     wanted = {} if known else {name: present[name] for name in int8_layers if name in present}
     values = {slot.node for slot in slots(folded, int8_layers)} | {slot.node for slot in slots(folded, list(present))}
-    stats = measure(folded, _first(calib(), NUMBER_SAMPLES), wanted, values)
-    return Prepared(folded, present, replace(stats, inputs=known.inputs) if known else stats)
+    calls = readers_on_sequences(folded, [name for name in int8_layers if name in present])
+    if not calls:
+        stats = measure(folded, _first(calib(), NUMBER_SAMPLES), wanted, values)
+        return Prepared(folded, present, replace(stats, inputs=known.inputs) if known else stats)
+    moments = known or measure(folded, _first(calib(), NUMBER_SAMPLES), wanted)
+    found = migrations(folded, calls, moments)
+    beside = copy.deepcopy(folded)  # what is stored before and after a migration is measured in one pass
+    migrated(beside, moments, found, list(present))
+    stats = measure(beside, _first(calib(), NUMBER_SAMPLES), {}, values | {node_name(one.source) for one in found})
+    return Prepared(folded, present, replace(stats, inputs=moments.inputs), found)
 
 
 def with_numbers(
@@ -129,7 +139,8 @@ def with_numbers(
 ) -> tuple[fx.GraphModule, dict[str, float]]:
     """A copy of the prepared graph with the layers of `steps` in int8, and each layer's weight error."""
     graph = copy.deepcopy(ready.graph)
-    return graph, int8.apply(graph, ready.layers, steps, _slots(graph, steps), ready.stats, largest)
+    stats = migrated(graph, ready.stats, ready.migrations, {step.target for step in steps})
+    return graph, int8.apply(graph, ready.layers, steps, _slots(graph, steps), stats, largest)
 
 
 def _slots(graph: fx.GraphModule, steps: Sequence[Step]) -> tuple[Slot, ...]:

@@ -341,7 +341,7 @@ def _transplanted(ready: Prepared, changed: fx.GraphModule, network: Network) ->
             module.weight.copy_(weight)
             if module.bias is not None:
                 module.bias.copy_(bias)
-    return Prepared(graph, ready.layers, ready.stats)
+    return Prepared(graph, ready.layers, ready.stats, ready.migrations)
 
 
 def _few_samples(job: Job, network: Network) -> tuple[Note, ...]:
