@@ -25,6 +25,8 @@ from flyweight.graph.operators import layers
 from flyweight.graph.rewrite import refresh
 from flyweight.graph.surgery import fold_norms
 from flyweight.graph.trace import trace
+from flyweight.methods import int8
+from flyweight.stages.deliver import prepared, with_numbers
 
 from ..graph.cases import rows
 from ..graph.nets import DictNet, net
@@ -71,6 +73,25 @@ def test_the_file_runs_in_integers_answers_as_the_graph_and_weighs_what_was_quot
         # a quarter of what is tolerated in a delivery
         assert distance(expected, answers(path, feed)) <= tolerance(len(one.layers), len(one.layers)) / 4
     assert stored_bytes(path) == sum(weight_bytes(i, i.inputs, i.outputs, 8) for i in one.layers.values())
+
+
+def test_a_table_is_stored_in_integers_and_looked_up_row_by_row(folder: Path):
+    model = net(lambda s, x: s.fc(s.words(x).mean(1)), words=nn.Embedding(50, 16), fc=nn.Linear(16, 4)).eval()
+    ids = torch.randint(0, 50, (8, 6))
+    graph = trace(model, (ids,)).module
+    made, errors = with_numbers(prepared(graph, (ids,), ["words"], lambda: iter([(ids,)])), [int8.step("words")])
+    table = made.get_submodule("words").weight
+    change = (table - model.words.weight).detach()
+    assert errors["words"] == pytest.approx(float(change.square().sum(1).mean()), rel=1e-5)
+    # a half of a step of the widest row's grid, which the search for a scale may make half as fine by clipping
+    assert float(change.abs().max()) <= float(model.words.weight.detach().abs().max()) / 2
+    path = folder / "table.onnx"
+    export(made, (ids,), path)
+    assert ORT.conformance(path, [stored_name("words")]) == []
+    with torch.no_grad():
+        for batch in (1, 5):
+            assert distance([made(ids[:batch])], answers(path, (ids[:batch],))) <= 1e-6
+    assert stored_bytes(path) == 50 * 16 + 50 * 4 + 4 * (16 * 4 + 4)
 
 
 def test_answers_on_a_grid_are_on_the_same_point_or_its_neighbour(folder: Path):

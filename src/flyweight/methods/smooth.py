@@ -48,8 +48,8 @@ def node_name(source: str) -> str:
 def factors(weight: Float64[Tensor, "out in"], moments: Moments) -> tuple[Float64[Tensor, " in"], float]:
     """The factors m of the least predicted error, and that error as a share of the one with m = 1.
 
-    Values: (range / 255)^2 / 12 at every channel, weighed by |W_j / m_j|^2. Weights: (max of the row / 127)^2 / 12, weighed
-    by E[(x_j m_j)^2]. Both are errors of the outputs, summed over rows.
+    Values: (range / 255)^2 / 12 at every channel, its power at most, weighed by |W_j / m_j|^2. Weights: (max of the row /
+    127)^2 / 12, weighed by E[(x_j m_j)^2]. Both are errors of the outputs, summed over rows.
     """
     assert isinstance(moments.gram, Tensor)
     spread = moments.gram.diagonal().double().clamp(min=0).sqrt()
@@ -63,7 +63,8 @@ def factors(weight: Float64[Tensor, "out in"], moments: Moments) -> tuple[Float6
         scale = largest ** (1 - exponent) / reach**exponent if exponent else torch.ones_like(reach)
         turned = weight / scale
         step = 2 * float((scale * reach).max()) / LEVELS
-        values = step**2 / 12 * float(turned.square().sum())
+        noise = (power * scale.square()).clamp(max=step**2 / 12)  # a channel below the step is lost, and no more
+        values = float((noise * turned.square().sum(0)).sum())
         rows = float((turned.abs().amax(1) / LARGEST).square().sum()) / 12
         found.append((values + rows * float((power * scale.square()).sum()), scale))
     best, scale = min(found, key=lambda one: one[0])
