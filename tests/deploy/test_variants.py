@@ -130,7 +130,9 @@ def test_the_base_is_not_touched(folder: Path):
     assert whole.SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize(("name", "layer"), [("cnn", "b"), ("cnn", "fc1"), ("residual", "layers.0.conv2")])
+@pytest.mark.parametrize(
+    ("name", "layer"), [("cnn", "b"), ("cnn", "fc1"), ("residual", "layers.0.conv2"), ("tokens", "b"), ("tokens", "o")]
+)
 def test_one_layer_alone_runs_in_float(folder: Path, name: str, layer: str):
     whole = base(folder, name, INT8)
     path = folder / "one-float.onnx"
@@ -138,7 +140,7 @@ def test_one_layer_alone_runs_in_float(folder: Path, name: str, layer: str):
     others = [n for n in delivered(name).layers if n != layer]
     assert ORT.conformance(path, [stored_name(n) for n in others]) == []
     executed = {op.op_type for op in ORT.executed_ops(path)}
-    assert executed & {"Conv", "FusedConv", "Gemm", "FusedGemm"}
+    assert executed & {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
     example = NETS[name][1]
     feed = {n: x.numpy() for n, x in zip(ORT.input_names(path), rows(example, 3), strict=True)}
     onnx.save(whole, folder / "whole.onnx")

@@ -144,8 +144,9 @@ def _dequantized(
     made.CopyFrom(like)
     made.name = made.output[0] = f"{name}/float"
     stored = [_stored(values, name)]
+    axis = next((a.i for a in like.attribute if a.name == "axis"), 1)
     for i, old in enumerate(like.input[1:]):
-        stored.append(_stored(numpy_helper.to_array(tensors[old])[: len(values)], f"{name}/{i}"))
+        stored.append(_stored(numpy_helper.to_array(tensors[old])[: values.shape[axis]], f"{name}/{i}"))
     del made.input[:]
     made.input.extend(t.name for t in stored)
     return made, stored

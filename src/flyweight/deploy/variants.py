@@ -108,12 +108,26 @@ def with_float_layer(model: onnx.ModelProto, layer: str) -> onnx.ModelProto:
         if name != stored_name(layer) and not name.startswith(f"{layer}.bias_integer"):
             continue
         integers, scale = (numpy_helper.to_array(tensors[i]) for i in node.input[:2])
-        values = integers.astype(np.float32) * scale.reshape(-1, *[1] * (integers.ndim - 1))
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        by = [-1 if i == axis else 1 for i in range(integers.ndim)]
+        values = integers.astype(np.float32) * scale.reshape(by)
         result.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
-        if name == stored_name(layer):
+        if name == stored_name(layer) and axis == 1:
+            _read_in_float(result, node.output[0])
+        elif name == stored_name(layer):
             _read_by_channel(result, tensors, node.output[0], integers.shape[1])
         result.graph.node.remove(node)
     return result
+
+
+def _read_in_float(model: onnx.ModelProto, weight: str) -> None:
+    """A linear layer on sequences reads what was quantized for it alone."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    layer = next(n for n in model.graph.node if weight in n.input)
+    read = makers.get(layer.input[0])
+    stored = makers.get(read.input[0]) if read is not None and read.op_type == "DequantizeLinear" else None
+    if stored is not None and stored.op_type == "QuantizeLinear":
+        layer.input[0] = stored.input[0]
 
 
 def _read_by_channel(
