@@ -7,7 +7,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from flyweight.deploy.placement import Slot, on_sequences, slots
+from flyweight.deploy.placement import Slot, slots
+from flyweight.graph.operators import on_sequences
 from flyweight.graph.rewrite import refresh
 from flyweight.graph.trace import trace
 

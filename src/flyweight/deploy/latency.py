@@ -154,7 +154,7 @@ def is_plain(group: Group, layers: Mapping[str, Layer]) -> bool:
     members = [layers[s.owner] for s in group.slices if s.owner in layers]
     known = known and all(one.output_taps == 1 for one in members)
     # of a linear layer on sequences the file keeps the weight turned round, under no name
-    known = known and not any(one.kind == "Linear" and one.positions > len(one.nodes) for one in members)
+    known = known and not any(one.sequences for one in members)
     return known and all(len(one.path) == 2 and one.path[1] == 1 for one in group.literals) and group.kind != "heads"
 
 

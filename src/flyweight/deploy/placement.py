@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from flyweight.graph.operators import module_of
+from flyweight.graph.operators import module_of, on_sequences
 from flyweight.graph.rewrite import whole_pools
 
-__all__ = ["Slot", "on_sequences", "readers_on_sequences", "slots"]
+__all__ = ["Slot", "readers_on_sequences", "slots"]
 
 aten = torch.ops.aten
 
@@ -38,13 +38,11 @@ class Slot:
 
 
 def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ...]:
-    """The values to store in 8 bits when the layers named run in int8, in graph order."""
+    """The values to store in 8 bits when the layers named run in int8, in graph order: whole ones, then single inputs."""
     stored: set[fx.Node] = set()
     nodes = list(graph.graph.nodes)
-    called = [n for n in nodes if n.op == "call_module" and n.target in int8_layers]
-    called = [n for n in called if not isinstance(module_of(graph, n), nn.Embedding)]  # whose input is no value
-    readers = readers_on_sequences(graph, int8_layers)
-    planned = [n for n in called if not on_sequences(graph, n)]
+    called = [n for n in nodes if n.op == "call_module" and n.target in int8_layers and not on_sequences(graph, n)]
+    planned = [n for n in called if not isinstance(module_of(graph, n), nn.Embedding)]  # whose input is no value
     for node in planned:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -62,10 +60,10 @@ def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ..
             stored.add(_behind_relu(graph, node))
     found = [slot for node in nodes if (slot := _slot(graph, node, stored)) is not None]
     whole_values = {slot.node for slot in found}
-    by_name = {node.name: node for node in nodes}
-    for source, names in readers.items():
-        if source not in whole_values:
-            found.append(Slot(source, "", *_known_range(graph, by_name[source]), tuple(names)))
+    readers = readers_on_sequences(graph, int8_layers)
+    for node in nodes:
+        if node.name in readers and node.name not in whole_values:
+            found.append(Slot(node.name, "", *_known_range(graph, node), tuple(readers[node.name])))
     return tuple(found)
 
 
@@ -76,13 +74,6 @@ def readers_on_sequences(graph: fx.GraphModule, int8_layers: Collection[str]) ->
         if node.op == "call_module" and node.target in int8_layers and on_sequences(graph, node):
             found.setdefault(node.all_input_nodes[0].name, []).append(node.name)
     return found
-
-
-def on_sequences(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a call is a linear layer's on an input of rank 3 or more."""
-    source = node.args[0] if node.args else None
-    ranked = isinstance(source, fx.Node) and isinstance(source.meta.get("val"), torch.Tensor)
-    return isinstance(module_of(graph, node), nn.Linear) and ranked and source.meta["val"].ndim > 2  # type: ignore[union-attr]
 
 
 def _slot(graph: fx.GraphModule, node: fx.Node, stored: Collection[fx.Node]) -> Slot | None:

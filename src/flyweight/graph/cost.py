@@ -110,7 +110,6 @@ def weight_bytes(layer: Layer, inputs: int, outputs: int, bits: int) -> int:
     has_bias = layer.bias or bool(layer.norm)
     if bits == 32:
         return 4 * weights + (4 * outputs if has_bias else 0)
-    linear = layer.kind == "Linear"
-    bias = 4 if linear and layer.positions > len(layer.nodes) else 4 + 4
-    per_output = 4 + (1 if linear else 0) + (bias if has_bias else 0)
+    bias = 4 if layer.sequences else 4 + 4
+    per_output = 4 + (1 if layer.kind == "Linear" else 0) + (bias if has_bias else 0)
     return weights + outputs * per_output

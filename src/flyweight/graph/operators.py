@@ -28,6 +28,7 @@ __all__ = [
     "matrix",
     "module_of",
     "norm_behind",
+    "on_sequences",
     "output_rows",
     "patches_at",
     "set_matrix",
@@ -69,6 +70,11 @@ class Layer:
     def columns(self) -> int:
         """Columns of its matrix."""
         return self.inputs * self.taps
+
+    @property
+    def sequences(self) -> bool:
+        """Whether it is a linear layer that answers at several positions of a sample."""
+        return self.kind == "Linear" and self.positions > len(self.nodes)
 
     @property
     def macs(self) -> int:
@@ -129,6 +135,14 @@ def _layer(graph: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> Layer:
         norm=norm_behind(graph, nodes),
         groups=getattr(module, "groups", 1),
     )
+
+
+def on_sequences(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a call is a linear layer's on an input of rank 3 or more."""
+    if not isinstance(module_of(graph, node), nn.Linear):
+        return False
+    value = node.all_input_nodes[0].meta.get("val")
+    return isinstance(value, Tensor) and value.ndim > 2
 
 
 def tables(graph: fx.GraphModule) -> dict[str, nn.Embedding]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flyweight.graph.measure import Stats
-from flyweight.graph.operators import Layer, matrix, set_matrix
+from flyweight.graph.operators import Layer, matrix, on_sequences, set_matrix
 from flyweight.methods.channels import gram_of
 from flyweight.numerics import forms
 from flyweight.numerics.affine import Grid, activation_grid, weight_scales
@@ -189,10 +189,10 @@ def _round_biases(
         calls = layers[one.target].nodes if one.target in layers else ()
         if len(calls) != 1 or module.bias is None:
             continue
+        if on_sequences(graph, nodes[calls[0]]):
+            continue
         source = nodes[calls[0]].args[0]
         assert isinstance(source, fx.Node)
-        if isinstance(module, nn.Linear) and source.meta["val"].ndim > 2:
-            continue
         unit = scales[f"{one.target}.weight_scale"].double() * chosen[source.name].scale
         with torch.no_grad():
             module.bias.copy_((module.bias.double() / unit).round().clamp(-(2**31), 2**31 - 1) * unit)

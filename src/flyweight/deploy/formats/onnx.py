@@ -16,9 +16,8 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from flyweight.deploy.placement import on_sequences
 from flyweight.errors import ModelError
-from flyweight.graph.operators import CONVOLUTIONS
+from flyweight.graph.operators import CONVOLUTIONS, on_sequences
 from flyweight.graph.places import source_line
 from flyweight.graph.rewrite import flatten_views, refresh, sized_pools, without_dropout
 from flyweight.graph.shapes import shown_names
@@ -242,21 +241,23 @@ def _read_by_channel(graph: fx.GraphModule, node: fx.Node, stored: fx.Node, user
 
 
 def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
-    name = str(node.target)
-    module: Any = graph.get_submodule(name)
+    module: Any = graph.get_submodule(str(node.target))
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if isinstance(module, nn.Embedding):
-        found = _looked_up(graph, module, node, source, scale)
-        node.replace_all_uses_with(found)
-        graph.graph.erase_node(node)
-        return
-    input_scale = float(source.args[1])  # type: ignore[arg-type]  # the fake quantizer in front
-    if on_sequences(graph, node):
+        call = _looked_up(graph, module, node, source, scale)
+    elif on_sequences(graph, node):
         call = _sequence_product(graph, module, node, source, scale)
-        node.replace_all_uses_with(call)
-        graph.graph.erase_node(node)
-        return
+    else:
+        call = _integer_call(graph, module, node, source, scale)
+    node.replace_all_uses_with(call)
+    graph.graph.erase_node(node)
+
+
+def _integer_call(graph: fx.GraphModule, module: Any, node: fx.Node, source: fx.Node, scale: Tensor) -> fx.Node:
+    """The layer's call on integer weights and an integer bias."""
+    name = str(node.target)
+    input_scale = float(source.args[1])  # type: ignore[arg-type]  # the fake quantizer in front
     weight = _integers(graph, stored_name(name), module.weight, scale, 127, torch.int8, node)
     bias = None
     if module.bias is not None:
@@ -264,9 +265,7 @@ def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
         place = f"{name}.bias_integer_{node.name}"
         bias = _integers(graph, place, module.bias, scale * input_scale, 2**31 - 1, torch.int32, node)
     with graph.graph.inserting_before(node):
-        call = _functional(graph, module, source, weight, bias)
-    node.replace_all_uses_with(call)
-    graph.graph.erase_node(node)
+        return _functional(graph, module, source, weight, bias)
 
 
 def _looked_up(graph: fx.GraphModule, module: nn.Embedding, node: fx.Node, source: fx.Node, scale: Tensor) -> fx.Node:
