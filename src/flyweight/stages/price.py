@@ -72,9 +72,10 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
     where = menu.format_index()
     for f in menu.formats:
         error = [0.0 if 0 in f.allowed else np.inf, f.error if 1 in f.allowed else np.inf]
-        saved = menu.tables.get(f.layer)
-        extra = 0.0 if saved is None else menu.sizes.per_int8_layer - saved
-        factors.append(Factor((where[f.layer],), np.array(error), {"size": np.array([0.0, extra])}))
+        saved = menu.tables.get(f.layer, 0)
+        # what int8 does to a layer's size stands in the layer's own factor
+        costs = {"size": np.array([0.0, menu.sizes.per_int8_layer - saved])} if saved else {}
+        factors.append(Factor((where[f.layer],), np.array(error), costs))
     regime = INT8 if menu.formats else FLOAT
     own = {shape: own_times(menu, table, shape, regime) for shape in table.reference_s} if table is not None else {}
     of_layer = {layer.name: layer_factors(menu, layer, table, own) for layer in menu.layers.values()}

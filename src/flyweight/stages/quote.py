@@ -88,7 +88,8 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     network = replace(network, stats=stats)
     job.checkpoint("pricing numbers")
     allowed, refused = _number_layers(job, present)
-    saved = _number_tables(job, open_groups, allowed, refused)
+    saved, kept_tables = _number_tables(job, open_groups)
+    allowed, refused = allowed | {name: _formats_of(job, name) for name in saved}, refused | kept_tables
     formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
     job.checkpoint("pricing ranks")
     ranks, meetings = _ranks(job, network, formats, judge, store, stage)
@@ -234,13 +235,8 @@ def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tu
     refused: dict[str, str] = {}
     shared = sharers(job.graph)
     for name, layer in present.items():
-        module, bits = job.graph.get_submodule(name), job.fixed_bits(name)
-        reason = job.kept_reason([name])
-        if bits == 32:
-            reason = reason or "a rule keeps it at 32 bits"
-        elif "int8" not in job.methods:
-            reason = reason or "the method 'int8' was not asked for"
-        elif not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
+        module, reason = job.graph.get_submodule(name), _kept_float(job, name)
+        if not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
             reason = reason or f"{layer.kind} has no int8 form here yet"
         elif name in shared:
             reason = reason or f"weights are shared by {', '.join(shared[name])}"
@@ -249,23 +245,30 @@ def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tu
         if reason:
             refused[name] = reason
         else:
-            allowed[name] = (1,) if bits == 8 else (0, 1)
+            allowed[name] = _formats_of(job, name)
     return allowed, refused
 
 
-def _number_tables(
-    job: Job, open_groups: Sequence[Group], allowed: dict[str, tuple[int, ...]], refused: dict[str, str]
-) -> dict[str, int]:
-    """The bytes that int8 saves of each embedding that may have it; they join `allowed`, others say why in `refused`."""
-    shared, found = sharers(job.graph), {}
+def _kept_float(job: Job, name: str) -> str:
+    """Why the user leaves it no int8 option, or ""."""
+    if job.kept_reason([name]):
+        return job.kept_reason([name])
+    if job.fixed_bits(name) == 32:
+        return "a rule keeps it at 32 bits"
+    return "" if "int8" in job.methods else "the method 'int8' was not asked for"
+
+
+def _formats_of(job: Job, name: str) -> tuple[int, ...]:
+    return (1,) if job.fixed_bits(name) == 8 else (0, 1)
+
+
+def _number_tables(job: Job, open_groups: Sequence[Group]) -> tuple[dict[str, int], dict[str, str]]:
+    """The embeddings with an int8 option and the bytes that it saves, and why others have none."""
+    shared, saved, refused = sharers(job.graph), {}, {}
     cut = {part.owner for group in open_groups for part in group.slices}
     for name, module in tables(job.graph).items():
-        bits, reason = job.fixed_bits(name), job.kept_reason([name])
-        if bits == 32:
-            reason = reason or "a rule keeps it at 32 bits"
-        elif "int8" not in job.methods:
-            reason = reason or "the method 'int8' was not asked for"
-        elif name in shared:
+        reason = _kept_float(job, name)
+        if name in shared:
             reason = reason or f"weights are shared by {', '.join(shared[name])}"
         elif name in cut:
             reason = reason or "its channels may be cut"
@@ -273,9 +276,8 @@ def _number_tables(
             refused[name] = reason
             continue
         rows, columns = module.weight.shape
-        allowed[name] = (1,) if bits == 8 else (0, 1)
-        found[name] = 3 * rows * columns - 4 * rows
-    return found
+        saved[name] = 3 * rows * columns - 4 * rows  # a byte for four, and a scale a row
+    return saved, refused
 
 
 def _formats(
