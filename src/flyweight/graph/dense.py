@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from .functional import arguments_of
 from .modules import call_instead, tensor_key
 from .specs import PARAMETRIZED, Spec, build
 
@@ -71,7 +72,8 @@ def _product(node: fx.Node, biases: Collection[str]) -> _Product | None:
     """The product that a node is, its bias one of `biases`."""
     match node.target:
         case aten.linear.default:
-            (x, weight), bias, turned = node.args[:2], (*node.args[2:], None)[0], False
+            x, weight, bias = arguments_of(node).values()
+            turned = False
         case aten.addmm.default if not node.kwargs:
             bias, x, weight = node.args
             turned = True
@@ -85,20 +87,21 @@ def _product(node: fx.Node, biases: Collection[str]) -> _Product | None:
         return None
     if x.op == "get_attr" or (_turns(x) and x.all_input_nodes[0].op == "get_attr"):
         return None
-
-    def is_bias(value: object) -> bool:
-        usable = _is_tensor(value, 1) and str(value.target) in biases  # type: ignore[attr-defined]
-        return usable and bool(value.meta["val"].shape[0] == node.meta["val"].shape[-1])  # type: ignore[attr-defined]
-
-    if bias is not None and not is_bias(bias):
+    if bias is not None and not _is_bias(bias, node, biases):
         return None
     end = node
     for user in node.users if bias is None and len(node.users) == 1 else ():
         other = user.args[1 - user.args.index(node)] if user.target is aten.add.Tensor and not user.kwargs else None
-        if is_bias(other):
+        if _is_bias(other, node, biases):
             bias, end = other, user
     place = node.args.index(x)
-    return _Product(node, place, str(weight.target), turned, "" if bias is None else str(bias.target), end)  # type: ignore[union-attr]
+    return _Product(node, place, str(weight.target), turned, "" if bias is None else str(bias.target), end)
+
+
+def _is_bias(value: object, product: fx.Node, biases: Collection[str]) -> bool:
+    """Whether a value is one of `biases` with one number for every output."""
+    usable = _is_tensor(value, 1) and str(value.target) in biases  # type: ignore[attr-defined]
+    return usable and bool(value.meta["val"].shape[0] == product.meta["val"].shape[-1])  # type: ignore[attr-defined]
 
 
 def _turns(node: fx.Node) -> bool:

@@ -174,17 +174,21 @@ class _Recorder(fx.Interpreter):
     def look(self, n: fx.Node, layer: str, x: Tensor) -> None:
         """What one call adds to the layer's moments."""
         module, own = self.fetch_attr(layer), self.layers[layer]
-        beside = zeros_around(n) if self.whole and isinstance(module, CONVOLUTIONS) and own.groups == 1 else ()
-        inner = nn.functional.pad(x, [-width for width in beside])
         if _is_product(own):
             before = self.found[layer].get(ROWS, _empty(own))
             self.found[layer][ROWS] = add_patches(before, *patches_at(module, x, self.samples, self.looks[layer]))
-        elif beside and inner[0].numel() <= own.columns > WIDE:  # then there are no more columns, and far fewer rows
-            self.add(layer, (tuple(inner.shape[1:]), beside), inner.flatten(1))
-        else:
-            rows = input_rows(module, x, self.samples, self.looks[layer])
-            real = real_rows(module, x, self.tokens)
-            self.add(layer, ROWS, rows if real is None else rows[real])
+            return
+        if self.whole and own.columns > WIDE and own.groups == 1 and isinstance(module, CONVOLUTIONS):
+            beside = zeros_around(n)
+            inner = nn.functional.pad(x, [-width for width in beside])
+            if (
+                inner[0].numel() <= own.columns
+            ):  # then whole inputs have no more columns than patches, and far fewer rows
+                self.add(layer, (tuple(inner.shape[1:]), beside), inner.flatten(1))
+                return
+        rows = input_rows(module, x, self.samples, self.looks[layer])
+        real = real_rows(module, x, self.tokens)
+        self.add(layer, ROWS, rows if real is None else rows[real])
 
     def add(self, layer: str, kind: Map, rows: Tensor) -> None:
         """Counts rows of one kind: of the layer's columns, or whole inputs."""
@@ -204,11 +208,10 @@ class _Recorder(fx.Interpreter):
             part = moments if left is None else add_rows(moments, left)
             if kind != ROWS:
                 shape, beside = kind
-                at = windows(module, shape[1:], beside)
+                at, samples = windows(module, shape[1:], beside), part.count
                 part = patch_moments(part, shape, module.kernel_size, at)
                 if several:  # longer inputs are seen at some positions, and count as much as short ones
-                    seen = min(self.looks[layer], math.prod(map(len, at)))
-                    part = replace(part, count=part.count // math.prod(map(len, at)) * seen)
+                    part = replace(part, count=samples * min(self.looks[layer], math.prod(map(len, at))))
             total = part if total is None else merged(total, part)
         return _empty(self.layers[layer]) if total is None else total
 
