@@ -125,6 +125,16 @@ def test_a_moment_kept_in_float32_is_computed_with_in_float64():
     assert torch.allclose(forms.polish(WEIGHT, narrow, kept), obs.polish(WEIGHT, exact, kept), atol=3e-5)
 
 
+def test_prices_of_a_moment_kept_in_float32_are_those_of_float64():
+    order = list(reversed(range(len(DENSE))))
+    narrow, exact = (forms.nest(WEIGHT, form, torch.as_tensor(order)) for form in (DENSE.float(), DENSE))
+    for count in range(1, len(order)):
+        # two factors with rounding of 2^-24, times a condition number of about 30
+        assert torch.allclose(narrow.weights(count).double(), exact.weights(count), atol=3e-5)
+        ((_, own),), ((_, other),) = narrow.parts, exact.parts
+        assert torch.allclose(own.errors(count).double(), other.errors(count), rtol=1e-4)
+
+
 def test_mean_outputs_are_the_weights_times_the_mean():
     mean = torch.randn(12, dtype=torch.float64)
     assert torch.equal(forms.mean_outputs(WEIGHT, mean), WEIGHT @ mean)

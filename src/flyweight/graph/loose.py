@@ -19,7 +19,7 @@ SHOWN = 4  # places that the note names
 def loose_note(graph: fx.GraphModule) -> tuple[Note, ...]:
     """A Note on the operators that multiply by a tensor of the model (two dimensions or more) outside of any layer.
 
-    Hugging Face's Conv1D, stacked experts, weights that a parametrization computes anew at each call.
+    Stacked experts, weights used in several ways, weights that a parametrization computes anew at each call.
     """
     constant = _constants(graph)
     found = [node for node in graph.graph.nodes if _multiplies(node, constant)]

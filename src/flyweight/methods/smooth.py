@@ -4,7 +4,7 @@ what its readers' weights are multiplied by.
 What it does      Gives each input channel j of linear layers on sequences a factor m_j: x_j m_j is stored, W_j / m_j read.
 When to use       A few channels are much larger than the rest, as behind the LayerNorms and GELUs of transformers.
 When not          One multiplication a value: where the predicted error does not fall by half, none is set.
-Cost to run       Nothing: means and second moments are known.
+Cost to run       One more pass over the calibration data where means and second moments are not known yet.
 What it changes   One product in front of the quantizer; the weights. In float the network computes what it did.
 Source            Xiao et al. 2022, arXiv:2211.10438, eq. 4. The exponent is not set: of several the one whose rounding errors,
                   of values and of weights, are least by the model of uniform noise (Widrow, Kollar 2008, ch. 1).
@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from flyweight.graph.measure import Stats
 from flyweight.graph.operators import matrix
+from flyweight.methods.int8 import LARGEST
 from flyweight.numerics.moments import Moments
 
 __all__ = ["Migration", "factors", "migrated", "migrations", "node_name"]
@@ -28,7 +29,7 @@ __all__ = ["Migration", "factors", "migrated", "migrations", "node_name"]
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 REACH = 6.0  # standard deviations that a channel is taken to span
 WORTH = 0.5  # of the error without: a product must at least halve it
-LEVELS, LARGEST = 255, 127
+LEVELS = 255
 
 
 @dataclass(frozen=True, eq=False)
