@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from flyweight.graph.operators import Layer, layers
+from flyweight.graph.operators import Layer, roundable
 from flyweight.graph.trace import trace
 from flyweight.methods import int8
 from flyweight.stages.deliver import Prepared, prepared, with_numbers
@@ -38,7 +38,7 @@ class SmallCNN(nn.Module):
 
 
 def two_convs(head: Callable[..., Tensor], **more: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: net(head, a=conv(3, 16), b=conv(16, 16), fc=nn.Linear(16, 10), **more)
+    return lambda: net(head, **{"a": conv(3, 16), "b": conv(16, 16), "fc": nn.Linear(16, 10), **more})
 
 
 PIXELS, TALL = (torch.randn(4, 3, 8, 8),), (torch.randn(4, 3, 16, 16),)
@@ -69,6 +69,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
         lambda: net(lambda s, x: s.fc((x + s.o(gated(s, torch.tanh(x)))).mean(1)), a=nn.Linear(16, 48),
                     b=nn.Linear(16, 48), o=nn.Linear(48, 16, bias=False), fc=nn.Linear(16, 10)),
         (torch.randn(4, 6, 16),)),
+    "depthwise behind zeros": (
+        two_convs(lambda s, x: s.fc(F.relu6(s.d(F.pad(F.relu6(s.b(F.pad(F.relu(s.a(x)), (2, 2, 2, 2)))), (0, 1, 0, 1))))
+                                    .mean((2, 3))),
+                  b=nn.Conv2d(16, 16, 5), d=nn.Conv2d(16, 16, 3, 2, groups=16)), PIXELS),
     "convolution at the end": (lambda: net(lambda s, x: s.b(F.relu(s.a(x))), a=conv(3, 16), b=conv(16, 4)), PIXELS),
 }  # fmt: skip
 
@@ -101,13 +105,13 @@ def ready(name: str) -> tuple[nn.Module, fx.GraphModule, Prepared, tuple[Tensor,
     graph = trace(model, example).module
     torch.manual_seed(1)
     batches = [tuple(torch.randn(16, *x.shape[1:]) for x in example) for _ in range(4)]
-    return model, graph, prepared(graph, example, list(layers(graph)), lambda: iter(batches)), example, batches
+    return model, graph, prepared(graph, example, list(roundable(graph)), lambda: iter(batches)), example, batches
 
 
 @cache
 def delivered(name: str, *int8_layers: str) -> Delivered:
     """The net with the layers named in int8 (none named: all)."""
     model, graph, prepared_graph, example, batches = ready(name)
-    present = layers(graph)
+    present = roundable(graph)
     quantized, _ = with_numbers(prepared_graph, [int8.step(n) for n in int8_layers or present])
     return Delivered(model, prepared_graph, quantized, present, example, batches)

@@ -238,7 +238,7 @@ def test_a_killed_worker_is_a_matter_of_resources():
 
 def job_file(folder: Path, files, seconds: float, asked_by: int = 0) -> Path:
     feeds = {shape: str(path) for shape, path in files["feeds"].items()}
-    pairs = (("", str(files["one"])), ("more", str(files["four"])))
+    pairs = (("", str(files["one"]), "onnxruntime"), ("more", str(files["four"]), "onnxruntime"))
     reply = str(folder / "reply.json")
     job = Job("onnxruntime", 1, str(files["one"]), pairs, feeds, seconds, None, None, None, reply, asked_by)
     (folder / "job.json").write_text(to_json(job))

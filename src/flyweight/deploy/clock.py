@@ -76,6 +76,7 @@ def compare(
     *,
     reference: str,
     runtime: str = "onnxruntime",
+    others: Mapping[str, str] | None = None,
     threads: int = 1,
     processes: int | None = None,
     block_runs: int | None = None,
@@ -88,26 +89,29 @@ def compare(
 ) -> Timings:
     """Latency and share of the reference's time of every artifact at every shape.
 
-    `feeds` maps a shape's name ("batch=1") to an .npz with the inputs by name. `seconds_per_shape` is the time that one
-    artifact gets at one shape in one process; `block_runs` and `blocks` (of each of the two models) fix what is else
-    chosen from it. `quick` only changes the defaults: 2 processes of 0.12 s instead of 5 of 0.5 s, for latency tables.
-    `deadline_s` is the time from now within which the clock should end: it measures shorter, then in fewer processes
-    (never below two), and says so in a Note. `cores` pins the processes; by default the system places them. `ended` is told
-    when a process ends: which, of how many.
+    `others` names the runtimes of artifacts that do not run in that of the reference. `feeds` maps a shape's name
+    ("batch=1") to an .npz with the inputs by name. `seconds_per_shape` is the time that one artifact gets at one
+    shape in one process; `block_runs` and `blocks` (of each of the two models) fix what is else chosen from it.
+    `quick` only changes the defaults: 2 processes of 0.12 s instead of 5 of 0.5 s, for latency tables. `deadline_s`
+    is the time from now within which the clock should end: it measures shorter, then in fewer processes (never below
+    two), and says so in a Note. `cores` pins the processes; by default the system places them. `ended` is told when a
+    process ends: which, of how many.
     Raises UsageError for names that do not fit, ModelError for a model or input that the runtime refuses, DataError for
     inputs that cannot be read, FlyweightError (with the last lines it wrote) if a timing process dies, ResourceError if
     it hangs or runs out of memory.
     """
-    _check(artifacts, feeds, reference, runtime, threads)
+    of = dict.fromkeys(artifacts, runtime) | dict(others or {})
+    _check(artifacts, feeds, reference, of, threads)
     wanted = processes or (2 if quick else 5)
     pairs = [(TWIN, reference)] + [(name, name) for name in artifacts if name != reference]
+    of[reference] = runtime
     asked_s = seconds_per_shape or (QUICK_S if quick else THOROUGH_S)
     seconds = _affordable(asked_s, deadline_s, wanted * len(pairs) * len(feeds))
     job = Job(
         runtime=runtime,
         threads=threads,
         reference=str(Path(artifacts[reference]).resolve()),
-        pairs=tuple((name, str(Path(artifacts[source]).resolve())) for name, source in pairs),
+        pairs=tuple((name, str(Path(artifacts[source]).resolve()), of[source]) for name, source in pairs),
         feeds={shape: str(Path(path).resolve()) for shape, path in feeds.items()},
         seconds_per_shape=seconds,
         block_runs=block_runs,
@@ -134,9 +138,10 @@ def ratio_interval(ratios: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def _check(
-    artifacts: Mapping[str, Path], feeds: Mapping[str, Path], reference: str, runtime: str, threads: int
+    artifacts: Mapping[str, Path], feeds: Mapping[str, Path], reference: str, of: Mapping[str, str], threads: int
 ) -> None:
-    runtimes.get(runtime)
+    for runtime in of.values():
+        runtimes.get(runtime)
     if reference not in artifacts:
         raise errors.UsageError(
             f"the reference {reference!r} is not among the artifacts", fix=f"choose one of {sorted(artifacts)}"

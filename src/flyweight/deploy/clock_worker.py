@@ -35,12 +35,12 @@ FEWEST_ROUNDS, MOST_ROUNDS = 2, 12
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What to time. `pairs` are (name, path) to be held against the reference, in this order."""
+    """What to time. `pairs` are (name, path, runtime) to be held against the reference, in this order."""
 
     runtime: str
     threads: int
     reference: str
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[str, str, str], ...]
     feeds: Mapping[str, str]  # shape -> .npz with the inputs by name
     seconds_per_shape: float
     block_runs: int | None
@@ -133,12 +133,11 @@ def _block(predict: Predict, feeds: Feeds, runs: int) -> NDArray[np.float64]:
 
 def run(job: Job) -> Reply:
     """All pairs at all shapes. Raises our errors for models or inputs that the runtime refuses."""
-    runtime = runtimes.get(job.runtime)
     feeds = {shape: _read_feeds(Path(path)) for shape, path in job.feeds.items()}
-    reference = runtime.load(Path(job.reference), job.threads)
+    reference = runtimes.get(job.runtime).load(Path(job.reference), job.threads)
     times: list[PairTimes] = []
-    for name, path in job.pairs:
-        models = {"A": reference, "B": runtime.load(Path(path), job.threads)}
+    for name, path, runtime in job.pairs:
+        models = {"A": reference, "B": runtimes.get(runtime).load(Path(path), job.threads)}
         for shape, arrays in feeds.items():
             print(f"timing {name or 'the reference against itself'} at {shape}", file=sys.stderr, flush=True)
             times.append(time_pair(name, shape, models, arrays, job))

@@ -38,7 +38,8 @@ class LatencyTable(msgspec.Struct, frozen=True):
     `whole[regime]`: the whole model with every layer in that number format. `saved[regime][group][level]`: what is saved
     when that group alone has `level` channels. `extra[layer]`: what is added when that layer alone stays float in the
     int8 model. `split[regime][layer][rank]`: what is saved when that layer alone is made two of that rank.
-    `without[regime][block]`: what is saved when that block alone is left out.
+    `without[regime][block]`: what is saved when that block alone is left out. `saved` has no "float" where int8 is so much
+    faster that only it was timed, and `fixed` are layers whose float form was not timed: they are offered int8 alone.
     """
 
     reference_s: Mapping[str, float]
@@ -52,6 +53,7 @@ class LatencyTable(msgspec.Struct, frozen=True):
     notes: tuple[Note, ...] = ()
     split: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]] = {}
     without: Mapping[str, Mapping[str, Mapping[str, float]]] = {}
+    fixed: tuple[str, ...] = ()
     schema_version: int = 1
 
 
@@ -88,6 +90,8 @@ def measure_table(
     runtime: str,
     threads: int,
     float_layers: Sequence[str] = (),
+    fixed: Sequence[str] = (),
+    int8_alone: bool = False,
     deadline_s: float | None = None,
     seconds_per_shape: float | None = None,
     advance: Callable[[int], None] = lambda variants: None,
@@ -101,7 +105,8 @@ def measure_table(
     model with that group cut to a level); in int8 it is taken to save the same share of the whole.
 
     `bases` maps a number format ("float", "int8") to the exported model with all layers in it; `levels` are the channel
-    counts to price per group; `float_layers` are priced one by one as float inside the int8 model; `without` makes, for a
+    counts to price per group (with `int8_alone` those of plain groups in int8 only); `float_layers` are priced one by one as
+    float inside the int8 model, `fixed` never; `without` makes, for a
     number format, the model that lacks a block; `ranks` are those to price per layer, beside its weight "out in" (a layer
     that no node of the file computes gets no price).
     """
@@ -117,6 +122,8 @@ def measure_table(
                         if regime == FLOAT and narrowed is not None:
                             files[f"{regime}|{group.name}|{level}"] = _saved(folder, narrowed(group, level), len(files))
                         continue
+                    if regime == FLOAT and int8_alone:
+                        continue
                     widths = widths_of(layers, {group.name: level}, groups)
                     touched = {n: widths[n] for n in (*group.producers, *(u.layer for u in group.consumers))}
                     files[f"{regime}|{group.name}|{level}"] = _saved(folder, patched(model, touched), len(files))
@@ -129,9 +136,11 @@ def measure_table(
             for layer in float_layers if regime == INT8 else ():
                 files[f"extra|{layer}"] = _saved(folder, with_float_layer(model, layer), len(files))
         timings = _timed(files, feeds, runtime, threads, deadline_s, seconds_per_shape, advance)
-    table = _table(timings, bases, groups, levels, float_layers, list(without or {}))
+    regimes = [regime for regime in bases if regime == INT8 or not int8_alone]
+    table = _table(timings, bases, regimes, groups, levels, float_layers, list(without or {}))
     offered_ranks = {layer: offered for layer, (_, offered) in (ranks or {}).items()}
-    return msgspec.structs.replace(table, split={regime: _split(timings, regime, offered_ranks) for regime in bases})
+    split = {regime: _split(timings, regime, offered_ranks) for regime in bases}
+    return msgspec.structs.replace(table, split=split, fixed=tuple(fixed))
 
 
 def _split(timings: Timings, regime: str, ranks: Mapping[str, Sequence[int]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -185,6 +194,7 @@ def _timed(
 def _table(
     timings: Timings,
     bases: Mapping[str, Path],
+    regimes: Sequence[str],
     groups: Sequence[Group],
     levels: Mapping[str, Sequence[int]],
     float_layers: Sequence[str],
@@ -203,7 +213,7 @@ def _table(
                 }
                 for g in groups
             }
-            for regime in bases
+            for regime in regimes
         },
         extra={
             layer: {s: share[f"extra|{layer}"][s] - share[INT8][s] for s in shapes}

@@ -25,7 +25,18 @@ KERNEL_FLAGS = (
     "asimd",
     "i8mm",
 )
-PACKAGES = ("flyweight", "torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir", "numpy", "scipy", "safetensors")
+PACKAGES = (
+    "flyweight",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "onnxscript",
+    "onnx-ir",
+    "numpy",
+    "scipy",
+    "safetensors",
+)
 
 
 def describe() -> dict[str, str]:

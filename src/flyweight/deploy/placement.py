@@ -7,7 +7,8 @@ The rules (each violation is silent: the layer runs in float, slower than before
 4. an addition runs in integers when both terms and the sum (after its ReLU) are stored in 8 bits;
 5. average pooling runs in integers between two stored values; a mean does not (rewritten before);
 6. a linear layer on sequences (rank 3 and more) reads integers and gives float: only its own input is stored, others
-   go on reading the float value.
+   go on reading the float value;
+7. zeros around a convolution's input belong to the convolution (the file says so): no quantizer behind them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from flyweight.graph.operators import module_of, on_sequences
+from flyweight.graph.operators import module_of, on_sequences, value_read
 from flyweight.graph.rewrite import whole_pools
 
 __all__ = ["Slot", "readers_on_sequences", "slots"]
@@ -44,9 +45,7 @@ def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ..
     called = [n for n in nodes if n.op == "call_module" and n.target in int8_layers and not on_sequences(graph, n)]
     planned = [n for n in called if not isinstance(module_of(graph, n), nn.Embedding)]  # whose input is no value
     for node in planned:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        stored.add(_origin(graph, source))
+        stored.add(_origin(graph, value_read(graph, node)))
         end = _behind_relu(graph, node)
         if not _only_output(end) or not isinstance(module_of(graph, node), nn.Linear):
             stored.add(end)

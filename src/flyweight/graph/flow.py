@@ -58,11 +58,12 @@ class Flow:
             yield self._run(own, self.index[node])
 
     def answers(self, changed: fx.GraphModule) -> Iterator[Any]:
-        """For every batch what `changed` gives: a copy of the graph that is another from the place on at most."""
+        """For every batch what `changed` gives: a copy of the graph that is another, or has more nodes, from the place on
+        at most."""
         behind = Flow(changed, (), self.most)
-        there = dict(zip(self.nodes, behind.nodes, strict=True))
-        behind.place = self.place
-        behind.waiting = [{there[node]: value for node, value in values.items()} for values in self.waiting]
+        there = {node.name: node for node in behind.nodes}
+        behind.place = behind.index[there[self.nodes[self.place - 1].name]] + 1 if self.place else 0
+        behind.waiting = [{there[node.name]: value for node, value in values.items()} for values in self.waiting]
         for values in behind.look(behind.nodes[-1]):
             yield _answer(behind.nodes[-1], values)
 

@@ -42,6 +42,8 @@ Map = tuple[tuple[int, ...], tuple[int, ...]]  # the shape of whole inputs, and 
 ROWS: Map = ((), ())  # what is counted as it is
 POSITIONS = 64  # patches of each sample that a convolution's second moment looks at
 MOST = 1024  # of them where samples are few
+SMALL, FEW = 32, 8  # columns up to which a depthwise convolution needs no more patches than that of a sample
+COUNTED = 1 << 14  # numbers of a sample's value that its histogram counts, spread over it
 PATCHES = 1 << 20  # numbers in a sample's patches, for moments in Kronecker form: their taps see every value many times
 
 
@@ -113,11 +115,12 @@ def looks_of(layer: Layer, samples: int | None) -> int:
     """Patches of each sample that a layer's moment looks at, unless it is told."""
     if _is_product(layer):
         return max(4, PATCHES // layer.columns)
+    least = FEW if layer.depthwise and layer.columns <= SMALL else POSITIONS
     if samples is None:
-        return POSITIONS
+        return least
     wide = layer.columns > WIDE
     wanted = -(-(2 if wide else 12) * layer.columns // samples)
-    return min(MOST, max(8 if wide else POSITIONS, wanted))
+    return min(MOST, max(FEW if wide else least, wanted))
 
 
 def _is_product(layer: Layer) -> bool:
@@ -168,7 +171,7 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         if n.name in self.histograms:
             assert isinstance(value, Tensor)
-            self.histograms[n.name] = add_values(self.histograms[n.name], value)
+            self.histograms[n.name] = add_values(self.histograms[n.name], _spread(value), value)
         return value
 
     def look(self, n: fx.Node, layer: str, x: Tensor) -> None:
@@ -214,6 +217,15 @@ class _Recorder(fx.Interpreter):
                     part = replace(part, count=samples * min(self.looks[layer], math.prod(map(len, at))))
             total = part if total is None else merged(total, part)
         return _empty(self.layers[layer]) if total is None else total
+
+
+def _spread(value: Tensor) -> Tensor:
+    """Every k-th number of each sample, k odd: the same ones however samples are batched."""
+    if value.ndim < 2:
+        return value
+    each = value.flatten(1)
+    step = each.shape[1] // COUNTED
+    return each[:, :: step + 1 - step % 2] if step else each
 
 
 def _empty(layer: Layer) -> Moments:

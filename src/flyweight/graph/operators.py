@@ -10,7 +10,7 @@ the channels of one position to (output channel, tap); what overlaps is added ou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +31,12 @@ __all__ = [
     "on_sequences",
     "output_rows",
     "patches_at",
+    "roundable",
     "set_matrix",
     "sharers",
     "sizes",
     "tables",
+    "value_read",
     "windows",
     "zeros_around",
 ]
@@ -72,6 +74,11 @@ class Layer:
         return self.inputs * self.taps
 
     @property
+    def depthwise(self) -> bool:
+        """Whether it is a convolution that channels pass through."""
+        return self.groups > 1 and self.inputs == 1
+
+    @property
     def sequences(self) -> bool:
         """Whether it is a linear layer that answers at several positions of a sample."""
         return self.kind == "Linear" and self.positions > len(self.nodes)
@@ -98,10 +105,23 @@ def layers(graph: fx.GraphModule) -> dict[str, Layer]:
 
     Depthwise convolutions, one input channel an output, have nothing to choose from: channels pass through them.
     """
+    return _found(graph, lambda module: isinstance(module, nn.Linear) or _mixes(module))
+
+
+def roundable(graph: fx.GraphModule) -> dict[str, Layer]:
+    """The layers and, in graph order with them, the depthwise convolutions: as layers with a group a channel."""
+    return _found(graph, lambda module: isinstance(module, nn.Linear) or _mixes(module) or _passes(module))
+
+
+def _passes(module: nn.Module) -> bool:
+    return isinstance(module, CONVOLUTIONS) and module.groups > 1 and module.weight.shape[1] == 1
+
+
+def _found(graph: fx.GraphModule, wanted: Callable[[nn.Module], bool]) -> dict[str, Layer]:
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.graph.nodes:
         module = module_of(graph, node)
-        if isinstance(module, nn.Linear) or (isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and _mixes(module)):
+        if module is not None and wanted(module):
             calls.setdefault(str(node.target), []).append(node)
     return {name: _layer(graph, name, nodes) for name, nodes in calls.items()}
 
@@ -109,7 +129,8 @@ def layers(graph: fx.GraphModule) -> dict[str, Layer]:
 def _mixes(module: nn.Module) -> bool:
     if isinstance(module, TRANSPOSED):
         return module.groups == 1
-    assert isinstance(module, CONVOLUTIONS)
+    if not isinstance(module, CONVOLUTIONS):
+        return False
     columns = module.weight[0].numel()
     return module.groups == 1 or (module.weight.shape[1] > 1 and columns <= WIDEST)
 
@@ -294,6 +315,12 @@ def zeros_around(node: fx.Node) -> tuple[int, ...]:
     found = tuple(width for width in widths if isinstance(width, int) and width >= 0)
     usable = len(found) == len(widths) <= len(none) and not source.kwargs
     return (*found, *none)[: len(none)] if usable else none
+
+
+def value_read(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The value that a layer's call reads, before zeros were put around it for a convolution: a grid holds those too."""
+    source, convolves = node.all_input_nodes[0], isinstance(module_of(graph, node), CONVOLUTIONS)
+    return source.all_input_nodes[0] if convolves and any(zeros_around(node)) else source
 
 
 def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flyweight.graph.axes import Group
-from flyweight.graph.operators import Layer, layers
+from flyweight.graph.operators import Layer, roundable
 from flyweight.graph.portable import doubled
 
 __all__ = ["cut", "fold_norms", "folded", "prove", "prove_all", "silence"]
@@ -185,7 +185,7 @@ def fold_norms(graph: fx.GraphModule, pairs: Mapping[str, str]) -> None:
 
     s is sqrt(running_var + eps). Source: Jacob et al. 2018, arXiv:1712.05877, eq. 14.
     """
-    found = layers(graph)
+    found = roundable(graph)
     for layer, norm in pairs.items():
         module: Any = graph.get_submodule(layer)
         weight, bias = folded(graph, found[layer])

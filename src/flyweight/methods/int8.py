@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flyweight.graph.measure import Stats
-from flyweight.graph.operators import Layer, matrix, on_sequences, set_matrix
+from flyweight.graph.operators import Layer, matrix, on_sequences, set_matrix, value_read
 from flyweight.methods.channels import gram_of
 from flyweight.numerics import forms
 from flyweight.numerics.affine import Grid, activation_grid, weight_scales
@@ -124,9 +124,8 @@ def round_table(module: nn.Module, largest: int = LARGEST) -> tuple[Tensor, floa
 
 def _scales(weights: Tensor, power: Tensor, largest: int) -> Tensor:
     """The scale of every row; rows of a convolution with channel groups see inputs of their own."""
-    parts = weights.chunk(len(power)) if power.ndim == 2 else [weights]
-    powers = power.unbind() if power.ndim == 2 else [power]
-    return torch.cat([weight_scales(part, one, largest) for part, one in zip(parts, powers, strict=True)])
+    each = power.repeat_interleave(len(weights) // len(power), 0) if power.ndim == 2 else power
+    return weight_scales(weights, each, largest)
 
 
 def _factored(layer: Layer, moments: Moments) -> Rounding:
@@ -191,9 +190,7 @@ def _round_biases(
             continue
         if on_sequences(graph, nodes[calls[0]]):
             continue
-        source = nodes[calls[0]].args[0]
-        assert isinstance(source, fx.Node)
-        unit = scales[f"{one.target}.weight_scale"].double() * chosen[source.name].scale
+        unit = scales[f"{one.target}.weight_scale"].double() * chosen[value_read(graph, nodes[calls[0]]).name].scale
         with torch.no_grad():
             module.bias.copy_((module.bias.double() / unit).round().clamp(-(2**31), 2**31 - 1) * unit)
 

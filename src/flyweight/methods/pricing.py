@@ -36,12 +36,15 @@ class Judge:
         with torch.no_grad():
             return self._mean(graph(*batch) for batch in self.batches)
 
-    def behind(self, graph: fx.GraphModule, changed: Collection[str]) -> Callable[[fx.GraphModule], float]:
-        """This judge for copies of `graph` that differ in the modules `changed` alone: what is before them runs once.
+    def behind(
+        self, graph: fx.GraphModule, changed: Collection[str], values: Collection[str] = ()
+    ) -> Callable[[fx.GraphModule], float]:
+        """This judge for copies of `graph` that differ in the modules `changed` and in what stands behind the nodes `values`
+        alone: what is before them runs once.
 
         Fastest where it is asked for from the graph's beginning to its end. `graph` must stay as it is.
         """
-        first = _first(graph, changed)
+        first = _first(graph, changed, values)
         if self.flow is None or self.flow.graph is not graph or self.flow.place > self.flow.index[first]:
             samples = sum(len(batch[0]) for batch in self.batches)
             self.flow = Flow(graph, self.batches, WAITING_BYTES / (4 * max(1, samples)))
@@ -60,11 +63,14 @@ class Judge:
         return float(torch.cat(parts).double().mean())
 
 
-def _first(graph: fx.GraphModule, changed: Collection[str]) -> fx.Node:
-    """The first node that one of these modules' tensors has to do with, by whatever name it goes there."""
+def _first(graph: fx.GraphModule, changed: Collection[str], values: Collection[str]) -> fx.Node:
+    """The first node that one of these modules' tensors has to do with, by whatever name it goes there, or that follows
+    one of the values."""
     own = {id(tensor) for name in changed for tensor in _tensors(graph.get_submodule(name))}
     nodes: list[fx.Node] = list(graph.graph.nodes)
-    for node in nodes:
+    for i, node in enumerate(nodes):
+        if i and nodes[i - 1].name in values:
+            return node
         if node.op == "call_module" and any(id(one) in own for one in _tensors(graph.get_submodule(str(node.target)))):
             return node
         if node.op == "get_attr" and id(_attribute(graph, str(node.target))) in own:

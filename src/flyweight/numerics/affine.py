@@ -30,13 +30,13 @@ def rounded(values: Float[Tensor, "..."], grid: Grid) -> Float[Tensor, "..."]:
 
 
 def weight_scales(
-    weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"], largest: int, steps: int = 40
+    weight: Float[Tensor, "out in"], importance: Float[Tensor, "*out in"], largest: int, steps: int = 40
 ) -> Float[Tensor, " out"]:
     """Symmetric scale per row minimising sum_j importance_j (w_j - rounded w_j)^2 over `steps` shrinkages of max|w|.
 
-    `importance` is the diagonal of the layer's second moment, `largest` the largest integer (127 for int8). Rows of
-    zeros get scale 1. Source: Frantar et al. 2022, arXiv:2208.11580, the grid search of section 6, with the diagonal of
-    the second moment as weight.
+    `importance` is the diagonal of the layer's second moment (one for each row, where they differ), `largest` the largest
+    integer (127 for int8). Rows of zeros get scale 1. Source: Frantar et al. 2022, arXiv:2208.11580, the grid search of
+    section 6, with the diagonal of the second moment as weight.
     """
     peak = weight.abs().amax(1)
     base = torch.where(peak > 0, peak, torch.full_like(peak, float(largest))) / largest

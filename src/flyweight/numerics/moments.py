@@ -107,8 +107,7 @@ def add_rows(moments: Moments, rows: Float[Tensor, "rows in"]) -> Moments:
     elif isinstance(moments.gram, Kronecker):
         raise TypeError("moments in Kronecker form take patches, not rows")
     elif len(shape) == 2:
-        parts = zip(moments.gram, rows.reshape(new, *shape).unbind(1), mean, shift, strict=True)
-        gram = torch.stack([_added(old, x, m, d, share) for old, x, m, d in parts])
+        gram = _added_each(moments.gram, rows.reshape(new, *shape).transpose(0, 1), mean, shift, share)
     else:
         gram = _added(moments.gram, rows, mean, shift, share)
     return Moments(total, moments.mean + shift * share, gram)
@@ -176,6 +175,21 @@ def _added(old: Tensor, rows: Tensor, mean: Tensor, shift: Tensor, share: float)
     gram = (centred.T @ centred).to(old.dtype).div_(len(rows)).addr_(rest, rest, alpha=-1)
     shift = shift.to(old.dtype)
     return gram.mul_(share).add_(old, alpha=1 - share).addr_(shift, shift, alpha=share * (1 - share))
+
+
+def _added_each(old: Tensor, rows: Tensor, mean: Tensor, shift: Tensor, share: float) -> Tensor:
+    """`_added` for a stack: "groups rows in"."""
+    if old.dtype == torch.float32:
+        parts = zip(old, rows, mean, shift, strict=True)
+        return torch.stack([_added(gram, x, m, d, share) for gram, x, m, d in parts])
+    centred = rows - mean.to(rows.dtype)[:, None]
+    rest = mean - mean.to(rows.dtype).to(torch.float64)
+    gram = (centred.mT @ centred).to(old.dtype).div_(rows.shape[1]).baddbmm_(rest[:, :, None], rest[:, None], alpha=-1)
+    return (
+        gram.mul_(share)
+        .add_(old, alpha=1 - share)
+        .baddbmm_(shift[:, :, None], shift[:, None], alpha=share * (1 - share))
+    )
 
 
 def _panels(old: Tensor, rows: Tensor, keep: float, scale: float) -> Tensor:
@@ -336,15 +350,17 @@ def empty_histogram() -> Histogram:
     return Histogram(0.0, torch.zeros(BINS, dtype=torch.float64), float("inf"), float("-inf"))
 
 
-def add_values(histogram: Histogram, values: Float[Tensor, "..."]) -> Histogram:
-    """The histogram of everything seen before and `values`.
+def add_values(
+    histogram: Histogram, values: Float[Tensor, "..."], whole: Float[Tensor, "..."] | None = None
+) -> Histogram:
+    """The histogram of everything seen before and `values`. They may be a part of a `whole`, whose extremes count then.
 
     The reach only doubles and the bins of a smaller reach nest in those of a larger one, so the counts are exactly
     those of all values at once, however they were batched.
     """
     if values.numel() == 0:
         return histogram
-    low, high = (float(v) for v in values.aminmax())
+    low, high = (float(v) for v in (values if whole is None else whole).aminmax())
     reach = max(_reach(max(abs(low), abs(high))), histogram.reach)
     counts = histogram.counts
     merges = 0 if histogram.reach == 0 else round(torch.log2(torch.tensor(reach / histogram.reach)).item())

@@ -16,9 +16,9 @@ from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.errors import DataError, UsageError, VerificationError
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.measure import measure
-from flyweight.graph.operators import layers, tables
+from flyweight.graph.operators import layers, roundable, tables
 from flyweight.graph.program import load_files
-from flyweight.methods import channels
+from flyweight.methods import channels, int8
 from flyweight.methods.blocks import blocks
 from flyweight.search.problem import Solution
 from flyweight.stages.buy import REFERENCE_FILE, Purchase, delivered, reference_of
@@ -51,14 +51,15 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     known = {g.name: g for g in groups(job.graph, job.example)}
     steps = tuple(step for option in plan.choices.values() for step in option.steps)
     sums = {block.node for block in blocks(job.graph)}
-    there = {*known, *present, *sums, *tables(job.graph)}
+    there = {*known, *roundable(job.graph), *sums, *tables(job.graph)}
     missing = [s.target for s in steps if s.target not in there]
     if missing:
         raise UsageError(f"the plan changes {missing[0]!r}, which the model does not have", fix="plan this model anew")
     for one in steps:
         _check_step(one, known)
     advance = stage("measure", job.roles.calib.samples)
-    stats = measure(job.graph, job.calib(), present, advance=advance, samples=job.roles.calib.samples)
+    looked = roundable(job.graph) if any(s.method == int8.NAME for s in steps) else present
+    stats = measure(job.graph, job.calib(), looked, advance=advance, samples=job.roles.calib.samples)
     cut = [known[s.target] for s in steps if s.target in known and s.setting.get("sensed")]
     found, _ = sensitivities(job, present, cut, None, stage)
     network = Network(job.graph, present, known, replace(stats, sensed=found), job.example)

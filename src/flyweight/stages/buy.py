@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import onnx
 import torch
 from torch import fx
 
@@ -21,15 +18,10 @@ from flyweight.budget import is_quality
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder
 from flyweight.deploy.formats.onnx import export
-from flyweight.deploy.latency import COPIES, FLOAT, INT8, LatencyTable, measure_table
+from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.errors import UsageError
-from flyweight.graph.axes import Group
 from flyweight.graph.cost import total_macs, weight_bytes
-from flyweight.graph.operators import layers
-from flyweight.graph.rewrite import refresh
-from flyweight.graph.surgery import cut
-from flyweight.methods import blocks, int8
-from flyweight.methods.blocks import Block
+from flyweight.methods import int8
 from flyweight.numerics.ragged import joined
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
@@ -37,16 +29,16 @@ from flyweight.stages.choose import Choice, Reference, choose, corrected, cost_l
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.price import Market, Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes, largest_integer
-from flyweight.stages.ranks import split_overhead, timed_ranks, weights_of
+from flyweight.stages.ranks import split_overhead, timed_ranks
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
+from flyweight.stages.timing import REFERENCE_FILE, measured_table, offered, timed_formats
 from flyweight.stages.watch import Stage
-from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, feeds_of
+from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked
 from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Step, from_json, to_json
 
 __all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "priced", "reference_of"]
 
-REFERENCE_FILE = "run/reference.onnx"
 UNPROVEN = 1e-6  # relative gaps below it are the solver's tolerance
 # The cheapest of several combinations that pass on tune is chosen for passing, and the test samples will judge it again. So
 # that it holds there with 95 % probability, its value must keep z(.975) + z(.95) standard errors from the limit, not z(.975).
@@ -116,27 +108,29 @@ def priced(
         menu = replace(menu, sizes=sizes)
         if not timed:
             job.checkpoint("measuring latencies")
-            table = _measured_table(job, menu, bases, ready, folder, stage, Path(place))
+            table = measured_table(job, menu, bases, ready, folder, stage, Path(place))
             folder.save("table.json", to_json(table).encode())
     return _timed(menu, table), table
 
 
 def _timed(menu: Menu, table: LatencyTable | None) -> Menu:
-    """The menu without the ranks that the table, if there is one, cannot price."""
-    return menu if table is None else replace(menu, ranks=timed_ranks(menu, table))
+    """The menu without what the table, if there is one, cannot price: ranks, and float for layers fixed in int8."""
+    return menu if table is None else replace(offered(menu, table), ranks=timed_ranks(menu, table))
 
 
 def _check_table(table: LatencyTable, menu: Menu) -> None:
     """Raises UsageError unless the table prices every group and layer that something is offered for."""
     regimes = [FLOAT, *([INT8] if menu.formats else [])]
     unknown = [f"the model in {regime}" for regime in regimes if regime not in table.whole]
-    unknown += [n for n in _timed_formats(menu) if n not in table.extra] if not unknown else []
+    known = {*table.extra, *table.fixed}
+    unknown += [n for n in timed_formats(menu) if n not in known] if not unknown else []
+    regimes = [r for r in regimes if r in table.saved] or regimes
     unknown += [g.name for g in menu.groups for r in regimes if g.name not in table.saved.get(r, {})]
     unknown += [p.block.name for p in menu.blocks for r in regimes if p.block.node not in table.without.get(r, {})]
     unknown += [
         f"{g.name} with {k} of {g.size} channels"
         for g in menu.groups
-        for k in table.saved.get(FLOAT, {}).get(g.name, {})
+        for k in table.saved.get(regimes[0], {}).get(g.name, {})
         if int(k) >= g.size
     ]
     if unknown:
@@ -161,7 +155,7 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
         return sum(
             weight_bytes(one, one.inputs, one.outputs, 8 if name in int8_layers else 32)
             for name, one in menu.layers.items()
-        ) - sum(menu.tables.get(name, 0) for name in int8_layers)
+        ) - sum(menu.int8_saving(name) for name in int8_layers if name not in menu.layers)
 
     overhead = bases[FLOAT].stat().st_size - stored(())
     per_split = split_overhead(menu, ready, job.example, bases[FLOAT]) if menu.ranks else 0.0
@@ -173,57 +167,6 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
     export(graph, job.example, bases[INT8])
     extra = bases[INT8].stat().st_size - stored(everything) - overhead
     return bases, Sizes(overhead, extra / len(everything), per_split), ready
-
-
-def _measured_table(
-    job: Job, menu: Menu, bases: Mapping[str, Path], ready: Prepared, folder: Folder, stage: Stage, place: Path
-) -> LatencyTable:
-    levels = {lad.group.name: lad.levels[1:] for lad in menu.ladders}
-    float_layers = _timed_formats(menu)
-    variants = 1 + len(bases) * (COPIES + sum(len(v) for v in levels.values()) + len(menu.blocks)) + len(float_layers)
-    variants += len(bases) * sum(len(one.levels) - 1 for one in menu.ranks)
-    without = {
-        p.block.node: partial(_without, job, ready, p.block, float_layers, place) for p in menu.blocks
-    }  # fmt: skip
-    advance = stage("measure latencies", variants)
-    left = job.time_left_s()
-    return measure_table(
-        bases, folder.path / REFERENCE_FILE, menu.layers, menu.groups, levels,
-        feeds_of(job.graph, job.judged, job.shapes, place), runtime=job.settings.target, threads=job.settings.threads,
-        float_layers=float_layers, deadline_s=None if left is None else left / 3, advance=advance,
-        narrowed=lambda group, level: _narrowed(job, group, level, place), without=without,
-        ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
-    )  # fmt: skip
-
-
-def _timed_formats(menu: Menu) -> list[str]:
-    """The layers whose number format takes time: a row of a table is looked up as fast in either."""
-    return [f.layer for f in menu.formats if f.layer not in menu.tables]
-
-
-def _without(
-    job: Job, ready: Prepared, block: Block, int8_layers: Sequence[str], place: Path, regime: str
-) -> onnx.ModelProto:
-    """The folded model without a block, all layers in one number format: for the clock."""
-    graph = blocks.restructure(ready.graph, [blocks.step(block)])
-    refresh(graph, job.example)
-    if regime == INT8:
-        present = layers(graph)
-        steps = [int8.step(name) for name in int8_layers if name in present]
-        graph, _ = with_numbers(Prepared(graph, present, ready.stats, ready.migrations), steps, largest_integer())
-    path = place / "without.onnx"
-    export(graph, job.example, path)
-    return onnx.load(path)
-
-
-def _narrowed(job: Job, group: Group, level: int, place: Path) -> onnx.ModelProto:
-    """The float model with the first `level` channels of one group, as a file's model: for the clock, not for use."""
-    graph = copy.deepcopy(job.graph)
-    cut(graph, {group: range(level)})
-    refresh(graph, job.example)
-    path = place / "narrowed.onnx"
-    export(graph, job.example, path)
-    return onnx.load(path)
 
 
 Outcome = tuple[fx.GraphModule, tuple[Note, ...]]

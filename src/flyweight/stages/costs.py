@@ -15,7 +15,7 @@ from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Factor, Floats
 from flyweight.stages.menu import Menu
 
-__all__ = ["layer_factors", "other_factors", "own_times"]
+__all__ = ["layer_factors", "number_factors", "other_factors", "own_times"]
 
 
 def layer_factors(
@@ -114,6 +114,28 @@ def other_factors(menu: Menu, other: Other) -> list[Factor]:
             whole = float(left.flat[0])  # of the full width; the file's rest already holds it
             costs = {"size": (left - whole) * other.bytes, "macs": left * other.macs}
             factors.append(_squeezed((a, b), (), costs))
+    return factors
+
+
+def number_factors(menu: Menu, name: str, table: LatencyTable | None) -> list[Factor]:
+    """What int8 does to the costs of an embedding or a depthwise convolution; the rest of these is in `other_factors`."""
+    form, saved = menu.format_index()[name], menu.int8_saving(name)
+    where = {lad.group.name: i for i, lad in enumerate(menu.ladders)}
+    beside = next((one for one in menu.others if (one.owner, one.tensor) == (name, "weight")), None)
+    lost = {
+        where[group]: [
+            (menu.ladders[where[group]].group.size - level) * part for level in menu.ladders[where[group]].levels
+        ]
+        for group, (_, part) in (beside.shares.items() if beside else ())
+        if group in where
+    }
+    costs = {"size": np.array([0.0, menu.sizes.per_int8_layer])}
+    if table is not None:
+        costs |= {f"latency@{s}": np.array([table.extra.get(name, {}).get(s, 0.0), 0.0]) for s in table.reference_s}
+    factors = [Factor((form,), np.zeros(2), costs)]
+    for group, left in _shares(lost):
+        size = -saved * np.stack([np.zeros(len(left)), np.array(left)], 1)
+        factors.append(_squeezed((group, None), (form,), {"size": size[:, None]}))
     return factors
 
 
@@ -253,8 +275,12 @@ def _savings(
 
 
 def _saved_at(measured: Mapping[str, Mapping[str, float]], level: int, size: int, shape: str) -> float:
-    """The saving at a level: that of the nearest measured level not below it (kernels work in blocks)."""
-    above = [int(k) for k in measured if int(k) >= level]
-    if level >= size or not above:
-        return 0.0
-    return measured[str(min(above))][shape]
+    """The saving at a level, straight between measured ones (the full size saves nothing); below all of them the least's."""
+    known = {size: 0.0} | {int(k): by[shape] for k, by in measured.items()}
+    if level in known or len(known) == 1:
+        return known.get(level, 0.0)
+    above, below = min(k for k in known if k > level), max((k for k in known if k < level), default=0)
+    if not below:
+        return known[above]
+    share = (above - level) / (above - below)
+    return known[above] + share * (known[below] - known[above])

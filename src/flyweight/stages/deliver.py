@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from flyweight.deploy.placement import Slot, readers_on_sequences, slots
 from flyweight.graph.axes import Group
+from flyweight.graph.cost import total_macs
 from flyweight.graph.measure import Stats, measure
-from flyweight.graph.operators import Layer, layers
+from flyweight.graph.operators import Layer, roundable
 from flyweight.graph.rewrite import part_before, pooled_means, refresh
 from flyweight.graph.surgery import fold_norms
 from flyweight.methods import blocks, channels, int8, lowrank
@@ -24,10 +25,11 @@ from flyweight.recover.resolve import resolve
 from flyweight.stages.tidy import tidy
 from flyweight.types import Note, Step
 
-__all__ = ["Network", "Prepared", "deliver", "prepared", "restructured", "with_numbers"]
+__all__ = ["Network", "Prepared", "deliver", "prepared", "quantized_values", "restructured", "with_numbers"]
 
 Batch = tuple[Tensor, ...]
-NUMBER_SAMPLES = 1024  # samples that ranges and rounding look at: their error is far below that of 8 bits
+MOST_SAMPLES, LEAST_SAMPLES = 1024, 256  # that ranges and rounding look at: their error is far below that of 8 bits
+NUMBER_MACS = 1.5e11  # for looking at them, half a minute or so
 NORM_SAMPLES = 1024  # samples that norms are matched on: each has many positions, and both networks see the same ones
 JUDGING_BATCHES = 4  # that say whether layers fitted once more are better
 
@@ -116,21 +118,22 @@ def prepared(
 ) -> Prepared:
     """A folded copy of `graph`, measured for rounding `int8_layers`. `known`: moments of their inputs, if they hold."""
     folded = copy.deepcopy(graph)
-    fold_norms(folded, {layer.name: layer.norm for layer in layers(folded).values() if layer.norm})
+    fold_norms(folded, {layer.name: layer.norm for layer in roundable(folded).values() if layer.norm})
     refresh(folded, example)
     pooled_means(folded)
-    present = layers(folded)
+    present = roundable(folded)
     wanted = {} if known else {name: present[name] for name in int8_layers if name in present}
     values = {slot.node for slot in slots(folded, int8_layers)} | {slot.node for slot in slots(folded, list(present))}
     calls = readers_on_sequences(folded, [name for name in int8_layers if name in present])
+    samples = int(min(MOST_SAMPLES, max(LEAST_SAMPLES, NUMBER_MACS / max(1, total_macs(graph)))))
     if not calls:
-        stats = measure(folded, _first(calib(), NUMBER_SAMPLES), wanted, values)
+        stats = measure(folded, _first(calib(), samples), wanted, values)
         return Prepared(folded, present, replace(stats, inputs=known.inputs) if known else stats)
-    moments = known or measure(folded, _first(calib(), NUMBER_SAMPLES), wanted)
+    moments = known or measure(folded, _first(calib(), samples), wanted)
     found = migrations(folded, calls, moments)
     beside = copy.deepcopy(folded)  # what is stored before and after a migration is measured in one pass
     migrated(beside, moments, found, list(present))
-    stats = measure(beside, _first(calib(), NUMBER_SAMPLES), {}, values | {node_name(one.source) for one in found})
+    stats = measure(beside, _first(calib(), samples), {}, values | {node_name(one.source) for one in found})
     return Prepared(folded, present, replace(stats, inputs=moments.inputs), found)
 
 
@@ -141,6 +144,11 @@ def with_numbers(
     graph = copy.deepcopy(ready.graph)
     stats = migrated(graph, ready.stats, ready.migrations, {step.target for step in steps})
     return graph, int8.apply(graph, ready.layers, steps, _slots(graph, steps), stats, largest)
+
+
+def quantized_values(ready: Prepared, layers: Collection[str]) -> set[str]:
+    """The nodes behind which something is set when `layers` are stored in int8."""
+    return {slot.node for slot in slots(ready.graph, layers)}
 
 
 def _slots(graph: fx.GraphModule, steps: Sequence[Step]) -> tuple[Slot, ...]:

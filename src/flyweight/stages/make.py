@@ -24,6 +24,7 @@ from flyweight.deploy.runtimes import get
 from flyweight.errors import UsageError, VerificationError
 from flyweight.graph.cost import total_macs
 from flyweight.graph.measure import fingerprint
+from flyweight.graph.operators import roundable
 from flyweight.stages.buy import REFERENCE_FILE, Purchase
 from flyweight.stages.quote import Quotes
 from flyweight.stages.setup import Job
@@ -171,7 +172,7 @@ def _results(
         frontier=purchase.frontier,
         decisions=purchase.decisions,
         layers=layer_rows(
-            job.graph, purchase.graph, quotes.network.layers, list(purchase.graph.meta.get("numbers", {}))
+            job.graph, purchase.graph, roundable(job.graph), list(purchase.graph.meta.get("numbers", {}))
         ),
         behaviour=moved,
         notes=tuple(dict.fromkeys(notes)),

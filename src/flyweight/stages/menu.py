@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flyweight.graph.axes import Group
-from flyweight.graph.cost import Other
+from flyweight.graph.cost import Other, weight_bytes
 from flyweight.graph.operators import Layer
 from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
@@ -63,11 +63,19 @@ class Menu:
     blocks: tuple[Price, ...] = ()
     rest: Mapping[str, Rest] = field(default_factory=dict)  # by the block's node
     tables: Mapping[str, int] = field(default_factory=dict)  # embeddings with a format: bytes that int8 saves
+    depthwise: Mapping[str, Layer] = field(default_factory=dict)  # convolutions whose format alone is decided
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups that something is offered for."""
         return tuple(lad.group for lad in self.ladders)
+
+    def int8_saving(self, name: str) -> int:
+        """The bytes that int8 saves at what is no layer of the menu but has a number format, at full width."""
+        if name in self.tables:
+            return self.tables[name]
+        one = self.depthwise[name]
+        return weight_bytes(one, one.inputs, one.outputs, 32) - weight_bytes(one, one.inputs, one.outputs, 8)
 
     def format_index(self) -> dict[str, int]:
         """Layer name -> variable of its number format."""

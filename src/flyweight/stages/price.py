@@ -20,7 +20,7 @@ from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Factor, Problem, evaluate
-from flyweight.stages.costs import layer_factors, other_factors, own_times
+from flyweight.stages.costs import layer_factors, number_factors, other_factors, own_times
 from flyweight.stages.depth import block_factors
 from flyweight.stages.menu import Format, Menu, Sizes
 from flyweight.stages.ranks import rank_factors
@@ -38,9 +38,9 @@ class Market:
 
 
 def markets(menu: Menu, table: LatencyTable | None) -> tuple[Market, ...]:
-    """The menu itself and, where no rule demands int8, the same without int8: all-float widths have their own prices."""
+    """The menu itself and, where nothing demands int8, the same without int8: all-float widths have their own prices."""
     whole = Market(menu, problem(menu, table))
-    if table is None or not menu.formats or any(0 not in f.allowed for f in menu.formats):
+    if table is None or FLOAT not in table.saved or not menu.formats or any(0 not in f.allowed for f in menu.formats):
         return (whole,)
     bare = replace(menu, formats=(), combined={}, meetings={})
     return (whole, Market(bare, problem(bare, table)))
@@ -72,10 +72,9 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
     where = menu.format_index()
     for f in menu.formats:
         error = [0.0 if 0 in f.allowed else np.inf, f.error if 1 in f.allowed else np.inf]
-        saved = menu.tables.get(f.layer, 0)
-        # what int8 does to a layer's size stands in the layer's own factor
-        costs = {"size": np.array([0.0, menu.sizes.per_int8_layer - saved])} if saved else {}
-        factors.append(Factor((where[f.layer],), np.array(error), costs))
+        factors.append(Factor((where[f.layer],), np.array(error)))
+        if f.layer not in menu.layers:  # of a layer int8's costs stand in the layer's own factor
+            factors += number_factors(menu, f.layer, table)
     regime = INT8 if menu.formats else FLOAT
     own = {shape: own_times(menu, table, shape, regime) for shape in table.reference_s} if table is not None else {}
     of_layer = {layer.name: layer_factors(menu, layer, table, own) for layer in menu.layers.values()}

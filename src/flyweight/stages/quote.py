@@ -18,13 +18,13 @@ from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
 from flyweight.graph.flow import chunked
 from flyweight.graph.measure import Sensed, from_tensors, measure, to_tensors
-from flyweight.graph.operators import Layer, layers, sharers, tables
+from flyweight.graph.operators import Layer, layers, roundable, sharers, tables
 from flyweight.graph.surgery import folded, prove_all
 from flyweight.methods import blocks, channels, int8, lowrank
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Judge, Ladder, outputs_of
 from flyweight.numerics.moments import enough
-from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
+from flyweight.stages.deliver import Network, Prepared, prepared, quantized_values, with_numbers
 from flyweight.stages.depth import rest_of
 from flyweight.stages.price import Format, Menu, Sizes, edges
 from flyweight.stages.ranks import meeting
@@ -38,6 +38,7 @@ __all__ = ["Quotes", "Store", "judge_on", "largest_integer", "quote"]
 
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32
+LITTLE = 0.05  # of removal's price: rounding that costs less meets it without being noticed
 JUDGE_MACS = 2.5e12  # for all prices together, a minute or two: a large network is judged on fewer samples
 
 
@@ -71,7 +72,8 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     kept = store.load("statistics.safetensors")
     if kept is None:
         advance = stage("measure", job.roles.calib.samples)
-        stats = measure(job.graph, job.calib(), present, advance=advance, samples=job.roles.calib.samples)
+        looked = roundable(job.graph) if "int8" in job.methods else present
+        stats = measure(job.graph, job.calib(), looked, advance=advance, samples=job.roles.calib.samples)
         store.save("statistics.safetensors", save(to_tensors(stats)))
     else:
         stats = from_tensors(load(kept))
@@ -87,7 +89,9 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     stats = replace(stats, sensed={name: one for name, one in sensed.items() if name in readers})
     network = replace(network, stats=stats)
     job.checkpoint("pricing numbers")
-    allowed, refused = _number_layers(job, present)
+    every = roundable(job.graph)
+    passed = {name: one for name, one in every.items() if one.depthwise}
+    allowed, refused = _number_layers(job, every)
     saved, kept_tables = _number_tables(job, open_groups)
     allowed, refused = allowed | {name: _formats_of(job, name) for name in saved}, refused | kept_tables
     formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
@@ -95,13 +99,13 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     ranks, meetings = _ranks(job, network, formats, judge, store, stage)
     job.checkpoint("pricing blocks")
     depth = _blocks(job, network, judge, store, stage)
-    neighbours = edges(job.graph, present)
+    neighbours = edges(job.graph, every)
     beside = others(job.graph, [lad.group for lad in ladders], present)
     fixed = total_macs(job.graph) - sum(one.macs for one in present.values()) - sum(o.macs for o in beside)
     rest = rest_of(job.graph, [price.block for price in depth], present, beside)
     sizes = Sizes(0, 0.0)
     menu = Menu(
-        present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest, saved
+        present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest, saved, passed
     )  # fmt: skip
     few = _few_samples(job, network)
     return Quotes(network, menu, frozen, refused, (*notes, *blind, *few))
@@ -299,7 +303,8 @@ def _formats(
         for name in allowed:
             job.checkpoint(f"pricing {name} in int8")
             graph, errors = with_numbers(ready, [int8.step(name)], largest_integer())
-            prices[name] = _Prices(layer_errors=(errors[name],), errors=(judge(graph),))
+            behind = judge.behind(ready.graph, [name], quantized_values(ready, [name]))
+            prices[name] = _Prices(layer_errors=(errors[name],), errors=(behind(graph),))
             advance(1)
         for lad in ladders:
             prices[f"group {lad.group.name}"] = _Prices(combined=_meeting(network, ready, lad, prices, judge))
@@ -314,11 +319,13 @@ def _formats(
 def _meeting(network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str, _Prices], judge: Judge) -> float:
     """What removal and rounding of a group's readers cost together beyond both prices, as a share of the removal's.
 
-    Measured once, at the middle level: the option is rounded on the weights that removal left.
+    Measured once, at the middle level, where rounding is no trifle beside it: the option is rounded on the weights that
+    removal left.
     """
     readers = [use.layer for use in lad.group.consumers if use.layer in prices]
     middle = len(lad.levels) // 2
-    if not readers or middle == 0 or lad.errors[middle] <= 0:
+    rounding = sum(prices[name].errors[0] for name in readers)
+    if not readers or middle == 0 or rounding <= LITTLE * lad.errors[middle]:
         return 0.0
     changed = copy.deepcopy(network.graph)
     refits = channels.refit_readers(
@@ -329,8 +336,7 @@ def _meeting(network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str
     alone = judge(changed)
     rounded = _transplanted(ready, changed, network)
     graph, _ = with_numbers(rounded, [int8.step(name) for name in readers], largest_integer())
-    parts = alone + sum(prices[name].errors[0] for name in readers)
-    return max(-0.5, min(2.0, (judge(graph) - parts) / lad.errors[middle]))
+    return max(-0.5, min(2.0, (judge(graph) - alone - rounding) / lad.errors[middle]))
 
 
 def _transplanted(ready: Prepared, changed: fx.GraphModule, network: Network) -> Prepared:

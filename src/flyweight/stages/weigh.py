@@ -22,6 +22,7 @@ from flyweight.data import Batch, Batches, first_batch
 from flyweight.deploy.answers import ask_each, distance, tolerance
 from flyweight.deploy.clock import Timings, compare
 from flyweight.deploy.formats.onnx import output_names
+from flyweight.deploy.runtimes import get
 from flyweight.numerics.intervals import items_to_decide, mean_interval
 from flyweight.numerics.ragged import Ragged, joined
 from flyweight.stages.lengths import Sizes, nearest, resized, sample_sizes
@@ -127,7 +128,7 @@ def parity(
     every = [_Rows({n: v[:PARITY_ROWS] for n, v in one.feeds.items()}, None) for one in every]
     runs = [{f"batch={b}": (b, len(one)) for b in sorted({1, min(3, len(one)), len(one)})} for one in every]
     answers = ask_each(file, [one.feeds for one in every], runs, runtime=runtime, threads=threads)
-    allowed = tolerance(int8_layers, layers)
+    allowed = tolerance(int8_layers, layers, get(runtime).skips_roundings)
     found: dict[str, float] = {}
     for one, got in zip(every, answers, strict=True):
         with torch.no_grad():

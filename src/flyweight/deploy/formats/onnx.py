@@ -16,8 +16,9 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
+from flyweight.deploy.formats.pads import merged_pads
 from flyweight.errors import ModelError
-from flyweight.graph.operators import CONVOLUTIONS, on_sequences
+from flyweight.graph.operators import CONVOLUTIONS, module_of, on_sequences, value_read
 from flyweight.graph.places import source_line
 from flyweight.graph.rewrite import flatten_views, refresh, sized_pools, without_dropout
 from flyweight.graph.shapes import shown_names
@@ -67,7 +68,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
             fix="replace the operator named, or report it with the model",
         ) from error
     assert made is not None
-    onnx.save(_named(_stripped(_lean(made.model_proto)), graph), path)
+    onnx.save(_named(_stripped(_lean(merged_pads(made.model_proto))), graph), path)
 
 
 def _dynamic(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[dict[int, Any] | None, ...]:
@@ -210,7 +211,7 @@ def _lower_quantizer(graph: fx.GraphModule, node: fx.Node) -> None:
     with graph.graph.inserting_before(node):
         stored = graph.graph.call_function(decomposed.quantize_per_tensor.default, (value, *grid))
         read = graph.graph.call_function(decomposed.dequantize_per_tensor.default, (stored, *grid))
-    for user in [u for u in node.users if _is_float_layer(graph, u)]:
+    for user in [u for u in node.users if _is_float_layer(graph, u) or _pads_float_layers(graph, u)]:
         user.replace_input_with(node, _read_by_channel(graph, node, stored, user))
     node.replace_all_uses_with(read)
     graph.graph.erase_node(node)
@@ -220,6 +221,13 @@ def _is_float_layer(graph: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), (*CONVOLUTIONS, nn.Linear))
 
 
+def _pads_float_layers(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether only float convolutions read a value with zeros around it; in the file these are part of them."""
+    return bool(node.users) and all(
+        _is_float_layer(graph, user) and node.all_input_nodes == [value_read(graph, user)] for user in node.users
+    )
+
+
 def _read_by_channel(graph: fx.GraphModule, node: fx.Node, stored: fx.Node, user: fx.Node) -> fx.Node:
     """The stored value read with its one scale repeated for every channel: the same numbers.
 
@@ -227,10 +235,10 @@ def _read_by_channel(graph: fx.GraphModule, node: fx.Node, stored: fx.Node, user
     a tensor, where its input comes from a DequantizeLinear with one scale and its output goes to a QuantizeLinear: a
     layer that was kept float for its quality would lose it behind our back. It leaves inputs with several scales alone.
     """
-    module = graph.get_submodule(str(user.target))
-    axis = node.meta["val"].ndim - 1 if isinstance(module, nn.Linear) else 1
+    linear = isinstance(module_of(graph, user), nn.Linear)
+    axis = node.meta["val"].ndim - 1 if linear else 1
     channels = int(node.meta["val"].shape[axis])
-    name = f"{user.target}.input_{user.name}"
+    name = f"{user.target}.input_{user.name}" if user.op == "call_module" else f"input_{user.name}"
     _, scale, zero_point, low, high = node.args
     with graph.graph.inserting_before(user):
         scales = _buffer(graph, f"{name}_scale", torch.full((channels,), float(scale)))  # type: ignore[arg-type]
@@ -257,7 +265,7 @@ def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:
 def _integer_call(graph: fx.GraphModule, module: Any, node: fx.Node, source: fx.Node, scale: Tensor) -> fx.Node:
     """The layer's call on integer weights and an integer bias."""
     name = str(node.target)
-    input_scale = float(source.args[1])  # type: ignore[arg-type]  # the fake quantizer in front
+    input_scale = float(value_read(graph, node).args[1])  # type: ignore[arg-type]  # the fake quantizer in front
     weight = _integers(graph, stored_name(name), module.weight, scale, 127, torch.int8, node)
     bias = None
     if module.bias is not None:

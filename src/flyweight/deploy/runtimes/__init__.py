@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from flyweight.errors import RuntimeMissing, UsageError
 
-__all__ = ["ExecutedOp", "Feeds", "Runtime", "get", "names"]
+__all__ = ["ExecutedOp", "Feeds", "Runtime", "get", "known", "names"]
 
 Feeds = Mapping[str, NDArray[Any]]
 Predict = Callable[[Feeds], dict[str, np.ndarray[Any, Any]]]
@@ -44,6 +44,8 @@ class Runtime(NamedTuple):
     executed_ops: Callable[[Path], list[ExecutedOp]]
     conformance: Callable[[Path, Sequence[str]], list[str]]  # planned int8 -> those that run as float
     preferred_multiple: Callable[[], int]  # widths that the kernels like
+    skips_roundings: bool  # whether a value between two integer operators may stay unrounded
+    snippet: str  # how a user loads {file}, a quoted name
 
 
 def names() -> tuple[str, ...]:
@@ -51,16 +53,17 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
-def get(name: str) -> Runtime:
-    """The runtime called `name`.
-
-    Raises UsageError for a name without a file here, RuntimeMissing (with the install line) where its library is
-    not installed.
-    """
+def known(name: str) -> Runtime:
+    """The runtime called `name`, installed or not. Raises UsageError for a name without a file here."""
     if name not in names():
-        known = ", ".join(names())
-        raise UsageError(f"unknown target runtime {name!r}", fix=f"choose one of: {known}")
+        raise UsageError(f"unknown target runtime {name!r}", fix=f"choose one of: {', '.join(names())}")
     runtime: Runtime = importlib.import_module(f"{__name__}.{name}").RUNTIME
+    return runtime
+
+
+def get(name: str) -> Runtime:
+    """As `known`. Raises RuntimeMissing (with the install line) where its library is not installed."""
+    runtime = known(name)
     if importlib.util.find_spec(runtime.package) is None:
         raise RuntimeMissing(f"the runtime {name!r} is not installed here", fix=runtime.install)
     return runtime

@@ -249,4 +249,6 @@ RUNTIME = Runtime(
     executed_ops=executed_ops,
     conformance=conformance,
     preferred_multiple=preferred_multiple,
+    skips_roundings=False,
+    snippet="import onnxruntime\n\nsession = onnxruntime.InferenceSession({file})",
 )

@@ -1,0 +1,198 @@
+"""Flyweight beside ONNX Runtime's own int8, NNCF and OpenVINO: time, bytes and quality of the same networks.
+
+    python benchmarks/peers.py [--network efficientnet|minilm|crepe|resnet20] [--quick] [--threads 1] [--processes 5]
+
+Everything is timed in pairs with the float file in ONNX Runtime (ABBA blocks, fresh processes), so a share means the same
+for all rows. Flyweight's budgets are shares of the fastest rival's time, measured first; its data carry no labels but the
+rows that choose of ResNet-20. Figures are those of the files, run by their runtime on the test rows; differences to each rival
+are paired, and their intervals draw whole sources.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import flyweight as fw
+from common import RESULTS, arguments, facts, print_table, write_csv
+from flyweight.deploy import clock, runtimes
+from flyweight.deploy.formats.onnx import export
+from flyweight.graph.trace import trace
+from peers_cases import CASES, Case
+from peers_rivals import Rival, rivals
+from structured import interval
+
+FLOAT = "float"
+COLUMNS = ("artifact", "runtime", "MB", "seconds", "note")
+AHEAD = ("flyweight", "rival", "time", "time low", "time high", "figure", "ahead", "low", "high")
+
+
+def measured(case: Case, made: Mapping[str, Rival], folder: Path, threads: int, processes: int) -> clock.Timings:
+    """All artifacts beside float, at every batch size."""
+    feeds = {}
+    for rows in case.batches:
+        feeds[f"batch={rows}"] = folder / f"feed-{rows}.npz"
+        np.savez(feeds[f"batch={rows}"], **_feed(case, [x[:rows] for x in case.test[0]], made[FLOAT].path))
+    files = {name: one.path for name, one in made.items()}
+    others = {name: one.runtime for name, one in made.items()}
+    return clock.compare(files, feeds, reference=FLOAT, others=others, threads=threads, processes=processes)
+
+
+def _feed(case: Case, batch: Sequence[Tensor], file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    names = runtimes.get("onnxruntime").input_names(file)
+    return {name: x.numpy() for name, x in zip(names, batch, strict=True)}
+
+
+def answers(case: Case, one: Rival, float_file: Path, threads: int) -> Tensor:
+    """What a file answers on the test rows."""
+    predict = runtimes.get(one.runtime).load(one.path, threads)
+    return torch.cat([torch.from_numpy(next(iter(predict(_feed(case, x, float_file)).values()))) for x in case.test])
+
+
+def ours(
+    case: Case, first: clock.Timings, made: Mapping[str, Rival], folder: Path
+) -> tuple[dict[str, Rival], dict[str, str]]:
+    """What flyweight makes within its goals, and what it says of each."""
+    found, said = {}, {}
+    known = [name for name in made if not name.startswith(FLOAT)]
+    for goal, (part, quality) in case.goals.items():
+        limits, fastest = [], ""
+        for shape in first.noise:
+            share = {name: first.times[name][shape].share.value for name in known}
+            fastest = fastest or min(share, key=lambda name: share[name])
+            runtime = made[fastest].runtime
+            allowed = part * min(share.values()) / first.times[f"{FLOAT}, {runtime}"][shape].share.value
+            limits.append(f"latency@{shape}<={100 * allowed:.1f}%")
+        budget, started = ", ".join([*limits, quality]), time.perf_counter()
+        place = folder / goal.replace(" ", "-")
+        half = max(
+            1, len(case.choose) * 2 // 3
+        )  # the promise is weighed on the rest; the test rows are read here, once
+        result = fw.compress(
+            case.model, calib=case.calib, tune=list(case.choose[:half]), test=list(case.choose[half:]), task=case.task,
+            budget=budget, target=runtime, shapes=list(first.noise), workdir=place,
+        )  # fmt: skip
+        seconds, file = time.perf_counter() - started, place / "model.onnx"
+        size = sum(one.stat().st_size for one in place.glob("model.onnx*"))
+        print(
+            f"{goal}: {budget}: {result}", *(f"{s}: {t:.0f} s" for s, t in result.results.seconds.items()), sep="\n  "
+        )
+        found[f"flyweight, {goal}"] = Rival(file, runtime, size, seconds, f"budget {budget}")
+        said[f"flyweight, {goal}"] = result.results.summary
+    return found, said
+
+
+def table(
+    case: Case, made: Mapping[str, Rival], timings: clock.Timings, figures: Mapping[str, Mapping[str, Tensor]]
+) -> list[dict[str, Any]]:
+    """One row an artifact."""
+    rows = []
+    for name, one in made.items():
+        row: dict[str, Any] = {"artifact": name, "runtime": one.runtime, "MB": one.bytes / 1e6}
+        for shape in timings.noise:
+            share = timings.times[name][shape].share
+            row |= {f"{shape} share": share.value, f"{shape} low": share.low, f"{shape} high": share.high}
+        for figure, values in figures[name].items():
+            row[figure] = float(values.double().mean())
+        low, high = interval(next(iter(figures[name].values())).double(), case.source)
+        rows.append(row | {"low": low, "high": high, "seconds": one.seconds, "note": one.how})
+    return rows
+
+
+def ahead(
+    case: Case, made: Mapping[str, Rival], timings: clock.Timings, figures: Mapping[str, Mapping[str, Tensor]]
+) -> list[dict[str, Any]]:
+    """Flyweight beside each rival: the ratio of times (first shape), and the paired difference of every figure."""
+    rows, shape = [], next(iter(timings.noise))
+    for mine in [name for name in made if name.startswith("flyweight")]:
+        for other in [name for name in made if not name.startswith("flyweight")]:
+            a, b = timings.times[mine][shape].share, timings.times[other][shape].share
+            times = {"time": a.value / b.value, "time low": a.low / b.high, "time high": a.high / b.low}
+            for figure, values in figures[mine].items():
+                apart = values.double() - figures[other][figure].double()
+                low, high = interval(apart, case.source)
+                difference = {"figure": figure, "ahead": float(apart.mean()), "low": low, "high": high}
+                rows.append({"flyweight": mine, "rival": other, **times, **difference})
+    return rows
+
+
+def compared(name: str, options: Any) -> None:
+    """One network from beginning to end."""
+    print(f"\n{name}", flush=True)
+    case = CASES[name](options.data, 64 if options.quick else None)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        file = folder / "float.onnx"
+        example = tuple(x[:2] for x in case.calib[0])
+        export(trace(case.model, example).module, example, file)
+        feeds = [_feed(case, [x[i : i + 1] for x in batch], file) for batch in case.calib for i in range(len(batch[0]))]
+        size = file.stat().st_size
+        made = {FLOAT: Rival(file, "onnxruntime", size, 0.0, "exported plainly")}
+        for runtime in ("onnxruntime", "openvino", "openvino_bf16"):
+            made[f"{FLOAT}, {runtime}"] = Rival(file, runtime, size, 0.0, "the same file")
+        failed = []
+        for rival, one in rivals([r for r in case.rivals if r != "bf16"], file, feeds[:300], folder):
+            if isinstance(one, Rival):
+                made[rival] = one
+            else:
+                failed.append({"artifact": rival, "note": f"fails: {one}"})
+            print(f"  {rival}: {one}", flush=True)
+        if not options.rivals_only:
+            first = measured(case, made, folder, options.threads, max(3, options.processes - 2))
+            own, _ = ours(case, first, made, folder)
+            made |= own
+        timings = measured(case, made, folder, options.threads, options.processes)
+        torch.set_num_threads(options.threads)
+        with torch.inference_mode():
+            reference = torch.cat([case.model(*batch) for batch in case.test])
+        figures = {}
+        for artifact, one in made.items():
+            found = answers(case, one, file, options.threads)
+            figures[artifact] = case.figures(found.reshape(reference.shape), reference)
+        rows = table(case, made, timings, figures) + failed
+        shares = [f"{shape} share" for shape in timings.noise]
+        print()
+        print_table(rows, (*COLUMNS[:3], *shares, *next(iter(figures.values())), "low", "high", *COLUMNS[3:]))
+        pairs = ahead(case, made, timings, figures)
+        print()
+        print_table(pairs, AHEAD)
+    if not options.quick:
+        noise = {
+            f"float against itself at {s}": f"{i.value:.4f} [{i.low:.4f}, {i.high:.4f}]"
+            for s, i in timings.noise.items()
+        }
+        versions = {"rivals": ", ".join(f"{n} {runtimes_version(n)}" for n in ("openvino", "nncf"))}
+        about = facts(options.threads) | versions | noise | {"how": timings.how, "test rows": str(len(case.source))}
+        suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
+        write_csv(RESULTS / f"peers_{name}{suffix}.csv", rows, about)
+        write_csv(RESULTS / f"peers_{name}{suffix}_ahead.csv", pairs, about)
+
+
+def runtimes_version(package: str) -> str:
+    """The version of an installed package."""
+    from importlib import metadata
+
+    return metadata.version(package)
+
+
+def main() -> None:
+    parser = arguments("Flyweight beside ONNX Runtime's own int8, NNCF and OpenVINO")
+    parser.add_argument("--network", action="append", choices=list(CASES), help="default: all four")
+    parser.add_argument("--quick", action="store_true", help="few rows; nothing is written")
+    parser.add_argument("--processes", type=int, default=5, help="fresh processes of the clock")
+    parser.set_defaults(threads=1)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    for name in options.network or CASES:
+        compared(name, options)
+
+
+if __name__ == "__main__":
+    main()

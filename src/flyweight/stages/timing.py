@@ -1,0 +1,129 @@
+"""Which variants are worth timing: the latency table of a run, within about TABLE_S."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import onnx
+
+from flyweight.deploy.clock import compare
+from flyweight.deploy.folder import Folder
+from flyweight.deploy.formats.onnx import export
+from flyweight.deploy.latency import COPIES, FLOAT, INT8, REFERENCE, LatencyTable, measure_table
+from flyweight.graph.axes import Group
+from flyweight.graph.operators import roundable
+from flyweight.graph.rewrite import refresh
+from flyweight.graph.surgery import cut
+from flyweight.methods import blocks, int8
+from flyweight.methods.blocks import Block
+from flyweight.stages.deliver import Prepared, with_numbers
+from flyweight.stages.menu import Menu
+from flyweight.stages.quote import largest_integer
+from flyweight.stages.ranks import weights_of
+from flyweight.stages.setup import Job
+from flyweight.stages.watch import Stage
+from flyweight.stages.weigh import feeds_of
+
+__all__ = ["REFERENCE_FILE", "measured_table", "offered", "timed_formats"]
+
+REFERENCE_FILE = "run/reference.onnx"
+TABLE_S = 120.0  # that a table may take, about; some runtimes compile for a second what they run in milliseconds
+CLEAR = 0.8  # int8 that takes no more than this of float's time is the only regime worth timing
+PROCESSES = 2  # of the clock, for tables
+
+
+def timed_formats(menu: Menu) -> list[str]:
+    """The layers whose number format takes time: a row of a table is looked up as fast in either."""
+    return [f.layer for f in menu.formats if f.layer not in menu.tables]
+
+
+def offered(menu: Menu, table: LatencyTable | None) -> Menu:
+    """The menu without float for the layers that the table has fixed in int8."""
+    if table is None or not table.fixed:
+        return menu
+    formats = tuple(replace(f, allowed=(1,)) if f.layer in table.fixed else f for f in menu.formats)
+    return replace(menu, formats=formats)
+
+
+def measured_table(
+    job: Job, menu: Menu, bases: Mapping[str, Path], ready: Prepared, folder: Folder, stage: Stage, place: Path
+) -> LatencyTable:
+    """The latency table, measured now. Where time is short for all variants: float layers inside the int8 model only for
+    those whose rounding costs most, and fewer levels of each group."""
+    feeds = feeds_of(job.graph, job.judged, job.shapes, place)
+    reference, target, threads = folder.path / REFERENCE_FILE, job.settings.target, job.settings.threads
+    left = job.time_left_s()
+    allowed_s = TABLE_S * len(feeds) if left is None else min(TABLE_S * len(feeds), left / 3)
+    files, started = {REFERENCE: reference, **bases}, time.monotonic()
+    first = compare(files, feeds, reference=REFERENCE, runtime=target, threads=threads, quick=True, processes=1)
+    affordable = int(allowed_s * (1 + len(files)) / (PROCESSES * (time.monotonic() - started)))
+    alone = INT8 in bases and all(
+        first.times[INT8][s].share.value <= CLEAR * first.times[FLOAT][s].share.value for s in feeds
+    )
+    float_layers, levels = _worth_timing(menu, affordable, len(bases), alone)
+    regimes = 1 if alone else len(bases)
+    variants = 1 + len(bases) * COPIES + regimes * sum(map(len, levels.values())) + len(float_layers)
+    variants += len(bases) * (len(menu.blocks) + sum(len(one.levels) - 1 for one in menu.ranks))
+    advance = stage("measure latencies", variants)
+    return measure_table(
+        bases, reference, menu.layers, menu.groups, levels, feeds, runtime=target, threads=threads,
+        float_layers=float_layers, fixed=[n for n in timed_formats(menu) if n not in float_layers], int8_alone=alone,
+        deadline_s=None if left is None else left / 3, advance=advance,
+        narrowed=lambda group, level: _narrowed(job, group, level, place),
+        without={p.block.node: partial(_without, job, ready, p.block, timed_formats(menu), place) for p in menu.blocks},
+        ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
+    )  # fmt: skip
+
+
+def _worth_timing(
+    menu: Menu, affordable: int, bases: int, int8_alone: bool
+) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+    """The layers to time as float among int8 ones, in the menu's order, and the levels of every group."""
+    every, levels = timed_formats(menu), {lad.group.name: lad.levels[1:] for lad in menu.ladders}
+    left = affordable - bases * (COPIES + len(menu.blocks) + sum(len(one.levels) - 1 for one in menu.ranks))
+    regimes = 1 if int8_alone else bases
+    if len(every) + regimes * sum(map(len, levels.values())) <= left:
+        return every, levels
+    if int8_alone:
+        price = {f.layer: f.error for f in menu.formats}
+        dearest = sorted(every, key=lambda name: -price[name])[: max(1, left // 3)]
+        every = [name for name in every if name in dearest]
+    each = max(2, (left - len(every)) // max(1, regimes * len(levels)))
+    return every, {name: _spread(some, each) for name, some in levels.items()}
+
+
+def _spread(levels: Sequence[int], count: int) -> tuple[int, ...]:
+    """`count` of the levels, the smallest one among them."""
+    if len(levels) <= count:
+        return tuple(levels)
+    return tuple(levels[round((i + 1) * len(levels) / count) - 1] for i in range(count))
+
+
+def _without(
+    job: Job, ready: Prepared, block: Block, int8_layers: Sequence[str], place: Path, regime: str
+) -> onnx.ModelProto:
+    """The folded model without a block, all layers in one number format: for the clock."""
+    graph = blocks.restructure(ready.graph, [blocks.step(block)])
+    refresh(graph, job.example)
+    if regime == INT8:
+        present = roundable(graph)
+        steps = [int8.step(name) for name in int8_layers if name in present]
+        graph, _ = with_numbers(Prepared(graph, present, ready.stats, ready.migrations), steps, largest_integer())
+    path = place / "without.onnx"
+    export(graph, job.example, path)
+    return onnx.load(path)
+
+
+def _narrowed(job: Job, group: Group, level: int, place: Path) -> onnx.ModelProto:
+    """The float model with the first `level` channels of one group, as a file's model: for the clock, not for use."""
+    graph = copy.deepcopy(job.graph)
+    cut(graph, {group: range(level)})
+    refresh(graph, job.example)
+    path = place / "narrowed.onnx"
+    export(graph, job.example, path)
+    return onnx.load(path)
