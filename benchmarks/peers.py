@@ -61,7 +61,7 @@ def ours(
 ) -> tuple[dict[str, Rival], dict[str, str]]:
     """What flyweight makes within its goals, and what it says of each."""
     found, said = {}, {}
-    known = [name for name in made if not name.startswith(FLOAT)]
+    known, prices = [name for name in made if not name.startswith(FLOAT)], None
     for goal, (part, quality) in case.goals.items():
         limits, fastest = [], ""
         for shape in first.noise:
@@ -77,8 +77,9 @@ def ours(
         )  # the promise is weighed on the rest; the test rows are read here, once
         result = fw.compress(
             case.model, calib=case.calib, tune=list(case.choose[:half]), test=list(case.choose[half:]), task=case.task,
-            budget=budget, target=runtime, shapes=list(first.noise), workdir=place,
+            budget=budget, target=runtime, shapes=list(first.noise), workdir=place, prices=prices,
         )  # fmt: skip
+        prices = prices or place
         seconds, file = time.perf_counter() - started, place / "model.onnx"
         size = sum(one.stat().st_size for one in place.glob("model.onnx*"))
         print(

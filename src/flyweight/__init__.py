@@ -22,6 +22,7 @@ _HOME = {
     "Plan": "flyweight.types:Plan",
     "Result": "flyweight.compress:Result",
     "Results": "flyweight.types:Results",
+    "advise": "flyweight.compress:advise",
     "apply": "flyweight.compress:apply",
     "compress": "flyweight.compress:compress",
     "data": "flyweight.data:data",
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "Result",
     "Results",
+    "advise",
     "apply",
     "compress",
     "data",
@@ -51,7 +53,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from flyweight.budget import budget as Budget
-    from flyweight.compress import Result, apply, compress, inspect, load, plan, rule, verify
+    from flyweight.compress import Result, advise, apply, compress, inspect, load, plan, rule, verify
     from flyweight.data import data
     from flyweight.errors import FlyweightError
     from flyweight.types import Note, Plan, Results

@@ -20,7 +20,8 @@ from flyweight.errors import BudgetError, UsageError
 from flyweight.types import Budget, Interval, Limit, Note
 
 __all__ = [
-    "METRICS", "QUANTITIES", "budget", "format_limit", "is_quality", "judge_limit", "parse", "shape_sizes", "with_guard",
+    "METRICS", "QUANTITIES", "budget", "format_limit", "is_quality", "is_time", "judge_limit", "parse", "shape_sizes",
+    "with_guard",
 ]  # fmt: skip
 
 Operator = Literal["<=", ">="]
@@ -52,6 +53,7 @@ _TIME = {
     "µs": ("s", Decimal("1e-6")),
     "ns": ("s", Decimal("1e-9")),
 }
+_RATE = {"/s": ("1/s", Decimal(1))}
 _BYTES = {"B": ("bytes", Decimal(1)), "KB": ("bytes", Decimal(10**3))} | {
     f"{prefix}{'i' if base == 1024 else ''}B": ("bytes", Decimal(base) ** power)
     for base, prefixes in ((1000, "kMG"), (1024, "KMG"))
@@ -71,6 +73,8 @@ _FRACTION = _PLAIN | {"%": ("", Decimal("0.01"))}
 
 QUANTITIES: Mapping[str, _Kind] = {
     "latency": _Kind("<=", _SHARE | _TIME, "50%, 3ms, 250us", shapes=True, positive=True),
+    "latency.p99": _Kind("<=", _SHARE | _TIME, "60%, 4ms", shapes=True, positive=True),
+    "throughput": _Kind(">=", _SHARE | _RATE, "200%, 300/s", shapes=True, positive=True),
     "size": _Kind("<=", _SHARE | _BYTES, "25%, 2MB, 300kB, 2MiB", positive=True),
     "macs": _Kind("<=", _SHARE | _MACS, "50%, 12M, 1.5G", positive=True),
     "drop": _Kind("<=", _POINTS, "0.5pt", most=100.0),
@@ -78,8 +82,9 @@ QUANTITIES: Mapping[str, _Kind] = {
     "agreement": _Kind(">=", _FRACTION, "95%, 0.95", most=1.0),
     "divergence": _Kind("<=", _PLAIN, "0.02"),
 }
-_LATER = ("latency.p99", "throughput", "memory", "saliency")
-_COSTS = frozenset({"latency", "size", "macs", *_LATER})
+_LATER = ("memory", "saliency")
+_TIMES = frozenset({"latency", "latency.p99", "throughput"})
+_COSTS = frozenset({*_TIMES, "size", "macs", *_LATER})
 _PREFER = ("quality", "latency", "size")
 
 # What 1.0 pt or 95 % is for a classifier, the others' divergences are here. All are overridable judgements:
@@ -132,6 +137,8 @@ def format_limit(limit: Limit) -> str:
         written = _scaled(value, _SCALES[limit.unit])
     elif limit.unit == "points":
         written = f"{_plain(value)}pt"
+    elif limit.unit == "1/s":
+        written = f"{_plain(value)}/s"
     else:
         per_cent = limit.unit == "share" or limit.quantity in {"agreement", "accuracy", "top5"}
         written = f"{_plain(value * 100)}%" if per_cent else _plain(value)
@@ -141,6 +148,11 @@ def format_limit(limit: Limit) -> str:
 def is_quality(limit: Limit) -> bool:
     """True for limits on what the model answers, False for limits on what it costs."""
     return limit.quantity not in _COSTS
+
+
+def is_time(limit: Limit) -> bool:
+    """True for limits that the clock decides."""
+    return limit.quantity in _TIMES
 
 
 def with_guard(budget: Budget, task: str, has_labels: bool, metric: str = "accuracy") -> tuple[Budget, Note | None]:
@@ -314,7 +326,7 @@ def _shape(written: str, kind: _Kind, text: str) -> str:
     if not written and "@" not in text:
         return ""
     if not kind.shapes:
-        raise BudgetError(f"{text}: only latency depends on a shape", fix="leave out what follows the @")
+        raise BudgetError(f"{text}: only times depend on a shape", fix="leave out what follows the @")
     try:
         return ",".join(f"{name}={size}" for name, size in shape_sizes(written).items())
     except UsageError as error:
@@ -347,7 +359,7 @@ def _check_pairs(limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
                 law = "is given twice" if limit.value == other.value else f"contradicts {first}"
                 raise BudgetError(f"{second} {law}", fix="keep one of the two")
             wide, narrow = (limit, other) if not limit.shape else (other, limit)
-            if not wide.shape and narrow.value >= wide.value:
+            if not wide.shape and (narrow.value >= wide.value if limit.op == "<=" else narrow.value <= wide.value):
                 raise BudgetError(
                     f"{format_limit(narrow)} has no effect beside {format_limit(wide)}",
                     why="a limit without a shape holds for every shape of the run",

@@ -16,24 +16,37 @@ from torch import fx, nn
 
 from flyweight.data import bind_example
 from flyweight.deploy.atomic import write_atomic
-from flyweight.deploy.folder import MANIFEST, Folder, commit, open_folder, read_manifest
+from flyweight.deploy.folder import MANIFEST, Folder, commit, inherit, open_folder, read_manifest
 from flyweight.deploy.latency import LatencyTable
 from flyweight.errors import UnsafeFileError, UsageError
 from flyweight.face.progress import Progress
 from flyweight.graph.program import load_files
 from flyweight.graph.source import source
 from flyweight.graph.transplant import transplanted
+from flyweight.stages.advise import Advice, advised
 from flyweight.stages.again import replayed, reweighed
 from flyweight.stages.buy import Purchase, buy
 from flyweight.stages.look import Inspection, inspected
 from flyweight.stages.make import make, plan_of
 from flyweight.stages.quote import Quotes, quote
 from flyweight.stages.setup import Job, Settings, duration_s, job_of
+from flyweight.stages.target import aimed
 from flyweight.stages.watch import Stage, Watch
 from flyweight.stages.write import write_all
 from flyweight.types import Budget, Note, Plan, Results, Rule, from_json, to_json
 
-__all__ = ["Result", "apply", "compress", "inspect", "load", "plan", "rule", "verify"]
+APART = {  # what runs with the same prices may differ in, and the checkpoints that do not hold then
+    "budget": ("correction-",),
+    "prefer": ("correction-",),
+    "shapes": ("correction-", "table.", "target."),
+    "target": ("correction-", "table.", "target."),
+    "threads": ("correction-", "table.", "target."),
+    "table": ("correction-", "table."),
+    "test": ("correction-",),
+    "evaluate": (),
+}
+
+__all__ = ["Result", "advise", "apply", "compress", "inspect", "load", "plan", "rule", "verify"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,32 +134,36 @@ def compress(
     time_limit: str | float | None = None,
     seed: int = 0,
     workdir: str | Path = "out/",
+    prices: str | Path | None = None,
     progress: bool = True,
     fresh: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """A smaller, faster copy of `model` inside `budget`, exported, verified and reported in `workdir`.
 
-    `model` is not changed. `calib` holds inputs (labels in it are ignored); `tune` chooses and `test` is read once
-    at the end (only `test`: split in two; neither: a part of `calib` is set aside). `metric` is a name or
-    fn(outputs, labels) -> one number per sample; `evaluate` is fn(predict) -> float for metrics that are no means,
-    shown in the report. `shapes`: "batch=8", or "batch=8,seq=128" where batches of calib differ in length (default: their
-    median); default "batch=1" and those the budget names. `table`: a latency
-    table made earlier (a record or its file); with it the plan does not depend on the clock. `keep` and `rules` are
-    patterns of layer names. `time_limit`: seconds or "20m". The same call in the same folder resumes; `fresh`
-    starts over. `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that cannot be
-    met is no error: the nearest artifact is delivered with `budget_met` False.
+    `model` is not changed. `calib` holds inputs (labels in it are ignored); `tune` chooses and `test` is read once at
+    the end (only `test`: split in two; neither: a part of `calib` is set aside). `metric` is a name or fn(outputs,
+    labels) -> one number per sample; `evaluate` is fn(predict) -> float for metrics that are no means, shown in the
+    report. `shapes`: "batch=8", or "batch=8,seq=128" where batches of calib differ in length (default: their median);
+    default "batch=1" and those the budget names. `target`: a runtime, or several ("onnxruntime,openvino"), of which
+    the one that serves the model best here is taken. `table`: a latency table made earlier (a record or its file);
+    with it the plan does not depend on the clock. `keep` and `rules` are patterns of layer names. `time_limit`:
+    seconds or "20m". The same call in the same folder resumes; `fresh` starts over. `prices`: the folder of a run of
+    the same model, data and methods whose statistics, prices and latencies hold here too: another budget then takes a
+    fraction of the time. `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that
+    cannot be met is no error: the nearest artifact is delivered with `budget_met` False.
     """
     run = _Run.of(
         model, calib=calib, tune=tune, test=test, example=example, budget=budget, prefer=prefer, task=task,
         divergence=divergence, metric=metric, evaluate=evaluate, better=better, target=target, threads=threads,
         shapes=shapes, table=table, methods=methods, keep=keep, rules=rules, recover=recover, time_limit=time_limit,
-        seed=seed, workdir=workdir, progress=progress, fresh=fresh, stop=stop,
+        seed=seed, workdir=workdir, prices=prices, progress=progress, fresh=fresh, stop=stop,
     )  # fmt: skip
     with run.open() as (job, folder, stage):
         if folder.finished:
             return _stored(folder)
         quotes = quote(job, folder, stage)
+        job = aimed(job, quotes, folder, stage)
         purchase = buy(job, quotes, folder, stage)
         return _delivered(job, quotes, purchase, folder, stage)
 
@@ -161,6 +178,7 @@ def plan(model: nn.Module, *, calib: Any, budget: Budget | str | Mapping[str, ob
         if folder.finished:
             return _stored(folder).plan
         quotes = quote(job, folder, stage)
+        job = aimed(job, quotes, folder, stage)
         made = plan_of(job, quotes, buy(job, quotes, folder, stage))
         folder.write("plan.json", to_json(made))
         return made
@@ -187,6 +205,8 @@ def apply(
     with run.open(extra_key={"plan": hashlib.sha256(to_json(found).encode()).hexdigest()}) as (job, folder, stage):
         if folder.finished:
             return _stored(folder)
+        if len(job.targets) > 1:
+            raise UsageError("a plan is applied for one target", fix=f'name one: target="{job.targets[0]}"')
         if found.made_with.model_hash != job.model_hash:
             raise UsageError(
                 "the plan was made for another model", why="the graph or the weights differ", fix="plan this model anew"
@@ -213,6 +233,35 @@ def verify(folder: str | Path, *, test: Any = None, threads: int | None = None, 
     """
     with _progress(progress) as stage:
         return reweighed(Path(folder), test, threads, stage)
+
+
+def advise(
+    model: nn.Module,
+    *,
+    calib: Any,
+    tune: Any = None,
+    example: Any = None,
+    task: str = "auto",
+    divergence: Callable[..., Any] | None = None,
+    target: str = "onnxruntime",
+    threads: int = 1,
+    shapes: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = True,
+) -> Advice:
+    """What could be gained by which method, in which installed runtime, within about a minute; nothing is made.
+
+    Arguments as in `compress`. Times are measured on files whose numbers are rough; divergences on a few samples. Raises
+    UsageError, and the errors of tracing and data.
+    """
+    with _progress(progress) as stage:
+        settings = Settings(
+            "size<=100%, divergence<=1e9", task=task, divergence=divergence, target=target, threads=threads, shapes=shapes,
+            keep=tuple(keep), seed=seed,
+        )  # fmt: skip
+        job = job_of(model, calib=calib, tune=tune, test=None, example=example, settings=settings)
+        return advised(job, stage)
 
 
 def inspect(
@@ -251,6 +300,7 @@ class _Run:
     progress: bool
     fresh: bool
     stop: Callable[[], bool]
+    prices: Path | None
 
     @staticmethod
     def of(
@@ -267,6 +317,7 @@ class _Run:
         keep: Sequence[str] = (),
         rules: Sequence[Rule] = (),
         workdir: str | Path = "out/",
+        prices: str | Path | None = None,
         progress: bool = True,
         fresh: bool = False,
         stop: Callable[[], bool] = lambda: False,
@@ -295,7 +346,8 @@ class _Run:
             **others,
         )
         data = {"calib": calib, "tune": tune, "test": test, "example": example}
-        return _Run(model, data, settings, _path("workdir", workdir), progress, fresh, stop)
+        known_prices = None if prices is None else _path("prices", prices)
+        return _Run(model, data, settings, _path("workdir", workdir), progress, fresh, stop, known_prices)
 
     @contextmanager
     def open(self, extra_key: Mapping[str, Any] | None = None) -> Iterator[tuple[Job, Folder, Watch]]:
@@ -305,6 +357,8 @@ class _Run:
             job = job_of(self.model, **self.data, settings=self.settings, stop=self.stop)
             key = {**job.key(), **(extra_key or {})}
             with open_folder(self.workdir, fresh=self.fresh, run_key=key) as folder:
+                if self.prices is not None and not folder.finished:
+                    inherit(folder, self.prices, APART)
                 yield job, folder, stage
 
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 from flyweight.deploy import runtimes
 from flyweight.deploy.formats.onnx import export, stored_name
-from flyweight.deploy.latency import widths_of
+from flyweight.deploy.latency import touched, widths_of
 from flyweight.deploy.variants import Width, patched, with_float_layer
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.rewrite import refresh
@@ -51,8 +51,7 @@ def group_of(name: str, key: str) -> Group:
 def variant(folder: Path, name: str, regime: str, key: str, level: int) -> onnx.ModelProto:
     group = group_of(name, key)
     widths = widths_of(delivered(name).layers, {key: level}, [group])
-    touched = {n: widths[n] for n in (*group.producers, *(u.layer for u in group.consumers))}
-    return patched(base(folder, name, regime), touched)
+    return patched(base(folder, name, regime), {n: widths[n] for n in touched(group, delivered(name).layers)})
 
 
 def shapes(model: onnx.ModelProto) -> Counter[tuple[int, ...]]:
@@ -65,6 +64,7 @@ def operators(model: onnx.ModelProto) -> list[str]:
 
 CUTS = {
     "cnn": [("a", 5), ("b", 4), ("fc1", 7)],
+    "depthwise behind zeros": [("a", 5), ("b", 6)],
     "residual": [("conv", 4), ("layers.0.conv1", 3), ("layers.1.conv1", 8), ("layers.1.conv2", 5)],
 }
 
@@ -98,7 +98,9 @@ def stored(model: onnx.ModelProto) -> list[str]:
     return [n.removesuffix(".weight_integer") for n in names if n.endswith(".weight_integer")]
 
 
-@pytest.mark.parametrize(("name", "key", "level"), [("cnn", "b", 4), ("residual", "conv", 4)])
+@pytest.mark.parametrize(
+    ("name", "key", "level"), [("cnn", "b", 4), ("residual", "conv", 4), ("depthwise behind zeros", "b", 6)]
+)
 def test_a_variant_has_the_shapes_of_a_real_cut(folder: Path, name: str, key: str, level: int):
     _, _, prepared_graph, example, _ = ready(name)
     smaller = copy.deepcopy(prepared_graph.graph)
@@ -131,7 +133,16 @@ def test_the_base_is_not_touched(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [("cnn", "b"), ("cnn", "fc1"), ("residual", "layers.0.conv2"), ("tokens", "b"), ("tokens", "o")]
+    ("name", "layer"),
+    [
+        ("cnn", "b"),
+        ("cnn", "fc1"),
+        ("residual", "layers.0.conv2"),
+        ("tokens", "b"),
+        ("tokens", "o"),
+        ("depthwise behind zeros", "d"),
+        ("depthwise behind zeros", "b"),
+    ],
 )
 def test_one_layer_alone_runs_in_float(folder: Path, name: str, layer: str):
     whole = base(folder, name, INT8)
@@ -153,7 +164,10 @@ def test_one_layer_alone_runs_in_float(folder: Path, name: str, layer: str):
     assert tensors
 
 
-@pytest.mark.parametrize(("name", "kept", "key", "level"), [("cnn", "b", "a", 5), ("cnn", "fc1", "b", 4)])
+@pytest.mark.parametrize(
+    ("name", "kept", "key", "level"),
+    [("cnn", "b", "a", 5), ("cnn", "fc1", "b", 4), ("depthwise behind zeros", "d", "b", 6)],
+)
 def test_variants_of_a_file_with_float_layers_among_int8_ones_run(
     folder: Path, name: str, kept: str, key: str, level: int
 ):

@@ -32,6 +32,10 @@ REFERENCE = Reference(file_bytes=10_000, macs=2_000_000)
         ("latency<=50%", {f"latency@{SHAPE}": 0.5}),
         ("latency<=1ms", {f"latency@{SHAPE}": 0.5}),  # of the reference's 2 ms
         ("latency@batch=1<=1.5ms", {f"latency@{SHAPE}": 0.75}),
+        ("throughput>=200%", {f"latency@{SHAPE}": 0.5}),
+        ("throughput>=1000/s", {f"latency@{SHAPE}": 0.5}),  # one sample in 1 ms
+        ("latency.p99<=60%", {f"latency@{SHAPE}": 0.6}),
+        ("latency.p99<=1.1ms", {f"latency@{SHAPE}": 0.5}),  # its slowest calls take a tenth longer
         ("size<=25%", {"size": 2500.0}),
         ("size<=4kB", {"size": 4000.0}),
         ("macs<=30%", {"macs": 600_000.0}),
@@ -40,6 +44,12 @@ REFERENCE = Reference(file_bytes=10_000, macs=2_000_000)
 )
 def test_limits_as_numbers(text: str, expected: dict[str, float]):
     assert cost_limits(parse(text), REFERENCE, table()) == pytest.approx(expected)
+
+
+def test_a_rate_counts_the_samples_of_a_batch():
+    limit = parse("throughput@batch=8>=1600/s")
+    found = cost_limits(limit, REFERENCE, table(reference_s={SHAPE: 0.002, "batch=8": 0.01}))
+    assert found == pytest.approx({"latency@batch=8": 0.5})  # eight in 5 ms
 
 
 def test_every_shape_is_limited_unless_one_is_named_and_the_tighter_limit_counts():

@@ -124,7 +124,7 @@ def test_the_frontier_holds_the_chosen_point_once_in_order():
 
 
 def timings(share: Interval) -> Timings:
-    timing = Timing(0.001, 0.001, 0.001, 0.001, share, 10)
+    timing = Timing(0.001, 0.001, 0.001, 0.001, share, share, 10)
     return Timings("original", "onnxruntime", 1, 2, {COMPRESSED: {SHAPE: timing}}, {SHAPE: share}, "a machine")
 
 

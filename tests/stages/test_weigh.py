@@ -10,9 +10,10 @@ from torch import nn
 from flyweight.budget import parse
 from flyweight.data import roles
 from flyweight.deploy import clock
+from flyweight.deploy.clock import Timing
 from flyweight.deploy.formats.onnx import export
 from flyweight.graph.trace import trace
-from flyweight.stages.weigh import AGAIN, COMPRESSED, ORIGINAL, clocked_until_decided
+from flyweight.stages.weigh import AGAIN, COMPRESSED, ORIGINAL, clocked_until_decided, in_units
 from flyweight.types import Interval
 
 
@@ -48,3 +49,22 @@ def test_what_is_undecided_is_timed_longer_once(work, monkeypatch, text, longer)
     assert counts == ([2, AGAIN * 2] if longer else [2])
     assert found.processes == counts[-1]
     assert ("clock.longer" in [note.code for note in found.notes]) == longer
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "low", "high"),
+    [
+        ("latency<=60%", 0.5, 0.4, 0.8),
+        ("latency<=3ms", 0.004, 0.0032, 0.0064),
+        ("latency.p99<=60%", 0.6, 0.5, 0.9),
+        ("latency.p99<=9ms", 0.006, 0.005, 0.009),
+        ("throughput>=150%", 2.0, 1.25, 2.5),
+        ("throughput>=900/s", 2000.0, 1250.0, 2500.0),  # eight samples in 8 ms are 1,000 a second
+    ],
+)
+def test_what_was_measured_is_said_as_the_limit_says_it(text: str, value: float, low: float, high: float):
+    one = Interval(1.0, 1.0, 1.0)
+    original = Timing(0.008, 0.008, 0.008, 0.010, one, one, 1)
+    timing = Timing(0.004, 0.004, 0.004, 0.006, Interval(0.5, 0.4, 0.8), Interval(0.6, 0.5, 0.9), 1)
+    found = in_units(parse(text).limits[0], "batch=8", timing, original)
+    assert (found.value, found.low, found.high) == pytest.approx((value, low, high))

@@ -53,6 +53,7 @@ class Timing(msgspec.Struct, frozen=True):
     high_s: float
     p99_s: float  # median over processes of the 99th percentile of single runs
     share: Interval  # of the reference's time in the same blocks; 1 for the reference itself
+    p99_share: Interval  # the same of the 99th percentiles
     runs: int  # timed runs of all processes
 
 
@@ -284,7 +285,9 @@ def _artifact_timing(pairs: Sequence[PairTimes]) -> Timing:
     medians = [median(pair.artifact_block_s) for pair in pairs]
     p99_s = median(pair.artifact_p99_s for pair in pairs)
     runs = sum(pair.block_runs * len(pair.artifact_block_s) for pair in pairs)
-    return Timing(median(medians), min(medians), max(medians), p99_s, _share(pairs), runs)
+    tails = [pair.artifact_p99_s / pair.reference_p99_s for pair in pairs]
+    tail = ratio_interval(tails) if len(tails) > 1 else Interval(tails[0], 0.0, math.inf)
+    return Timing(median(medians), min(medians), max(medians), p99_s, _share(pairs), tail, runs)
 
 
 def _reference_timing(processes: Sequence[Sequence[PairTimes]]) -> Timing:
@@ -292,4 +295,6 @@ def _reference_timing(processes: Sequence[Sequence[PairTimes]]) -> Timing:
     medians = [median([block for pair in pairs for block in pair.reference_block_s]) for pairs in processes]
     p99_s = median(median(pair.reference_p99_s for pair in pairs) for pairs in processes)
     runs = sum(pair.block_runs * len(pair.reference_block_s) for pairs in processes for pair in pairs)
-    return Timing(median(medians), min(medians), max(medians), p99_s, Interval(1.0, 1.0, 1.0), runs)
+    return Timing(
+        median(medians), min(medians), max(medians), p99_s, Interval(1.0, 1.0, 1.0), Interval(1.0, 1.0, 1.0), runs
+    )

@@ -37,6 +37,7 @@ __all__ = [
     "Folder",
     "Manifest",
     "commit",
+    "inherit",
     "open_folder",
     "read_events",
     "read_manifest",
@@ -165,6 +166,33 @@ def commit(folder: Folder, files: Sequence[str], meta: Mapping[str, Any]) -> Man
     made = Manifest("flyweight", entries, machine.versions(), machine.describe(), dict(folder.key), dict(meta))
     write_atomic(folder.path / MANIFEST, to_json(made) + "\n")
     return made
+
+
+def inherit(folder: Folder, other: Path, apart: Mapping[str, Collection[str]]) -> None:
+    """Takes over the checkpoints of another run, where this one has none yet. Checkpoints are copied with their SHA-256.
+
+    `apart`: parts of the key in which the runs may differ -> the checkpoints that do not hold then ("correction-" stands for
+    all that begin so). Raises UsageError where the other folder is no run, or differs in another part.
+    """
+    root = Path(other)
+    record = _earlier(root) if root.is_dir() else None
+    if record is None:
+        raise UsageError(
+            "there is no run to take prices from", where=str(root), fix="name a folder that flyweight wrote"
+        )
+    differing = {part for part in {*record.key, *folder.key} if record.key.get(part) != folder.key.get(part)}
+    if others := sorted(differing - set(apart)):
+        raise UsageError(
+            f"prices of another run do not hold here: {others[0]} differs",
+            where=str(root),
+            why=f"{_short(record.key.get(others[0]))} there, {_short(folder.key.get(others[0]))} here",
+            fix="ask for the same, or leave prices= (--prices) out",
+        )
+    stale = tuple(name for part in differing for name in apart[part])
+    for stage in sorted((root / STAGES).glob("*.stage")):
+        own = folder.path / STAGES / stage.name
+        if not own.is_file() and not (stale and stage.name.startswith(stale)):
+            write_atomic(own, stage.read_bytes())
 
 
 def read_manifest(path: Path, but: Collection[str] = ()) -> Manifest:

@@ -10,7 +10,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 
 import msgspec
 import numpy as np
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from flyweight.deploy.clock import Timings, compare
 from flyweight.deploy.splits import with_split_layer
 from flyweight.deploy.variants import Width, patched, with_float_layer
-from flyweight.graph.axes import Group, rows_of
+from flyweight.graph.axes import Group, Numbers, rows_of
 from flyweight.graph.operators import Layer
 from flyweight.types import Interval, Note, to_json
 
-__all__ = ["LatencyTable", "measure_table", "table_hash", "widths_of"]
+__all__ = ["LatencyTable", "measure_table", "table_hash", "touched", "widths_of"]
 
 FLOAT, INT8 = "float", "int8"
 COPIES = 5  # times that a base is measured: each session has its own luck with memory, and all savings start from it
@@ -40,6 +40,7 @@ class LatencyTable(msgspec.Struct, frozen=True):
     int8 model. `split[regime][layer][rank]`: what is saved when that layer alone is made two of that rank.
     `without[regime][block]`: what is saved when that block alone is left out. `saved` has no "float" where int8 is so much
     faster that only it was timed, and `fixed` are layers whose float form was not timed: they are offered int8 alone.
+    `spread[regime]`: the standard deviation of one variant's share, as the base's copies show it.
     """
 
     reference_s: Mapping[str, float]
@@ -54,6 +55,7 @@ class LatencyTable(msgspec.Struct, frozen=True):
     split: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]] = {}
     without: Mapping[str, Mapping[str, Mapping[str, float]]] = {}
     fixed: tuple[str, ...] = ()
+    spread: Mapping[str, Mapping[str, float]] = {}
     schema_version: int = 1
 
 
@@ -64,7 +66,7 @@ def table_hash(table: LatencyTable) -> str:
 
 
 def widths_of(layers: Mapping[str, Layer], counts: Mapping[str, int], groups: Sequence[Group]) -> dict[str, Width]:
-    """The width of every layer when the groups named in `counts` keep that many channels."""
+    """The width of every layer when the groups named in `counts` keep that many channels. `layers`: depthwise ones too."""
     width = {name: [layer.inputs, layer.outputs] for name, layer in layers.items()}
     for group in groups:
         if group.name not in counts:
@@ -76,7 +78,25 @@ def widths_of(layers: Mapping[str, Layer], counts: Mapping[str, int], groups: Se
                 width[name][1] -= gone * rows.shape[1] * layers[name].output_taps
         for use in group.consumers:
             width[use.layer][0] -= gone * (use.block // layers[use.layer].taps)
-    return {name: Width(*pair) for name, pair in width.items()}
+        for name, entries in _passed(group, layers).items():
+            width[name][1] -= gone * entries.shape[1]
+    return {
+        name: Width(
+            pair[0], pair[1], pair[1] * one.groups // one.outputs if (one := layers[name]).depthwise else one.groups
+        )
+        for name, pair in width.items()
+    }
+
+
+def touched(group: Group, layers: Mapping[str, Layer]) -> tuple[str, ...]:
+    """The layers whose weights shrink with a group."""
+    return (*group.producers, *(use.layer for use in group.consumers), *_passed(group, layers))
+
+
+def _passed(group: Group, layers: Mapping[str, Layer]) -> dict[str, Numbers]:
+    """The depthwise convolutions that a group's channels pass through, and where."""
+    weights = [one for one in group.slices if one.tensor == "weight" and one.owner in layers]
+    return {one.owner: one.entries for one in weights if layers[one.owner].depthwise}
 
 
 def measure_table(
@@ -125,8 +145,8 @@ def measure_table(
                     if regime == FLOAT and int8_alone:
                         continue
                     widths = widths_of(layers, {group.name: level}, groups)
-                    touched = {n: widths[n] for n in (*group.producers, *(u.layer for u in group.consumers))}
-                    files[f"{regime}|{group.name}|{level}"] = _saved(folder, patched(model, touched), len(files))
+                    cut = {name: widths[name] for name in touched(group, layers)}
+                    files[f"{regime}|{group.name}|{level}"] = _saved(folder, patched(model, cut), len(files))
             for block, make in (without or {}).items():
                 files[f"{regime}|without|{block}"] = _saved(folder, make(regime), len(files))
             for layer, (weight, offered) in (ranks or {}).items():
@@ -224,11 +244,17 @@ def _table(
             for regime in bases
         },
         noise=timings.noise,
+        spread={regime: _spread(timings, regime) for regime in bases} if COPIES > 1 else {},
         fingerprint=timings.fingerprint,
         runtime=timings.runtime,
         threads=timings.threads,
         notes=timings.notes,
     )
+
+
+def _spread(timings: Timings, regime: str) -> dict[str, float]:
+    copies = [regime, *(f"{regime}|copy|{number}" for number in range(1, COPIES))]
+    return {s: stdev(timings.times[name][s].share.value for name in copies) for s in timings.noise}
 
 
 def _shares(timings: Timings) -> dict[str, dict[str, float]]:

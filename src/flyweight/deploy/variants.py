@@ -19,10 +19,12 @@ __all__ = ["Width", "patched", "with_float_layer"]
 
 @dataclass(frozen=True)
 class Width:
-    """How much of a layer's weight to keep: the first `inputs` of its input channels, the first `outputs` rows."""
+    """How much of a layer's weight to keep: the first `inputs` of its input channels (of each of its channel `groups`), the
+    first `outputs` rows."""
 
     inputs: int
     outputs: int
+    groups: int = 1
 
 
 def patched(model: onnx.ModelProto, widths: Mapping[str, Width]) -> onnx.ModelProto:
@@ -37,9 +39,14 @@ def patched(model: onnx.ModelProto, widths: Mapping[str, Width]) -> onnx.ModelPr
     new: dict[str, onnx.TensorProto] = {}
     owners = [_first_owner(node.input, widths) for node in result.graph.node]
     reader = {node.input[0]: owner for node, owner in zip(result.graph.node, owners, strict=True) if owner}
+    read_back = {node.output[0]: owner for node, owner in zip(result.graph.node, owners, strict=True) if owner}
     for node, named in zip(result.graph.node, owners, strict=True):
         # a float layer among int8 ones reads its input with a scale for every channel, whose name says nothing
         owner = named or (reader.get(node.output[0]) if node.op_type == "DequantizeLinear" else None)
+        convolves = node.op_type == "Conv"
+        whose = (named or read_back.get(node.input[1])) if convolves else None
+        if whose and widths[whose].groups > 1:
+            _set_groups(node, widths[whose].groups)
         if owner is not None:
             _cut_inputs(node, owner, widths[owner], tensors, new)
         elif node.op_type == "Reshape" and node.input[1] in tensors:
@@ -78,13 +85,17 @@ def _cut_inputs(
         values = numpy_helper.to_array(tensors[name])
         if values.ndim == 0 or (values.size == 1 and node.op_type != "DequantizeLinear"):
             continue
-        cut = values[: width.inputs if of_input else width.outputs]
+        cut = values[: width.inputs * width.groups if of_input else width.outputs]
         if values.ndim > 1:
             cut = cut[:, : width.inputs]
         # named by layer: equal tensors of several layers may be stored once
         fresh = f"{name}/{layer}"
         new[fresh] = numpy_helper.from_array(np.ascontiguousarray(cut), fresh)
         node.input[i] = fresh
+
+
+def _set_groups(node: onnx.NodeProto, groups: int) -> None:
+    next(a for a in node.attribute if a.name == "group").i = groups
 
 
 def _any_width(node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], new: dict[str, onnx.TensorProto]) -> None:
@@ -115,7 +126,7 @@ def with_float_layer(model: onnx.ModelProto, layer: str) -> onnx.ModelProto:
         if name == stored_name(layer) and axis == 1:
             _read_in_float(result, node.output[0])
         elif name == stored_name(layer):
-            _read_by_channel(result, tensors, node.output[0], integers.shape[1])
+            _read_by_channel(result, tensors, node.output[0])
         result.graph.node.remove(node)
     return result
 
@@ -130,14 +141,14 @@ def _read_in_float(model: onnx.ModelProto, weight: str) -> None:
         layer.input[0] = stored.input[0]
 
 
-def _read_by_channel(
-    model: onnx.ModelProto, tensors: Mapping[str, onnx.TensorProto], weight: str, channels: int
-) -> None:
+def _read_by_channel(model: onnx.ModelProto, tensors: Mapping[str, onnx.TensorProto], weight: str) -> None:
     """Repeats the scale of the layer's input, as the exporter does, lest the runtime rounds the float weights."""
     layer = next(n for n in model.graph.node if weight in n.input)
     at, read = next((i, n) for i, n in enumerate(model.graph.node) if layer.input[0] in n.output)
     if read.op_type != "DequantizeLinear":
         return
+    inputs = next(t.dims[1] for t in model.graph.initializer if t.name == weight)
+    channels = inputs * next((a.i for a in layer.attribute if a.name == "group"), 1)
     own = onnx.NodeProto()
     own.CopyFrom(read)
     own.name, own.output[0] = f"{read.name}/{layer.name}", f"{read.output[0]}/{layer.name}"

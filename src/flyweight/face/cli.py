@@ -18,6 +18,7 @@ from flyweight.errors import UsageError
 from flyweight.face import exits
 from flyweight.face.exits import Session
 from flyweight.face.options import (
+    ADVICE,
     ANY_THREADS,
     DATA,
     EXIT_CODES,
@@ -26,9 +27,12 @@ from flyweight.face.options import (
     GOAL,
     JSON,
     JUDGE,
+    LIMITS,
     LOOK,
     MODEL,
+    PICKED,
     PLAN,
+    PRICES,
     QUIET,
     RUN,
     SEED,
@@ -101,8 +105,26 @@ def inspect(model: str, weights: str | None, as_json: bool, quiet: bool, **given
     return 0
 
 
+@cli.command(short_help="Says within a minute what could be gained, and where.")
+@options(MODEL, WEIGHTS, *ADVICE, JSON, QUIET)
+def advise(model: str, weights: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
+    """Says within a minute what could be gained by which method, in which runtime; makes nothing and needs no budget."""
+    from flyweight.compress import advise as ask
+    from flyweight.data import load_data, load_model
+    from flyweight.face.printing import show_advice
+
+    network = load_model(model, weights)
+    given["example"] = None if given["example"] is None else _first_call(network, given["example"])
+    given["calib"] = load_data(given["calib"])
+    given["tune"] = None if given["tune"] is None else load_data(given["tune"])
+    given["divergence"], given["shapes"] = _function(given["divergence"]), given["shapes"] or None
+    found = ask(network, **given, progress=not quiet)
+    _print_json(found) if as_json else show_advice(found)
+    return 0
+
+
 @cli.command(short_help="Says what compress would do and save.")
-@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, JSON, QUIET)
+@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, PRICES, JSON, QUIET)
 @click.pass_obj
 def plan(session: Session, /, as_json: bool, **given: Any) -> int:
     """Says what compress would do and what it would save; makes nothing but FOLDER/plan.json."""
@@ -117,7 +139,7 @@ def plan(session: Session, /, as_json: bool, **given: Any) -> int:
 
 
 @cli.command(short_help="Makes MODEL smaller and faster inside the budget.")
-@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, JSON, QUIET)
+@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, PRICES, JSON, QUIET)
 @click.pass_obj
 def compress(session: Session, /, as_json: bool, **given: Any) -> int:
     """Makes MODEL smaller and faster inside the budget, and proves it."""
@@ -127,6 +149,23 @@ def compress(session: Session, /, as_json: bool, **given: Any) -> int:
     with exits.finishing(session):
         result = make(network, **arguments)
     return _shown(result.results, Path(arguments["workdir"]), as_json)
+
+
+@cli.command(short_help="Takes another point within a new budget, without measuring anew.")
+@options(FOLDER, *LIMITS, PICKED, JSON, QUIET)
+@click.pass_context
+def pick(context: click.Context, /, folder: Path, workdir: str, **given: Any) -> int:
+    """Takes another point: the command that made FOLDER, with other limits, on FOLDER's own statistics, prices and latencies.
+
+    --latency 5ms puts that limit in place of the budget's own; --budget replaces the whole budget. MODEL and DATA are those of
+    the command in FOLDER, which is shown. FOLDER stays as it is.
+    """
+    from flyweight.face.again import repeated
+
+    made = cli.commands["compress"]
+    command, repeating = repeated(folder, given, workdir, made)
+    click.echo(f"repeating with {repeating['budget']}: {command}", err=True)
+    return int(context.invoke(made, **repeating))
 
 
 @cli.command(short_help="Replays a plan on MODEL.")

@@ -11,6 +11,7 @@ import click
 from flyweight.face.exits import Session
 
 __all__ = [
+    "ADVICE",
     "ANY_THREADS",
     "DATA",
     "EXIT_CODES",
@@ -19,9 +20,12 @@ __all__ = [
     "GOAL",
     "JSON",
     "JUDGE",
+    "LIMITS",
     "LOOK",
     "MODEL",
+    "PICKED",
     "PLAN",
+    "PRICES",
     "QUIET",
     "RUN",
     "SEED",
@@ -126,6 +130,15 @@ GOAL = (
         help="Bits of the layers whose names match: 8, 32 or keep. Repeatable.",
     ),
 )
+PICKED = _option(
+    "-o", "--workdir", default="", metavar="FOLDER", help="Where it is written.  [default: FOLDER-latency-…]"
+)
+LIMITS = (
+    _option("--budget", metavar="TEXT", help="A budget in place of the run's.  [default: the run's]"),
+    _option("--latency", metavar="VALUE", help="50%, 3ms: in place of the budget's limit on latency."),
+    _option("--size", metavar="VALUE", help="25%, 2MB: in place of the budget's limit on size."),
+    _option("--prefer", type=click.Choice(["quality", "latency", "size"]), help="What is best inside the budget."),
+)
 JUDGE = (
     _shown("--task", type=click.Choice(TASKS), default="auto", help="What the model does; decides the divergence."),
     _option("--metric", metavar="NAME", help="accuracy, … or package.module:function.  [default: the task's]"),
@@ -134,7 +147,11 @@ JUDGE = (
     _shown("--better", type=click.Choice(["higher", "lower"]), default="higher", help="Which way it is better."),
 )
 TARGET = (
-    _shown("--target", default="onnxruntime", help="The runtime that will run the model."),
+    _shown(
+        "--target",
+        default="onnxruntime",
+        help="The runtime that will run the model; of several, comma separated, the best one here is taken.",
+    ),
     _shown("--threads", type=click.IntRange(min=1), default=1, help="Threads to time with."),
     _option(
         "--shapes",
@@ -144,9 +161,22 @@ TARGET = (
     ),
     _option("--table", metavar="FILE", help="A latency table made earlier: then the plan needs no clock."),
 )
+PRICES = _option(
+    "--prices", metavar="FOLDER", help="A run of the same model and data whose measurements are taken over."
+)
 RUN = (
     _option("--time-limit", metavar="TIME", help="90s, 20m, 1.5h: then stops between two steps, resumable."),
     SEED,
     folder_option("out"),
     FRESH,
+)
+ADVICE = (
+    DATA[0],
+    DATA[1],
+    DATA[3],
+    GOAL[3],
+    JUDGE[0],
+    JUDGE[2],
+    *TARGET[:3],
+    SEED,
 )

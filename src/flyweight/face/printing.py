@@ -21,10 +21,11 @@ from flyweight.face import tables
 from flyweight.types import Note, Plan, Results
 
 if TYPE_CHECKING:
+    from flyweight.stages.advise import Advice
     from flyweight.stages.look import GroupLook, Inspection
     from flyweight.stages.sensitivity import LevelLook
 
-__all__ = ["show", "show_plan", "show_results"]
+__all__ = ["show", "show_advice", "show_plan", "show_results"]
 
 
 def show_results(results: Results, folder: Path) -> None:
@@ -78,6 +79,37 @@ def show(found: Inspection) -> None:
         console.print(_table(["group", "count", "read by", "verdict"], groups))
         if found.agreement:
             _sensitivity(console, found)
+        _notes(console, found.notes)
+
+
+def show_advice(found: Advice) -> None:
+    """The verdict, what each method does in each runtime, what binds, and how much test data a promise would take."""
+    share = tables.format_share
+    first = next(iter(found.float_share))
+    rows = [
+        ("as it is (float)", name, "100 %", "100 %", share(part), "", "") for name, part in found.float_share.items()
+    ]
+    rows += [
+        (
+            one.method,
+            one.runtime,
+            share(one.size),
+            share(one.latency),
+            share(one.latency * found.float_share[one.runtime]),
+            "" if one.divergence is None else tables.format_number(one.divergence),
+            "" if one.changed is None else share(one.changed),
+        )
+        for one in found.ways
+    ]
+    head = ["method", "runtime", "bytes", "time", f"time / {first}", "divergence", "other answers"]
+    with _stdout() as console:
+        console.print(_text(found.verdict, "bold"))
+        console.print(_table(head, rows))
+        console.print(_text("channels: three quarters of all that may be cut, not repaired, so not judged"))
+        console.print(_text(f"{share(found.open_macs)} of the MACs lie in layers whose channels may be cut"))
+        console.print(_text(f"{found.largest} does {share(found.largest_share)} of the MACs"))
+        if found.test_items is not None:
+            console.print(_text(f"about {found.test_items:,} test samples would tell a drop of 1 point in int8"))
         _notes(console, found.notes)
 
 

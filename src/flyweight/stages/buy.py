@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,17 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     offers = markets(menu, table)
     limits = cost_limits(job.budget, reference, table)
     aim = goal(job.budget, table)
-    attempt = _attempt(job, quotes, 1.0 if aim == "error" else POWER)
+    # where the error decides, nothing is tried: what is chosen is made once, when its costs have been measured
+    attempt = _unmade if aim == "error" else _attempt(job, quotes, POWER)
     job.checkpoint("choosing")
     advance = stage("choose", 1)
     choice = choose(offers, limits, aim, attempt)
-    corrected, file = _corrected(job, offers, reference, table, choice, aim, attempt, folder)
+    corrected, file = _corrected(job, quotes, offers, reference, table, choice, aim, attempt, folder)
+    if corrected.outcome is None:
+        job.checkpoint("making what was chosen")
+        corrected = replace(
+            corrected, outcome=delivered(job, quotes, steps_of(corrected.market.menu, corrected.solution))
+        )
     advance(1)
     bought = _purchase(quotes, reference, table, corrected)
     notes = (*bought.notes, *_search_notes(choice, corrected), *_untimed_note(quotes.menu, menu))
@@ -177,6 +184,16 @@ def delivered(job: Job, quotes: Quotes, steps: Sequence[Step]) -> Outcome:
     return deliver(quotes.network, steps, job.calib, largest_integer())
 
 
+def _unmade(steps: Sequence[Step]) -> tuple[None, list[tuple[Limit, Interval]]]:
+    return None, []
+
+
+def _rough(job: Job, quotes: Quotes, choice: Choice) -> fx.GraphModule:
+    """What takes the time and the bytes of the choice, made in seconds."""
+    steps = steps_of(choice.market.menu, choice.solution)
+    return deliver(quotes.network, steps, lambda: islice(job.calib(), 1), largest_integer(), rough=True)[0]
+
+
 def _attempt(
     job: Job, quotes: Quotes, power: float
 ) -> Callable[[Sequence[Step]], tuple[Outcome, list[tuple[Limit, Interval]]]]:
@@ -208,6 +225,7 @@ def _widened(interval: Interval, factor: float) -> Interval:
 
 def _corrected(
     job: Job,
+    quotes: Quotes,
     offers: Sequence[Market],
     reference: Reference,
     table: LatencyTable | None,
@@ -227,7 +245,7 @@ def _corrected(
     tried: list[tuple[Choice, bytes | None]] = []
 
     def trial(offered: Choice, turn: int) -> dict[str, float]:
-        measured, file = _trial(job, offered, folder, turn, timed)
+        measured, file = _trial(job, quotes, offered, folder, turn, timed)
         tried.append((offered, file))
         return measured
 
@@ -238,8 +256,11 @@ def _corrected(
     return last, next((file for one, file in tried if one is last), None)
 
 
-def _trial(job: Job, choice: Choice, folder: Folder, turn: int, timed: bool) -> tuple[dict[str, float], bytes | None]:
-    """The delivered file's bytes and, if `timed`, the most that its shares of the original's time may be; the file.
+def _trial(
+    job: Job, quotes: Quotes, choice: Choice, folder: Folder, turn: int, timed: bool
+) -> tuple[dict[str, float], bytes | None]:
+    """The file's bytes and, if `timed`, the most that its shares of the original's time may be; the file, if it is the one to
+    deliver.
 
     They are kept: a resumed run decides alike.
     """
@@ -249,7 +270,8 @@ def _trial(job: Job, choice: Choice, folder: Folder, turn: int, timed: bool) -> 
         return dict(msgspec.json.decode(kept, type=dict[str, float])), None
     with tempfile.TemporaryDirectory(prefix="flyweight-trial-") as place:
         file = Path(place) / "trial.onnx"
-        export(choice.outcome[0], job.example, file)
+        made = choice.outcome is not None
+        export(choice.outcome[0] if made else _rough(job, quotes, choice), job.example, file)
         measured = {"size": float(file.stat().st_size)}
         if timed:
             files = {ORIGINAL: folder.path / REFERENCE_FILE, COMPRESSED: file}
@@ -260,7 +282,7 @@ def _trial(job: Job, choice: Choice, folder: Folder, turn: int, timed: bool) -> 
             # the upper end of the interval: the promise will be weighed by that of a measurement to come
             measured |= {f"latency@{s}": timing.share.high for s, timing in timings.times[COMPRESSED].items()}
         folder.save(name, msgspec.json.encode(measured))
-        return measured, file.read_bytes()
+        return measured, file.read_bytes() if made else None
 
 
 def _search_notes(first: Choice, last: Choice) -> tuple[Note, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flyweight.budget import is_quality, judge_limit
+from flyweight.budget import is_quality, is_time, judge_limit, shape_sizes
 from flyweight.deploy.latency import LatencyTable
 from flyweight.search.knapsack import solve
 from flyweight.search.pareto import frontier
@@ -20,6 +20,7 @@ ROUNDS = 4  # corrections by what the delivered file really takes
 MARGIN = 0.985  # a corrected limit on time aims a little lower, so that the interval of the next measurement has room
 USED = 0.985  # of what is allowed: nearer to the limit than this the next measurement may say otherwise
 LITTLE = 1.003  # a limit moved by less is taken to be where it was
+TAIL = 1.1
 TRIES = 8  # points of the frontier among which the cheapest good one is looked for
 
 
@@ -66,16 +67,24 @@ def cost_limits(
     for limit in budget.limits:
         if is_quality(limit):
             continue
-        if limit.quantity == "latency" and table is not None:
+        if is_time(limit) and table is not None:
             for shape in [limit.shape] if limit.shape else table.reference_s:
-                add(
-                    f"latency@{shape}", limit.value if limit.unit == "share" else limit.value / table.reference_s[shape]
-                )
+                add(f"latency@{shape}", _share_of_time(limit, shape, table.reference_s[shape]))
         elif limit.quantity == "size":
             add("size", limit.value * (reference.file_bytes if limit.unit == "share" else 1))
         elif limit.quantity == "macs":
             add("macs", limit.value * (reference.macs if limit.unit == "share" else 1))
     return limits
+
+
+def _share_of_time(limit: Limit, shape: str, reference_s: float) -> float:
+    """The share of the original's median time that a limit on time allows. The slowest of a hundred calls takes TAIL longer:
+    an aim, which the clock corrects."""
+    if limit.quantity == "throughput":
+        return 1 / limit.value if limit.unit == "share" else shape_sizes(shape)["batch"] / limit.value / reference_s
+    if limit.unit == "share":
+        return limit.value
+    return limit.value / reference_s / (TAIL if limit.quantity == "latency.p99" else 1.0)
 
 
 def goal(budget: Budget, table: LatencyTable | None) -> str:

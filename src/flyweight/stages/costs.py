@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
+from flyweight.deploy.latency import COPIES, FLOAT, INT8, LatencyTable
 from flyweight.graph.axes import Group, rows_of
 from flyweight.graph.cost import Other, layer_macs, weight_bytes
 from flyweight.graph.operators import Layer
 from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Factor, Floats
 from flyweight.stages.menu import Menu
+
+DOUBT = 0.5  # of a layer's time as its multiply-accumulates tell it
+UNEVEN = 0.5  # of a saving as the layers' times tell it: kernels work in blocks
 
 __all__ = ["layer_factors", "number_factors", "other_factors", "own_times"]
 
@@ -63,7 +66,7 @@ def _joined_factors(
         for i in (*into, *out):
             factors.append(_saving_factor(menu, layer, table, own, i))
         if form is not None:
-            stays = {f"latency@{s}": np.array([table.extra.get(layer.name, {}).get(s, 0.0), 0.0]) for s in own}
+            stays = {f"latency@{s}": np.array([_extra(menu, table, layer.name, s), 0.0]) for s in own}
             factors.append(Factor((form,), np.zeros(2), stays))
     return factors
 
@@ -131,7 +134,7 @@ def number_factors(menu: Menu, name: str, table: LatencyTable | None) -> list[Fa
     }
     costs = {"size": np.array([0.0, menu.sizes.per_int8_layer])}
     if table is not None:
-        costs |= {f"latency@{s}": np.array([table.extra.get(name, {}).get(s, 0.0), 0.0]) for s in table.reference_s}
+        costs |= {f"latency@{s}": np.array([_extra(menu, table, name, s), 0.0]) for s in table.reference_s}
     factors = [Factor((form,), np.zeros(2), costs)]
     for group, left in _shares(lost):
         size = -saved * np.stack([np.zeros(len(left)), np.array(left)], 1)
@@ -228,14 +231,15 @@ def _latency(
                 both = (min(max(a, 0.0), own) * min(max(b, 0.0), own)) / own
                 result[i, o, k] = -(a + b - both)
         if size[2] == 2 and k == 0:
-            result[:, :, k] += table.extra.get(layer.name, {}).get(shape, 0.0)
+            result[:, :, k] += _extra(menu, table, layer.name, shape)
     return result
 
 
 def own_times(menu: Menu, table: LatencyTable, shape: str, regime: str) -> Mapping[str, float]:
     """Each layer's own time, in shares of the reference: the non-negative least squares fit to all measured savings.
 
-    A group cut from C to k channels saves (1 - k / C) of the time of every layer that writes or reads it.
+    A group cut from C to k channels saves (1 - k / C) of the time of every layer that writes or reads it. Where the table
+    knows how far measurements scatter, times are drawn towards shares by multiply-accumulates as far as those leave room.
     """
     names = list(menu.layers)
     rows, saved = [], []
@@ -247,8 +251,33 @@ def own_times(menu: Menu, table: LatencyTable, shape: str, regime: str) -> Mappi
             saved.append(by[shape])
     if not rows:
         return dict.fromkeys(names, 0.0)
-    fit, _ = nnls(np.array(rows), np.array(saved))
+    left, right, spread = np.array(rows), np.array(saved), table.spread.get(regime, {}).get(shape, 0.0)
+    if spread > 0:
+        expected = _by_work(menu, table.whole[regime][shape])
+        unsure = spread / (DOUBT * np.maximum(expected, 1e-6))
+        left, right = np.vstack([left, np.diag(unsure)]), np.concatenate([right, unsure * expected])
+    fit, _ = nnls(left, right)
     return dict(zip(names, (float(t) for t in fit), strict=True))
+
+
+def _extra(menu: Menu, table: LatencyTable, name: str, shape: str) -> float:
+    """What a layer adds that stays float among int8 ones; 0 where that is not offered."""
+    measured = table.extra.get(name, {}).get(shape)
+    if measured is None:
+        return 0.0
+    one = menu.layers.get(name) or menu.depthwise.get(name)
+    gained = table.whole[FLOAT][shape] - table.whole[INT8][shape]
+    total = sum(layer.macs for layer in (*menu.layers.values(), *menu.depthwise.values()))
+    expected = max(gained, 0.0) * (one.macs / total if one and total else 0.0)
+    return _believed(measured, expected, table.spread.get(INT8, {}).get(shape, 0.0))
+
+
+def _by_work(menu: Menu, whole: float) -> Floats:
+    """The layers' times if all of the time went into multiply-accumulates."""
+    macs = np.array([float(one.macs) for one in menu.layers.values()])
+    total = macs.sum() + menu.fixed_macs + sum(other.macs for other in menu.others)
+    found: Floats = macs * (whole / max(float(total), 1.0))
+    return found
 
 
 def _members(ladder: Ladder) -> set[str]:
@@ -271,7 +300,20 @@ def _savings(
     total = sum(times[name] for name in members)
     share = times[layer.name] / total if total > 0 else 1 / len(members)
     measured = table.saved[regime].get(ladder.group.name, {})
-    return [share * _saved_at(measured, level, ladder.group.size, shape) for level in ladder.levels]
+    spread = table.spread.get(regime, {}).get(shape, 0.0)
+    found = []
+    for level in ladder.levels:
+        raw, fit = _saved_at(measured, level, ladder.group.size, shape), total * (1 - level / ladder.group.size)
+        found.append(share * _believed(raw, fit, spread))
+    return found
+
+
+def _believed(measured: float, expected: float, spread: float) -> float:
+    """The mean of a measurement that scatters by `spread` and an expectation that may be off by a part of itself, weighed by
+    how sure they are: of many noisy savings a search would choose those that luck made large."""
+    doubt = (UNEVEN * expected) ** 2
+    noise = spread**2 * (1 + 1 / COPIES)
+    return measured if noise == 0 else expected + (measured - expected) * doubt / (doubt + noise)
 
 
 def _saved_at(measured: Mapping[str, Mapping[str, float]], level: int, size: int, shape: str) -> float:

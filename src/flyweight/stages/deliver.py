@@ -60,12 +60,19 @@ def deliver(
     steps: Collection[Step],
     calib: Callable[[], Iterable[Batch]],
     largest: int = int8.LARGEST,
+    *,
+    rough: bool = False,
 ) -> tuple[fx.GraphModule, tuple[Note, ...]]:
-    """The compressed graph, eval mode, and notes. `calib()` walks the calibration batches anew."""
+    """The compressed graph, eval mode, and notes. `calib()` walks the calibration batches anew.
+
+    A `rough` one has the shapes and the operators of the delivered one, so its file takes the same time and bytes, but
+    nothing is fitted again, and numbers are rounded to the nearest.
+    """
     structure = [s for s in steps if s.method != int8.NAME]
-    graph = restructured(network, structure, calib)
+    graph = restructured(network, structure, calib, fitted=not rough)
     left = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}  # without those of blocks left out
     numbers = _of_both_parts(graph, [s for s in steps if s.method == int8.NAME and s.target in left])
+    numbers = [int8.step(s.target, compensate=False) for s in numbers] if rough else numbers
     if not numbers:
         return graph, ()
     ready = prepared(graph, network.example, {s.target for s in numbers}, calib)
@@ -78,8 +85,13 @@ def _of_both_parts(graph: fx.GraphModule, numbers: Sequence[Step]) -> list[Step]
     return [*numbers, *(Step(one.method, part, one.setting) for part, one in parts if part)]
 
 
-def restructured(network: Network, steps: Collection[Step], calib: Callable[[], Iterable[Batch]]) -> fx.GraphModule:
-    """The graph with channels removed, layers of lower rank, norms matched to the original's (a copy without steps)."""
+def restructured(
+    network: Network, steps: Collection[Step], calib: Callable[[], Iterable[Batch]], *, fitted: bool = True
+) -> fx.GraphModule:
+    """The graph with channels removed, layers of lower rank, norms matched to the original's (a copy without steps).
+
+    If not `fitted`, norms stay and layers are not fitted to each other.
+    """
     if not steps:
         return copy.deepcopy(network.graph)
     cuts, ranks = ([s for s in steps if s.method == name] for name in (channels.NAME, lowrank.NAME))
@@ -87,6 +99,8 @@ def restructured(network: Network, steps: Collection[Step], calib: Callable[[], 
     lowrank.split_all(graph, network.graph, network.layers, network.stats, ranks)
     blocks.drop(graph, [s.target for s in steps if s.method == blocks.NAME])
     refresh(graph, network.example)
+    if not fitted:
+        return graph
     rows = channels.rows_left(network.graph, network.groups, network.layers, cuts)
     rematch(graph, network.graph, rows, _first(calib(), NORM_SAMPLES))
     if all(one.setting.get("compensate", True) for one in steps):

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 from torch import fx
 
+from flyweight.budget import is_time
 from flyweight.deploy import machine
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder
@@ -274,7 +275,7 @@ def _summary(
     costs: Mapping[str, tuple[float, float]], timings: Timings, promised: Sequence[Claim], met: bool, plan: Plan
 ) -> str:
     times = timings.times[COMPRESSED]
-    limited = [limit.shape for limit in plan.budget.limits if limit.quantity == "latency" and limit.shape in times]
+    limited = [limit.shape for limit in plan.budget.limits if is_time(limit) and limit.shape in times]
     shape = next(iter(limited or times))
     size = costs["size"][1] / costs["size"][0]
     parts = f"{size:.1%} of the bytes and {times[shape].share.value:.1%} of the time of the float original"

@@ -109,7 +109,7 @@ def _boundaries(menu: Menu, table: LatencyTable) -> list[tuple[tuple[str, str], 
     come out right, the same for every pair of neighbours."""
     where = menu.format_index()
     pairs = [(a, b) for a, b in menu.neighbours if a in where and b in where and a != b]
-    if not pairs or not table.extra:
+    if not pairs or not table.extra or table.fixed:
         return []
     costs = {}
     for shape in table.reference_s:

@@ -34,7 +34,7 @@ from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store, better, sensitivities, together
 from flyweight.types import Note
 
-__all__ = ["Quotes", "Store", "judge_on", "largest_integer", "quote"]
+__all__ = ["Quotes", "Store", "judge_on", "largest_integer", "number_layers", "quote"]
 
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32
@@ -91,7 +91,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     job.checkpoint("pricing numbers")
     every = roundable(job.graph)
     passed = {name: one for name, one in every.items() if one.depthwise}
-    allowed, refused = _number_layers(job, every)
+    allowed, refused = number_layers(job, every)
     saved, kept_tables = _number_tables(job, open_groups)
     allowed, refused = allowed | {name: _formats_of(job, name) for name in saved}, refused | kept_tables
     formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
@@ -162,7 +162,7 @@ def _ladders(
     stage: Stage,
 ) -> tuple[Ladder, ...]:
     advance = stage("price channels", len(found)) if found else None
-    multiple = get(job.settings.target).preferred_multiple() // 2
+    multiple = get(job.targets[0]).preferred_multiple() // 2
     made: dict[str, Ladder] = {}
     for i, some in enumerate(together(found)):
         kept = store.load(f"channels-{i}.json")
@@ -210,7 +210,7 @@ def _ranks(
     if "lowrank" not in job.methods:
         return (), {}
     stay, rounding = lowrank.refused(network.graph, network.layers), {f.layer: f.error for f in formats}
-    multiple, count = (get(job.settings.target).preferred_multiple() // 2, 3) if job.times_matter else (1, 6)
+    multiple, count = (get(job.targets[0]).preferred_multiple() // 2, 3) if job.times_matter else (1, 6)
     offered = {name: lowrank.levels(layer, multiple, count) for name, layer in network.layers.items()}
     open_layers = [n for n, some in offered.items() if some and n not in stay and not job.kept_reason([n])]
     advance = stage("price ranks", len(open_layers)) if open_layers else None
@@ -233,7 +233,7 @@ def _ranks(
     return tuple(made), meetings
 
 
-def _number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Layers with an int8 option (0 float, 1 int8: which are allowed), and why others have none."""
     allowed: dict[str, tuple[int, ...]] = {}
     refused: dict[str, str] = {}

@@ -66,6 +66,11 @@ class Settings:
     seed: int = 0
     evaluate: Callable[..., float] | None = None
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The runtimes named in `target`, of which the best one is to be used."""
+        return tuple(dict.fromkeys(name.strip() for name in self.target.split(",")))
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -98,7 +103,12 @@ class Job:
     @property
     def times_matter(self) -> bool:
         """Whether the plan depends on time: then latencies are measured before choosing."""
-        return self.budget.prefer == "latency" or any(limit.quantity == "latency" for limit in self.budget.limits)
+        return self.budget.prefer == "latency" or any(map(budgets.is_time, self.budget.limits))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The runtimes among which one is chosen; one, once it is."""
+        return self.settings.targets
 
     def kept_reason(self, layers: Sequence[str]) -> str:
         """Why the user wants these layers left alone, "" if nothing says so."""
@@ -257,7 +267,12 @@ def _check_call(own: nn.Module, call: Batch, where: str, fix: str) -> None:
 
 
 def _check(settings: Settings) -> None:
-    runtimes.get(settings.target)
+    if not isinstance(settings.target, str):
+        raise UsageError(f"target is a {type(settings.target).__name__}, not a name", fix='write target="onnxruntime"')
+    for target in settings.targets:
+        runtimes.get(target)
+    if settings.table is not None and len(settings.targets) > 1:
+        raise UsageError("a latency table holds for one target", fix=f'name it: target="{settings.table.runtime}"')
     for name in ("methods", "keep", "shapes"):
         value = getattr(settings, name)
         if isinstance(value, str):  # its letters would be taken one by one

@@ -71,7 +71,7 @@ def measured_table(
     variants += len(bases) * (len(menu.blocks) + sum(len(one.levels) - 1 for one in menu.ranks))
     advance = stage("measure latencies", variants)
     return measure_table(
-        bases, reference, menu.layers, menu.groups, levels, feeds, runtime=target, threads=threads,
+        bases, reference, roundable(job.graph), menu.groups, levels, feeds, runtime=target, threads=threads,
         float_layers=float_layers, fixed=[n for n in timed_formats(menu) if n not in float_layers], int8_alone=alone,
         deadline_s=None if left is None else left / 3, advance=advance,
         narrowed=lambda group, level: _narrowed(job, group, level, place),

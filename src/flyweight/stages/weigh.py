@@ -17,10 +17,10 @@ from torch import Tensor, fx
 
 from flyweight.audit.behaviour import behaviour
 from flyweight.audit.quality import Yardstick, measured
-from flyweight.budget import format_limit, is_quality, judge_limit, shape_sizes
+from flyweight.budget import format_limit, is_quality, is_time, judge_limit, shape_sizes
 from flyweight.data import Batch, Batches, first_batch
 from flyweight.deploy.answers import ask_each, distance, tolerance
-from flyweight.deploy.clock import Timings, compare
+from flyweight.deploy.clock import Timing, Timings, compare
 from flyweight.deploy.formats.onnx import output_names
 from flyweight.deploy.runtimes import get
 from flyweight.numerics.intervals import items_to_decide, mean_interval
@@ -35,6 +35,7 @@ __all__ = [
     "clocked_until_decided",
     "evidence",
     "feeds_of",
+    "in_units",
     "parity",
     "promises",
     "size_claim",
@@ -234,7 +235,7 @@ def clocked_until_decided(
     """
     started_s = time.monotonic()
     found = clocked(graph, files, data, shapes, runtime, threads, deadline_s=deadline_s)
-    limits = [limit for limit in budget.limits if limit.quantity == "latency"]
+    limits = [limit for limit in budget.limits if is_time(limit)]
     if not any(claim.state == "undecided" for limit in limits for claim in _latency_claims(limit, found)):
         return found
     left = None if deadline_s is None else deadline_s - (time.monotonic() - started_s)
@@ -263,7 +264,7 @@ def promises(
     for limit in budget.limits:
         if is_quality(limit):
             claims.append(_quality_claim(limit, found, yardstick))
-        elif limit.quantity == "latency":
+        elif is_time(limit):
             claims += _latency_claims(limit, timings)
         else:
             before, after = costs[limit.quantity]
@@ -278,12 +279,7 @@ def _latency_claims(limit: Limit, timings: Timings | None) -> list[Claim]:
     times = timings.times[COMPRESSED]
     claims = []
     for shape in [limit.shape] if limit.shape else times:
-        timing = times[shape]
-        interval = timing.share
-        if limit.unit == "s":
-            # the ratio is what repeats; seconds are it times what the original takes in the same blocks
-            unit_s = timings.times[ORIGINAL][shape].latency_s
-            interval = Interval(interval.value * unit_s, interval.low * unit_s, interval.high * unit_s)
+        interval = in_units(limit, shape, times[shape], timings.times[ORIGINAL][shape])
         state = judge_limit(limit, interval)
         name = format_limit(limit) if limit.shape else f"{format_limit(limit)} ({shape})"
         how = f"{shape}: {timings.how}"
@@ -291,6 +287,20 @@ def _latency_claims(limit: Limit, timings: Timings | None) -> list[Claim]:
             how += "; the limit lies inside the interval: an idle machine decides, or a limit a few per cent away"
         claims.append(Claim(name, "promise", state, interval.value, limit.unit, interval, None, limit, how))
     return claims
+
+
+def in_units(limit: Limit, shape: str, timing: Timing, original: Timing) -> Interval:
+    """What was measured, as the limit says it. The ratio is what repeats; seconds are it times what the original takes in the
+    same blocks."""
+    tail = limit.quantity == "latency.p99"
+    share = timing.p99_share if tail else timing.share
+    if limit.quantity == "throughput":
+        rate = 1.0 if limit.unit == "share" else shape_sizes(shape)["batch"] / original.latency_s
+        return Interval(rate / share.value, rate / share.high, rate / share.low)
+    if limit.unit == "share":
+        return share
+    unit_s = original.p99_s if tail else original.latency_s
+    return Interval(share.value * unit_s, share.low * unit_s, share.high * unit_s)
 
 
 def _quality_claim(limit: Limit, found: Evidence | None, yardstick: Yardstick) -> Claim:

@@ -1,0 +1,53 @@
+"""The command that made a folder, read from its results, with other limits."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from flyweight.budget import METRICS, format_limit, parse
+from flyweight.deploy.folder import read_manifest
+from flyweight.errors import UnsafeFileError, UsageError
+from flyweight.types import Results, from_json
+
+__all__ = ["repeated"]
+
+
+def repeated(folder: Path, given: Mapping[str, Any], workdir: str, made: click.Command) -> tuple[str, dict[str, Any]]:
+    """The command that made `folder`, and its options for `made` (flyweight compress) with the limits in `given`, the folder's
+    prices and another folder.
+
+    Raises UsageError where the folder was made from Python or by another command, UnsafeFileError where it is unfinished or
+    damaged.
+    """
+    read_manifest(folder)
+    try:
+        results = from_json((folder / "results.json").read_bytes(), Results)
+    except msgspec.MsgspecError as error:
+        raise UnsafeFileError("results.json is not of flyweight", where=str(folder), why=str(error)) from error
+    words = shlex.split(results.command)
+    if len(words) < 2 or words[1] != made.name:
+        raise UsageError(
+            "the folder was not made by flyweight compress",
+            where=str(folder),
+            why=f"its command is {results.command!r}",
+            fix=f'from Python: fw.compress(model, …, budget="latency<=5ms", prices="{folder}", workdir="…")',
+        )
+    options = dict(made.make_context(made.name or "", words[2:]).params)
+    changed = {name: given[name] for name in ("latency", "size") if given[name]}
+    metric = options["metric"]
+    named: dict[str, Any] = {} if metric is None else {re.split("[:.]", metric)[-1]: options["better"]}
+    limits = parse(given["budget"] or options["budget"], None, {**METRICS, **named}).limits
+    texts = [format_limit(limit) for limit in limits if limit.quantity not in changed]
+    options["budget"] = ", ".join([*texts, *(f"{name}<={value}" for name, value in changed.items())])
+    options |= {"prefer": given["prefer"] or options["prefer"], "prices": str(folder), "fresh": False}
+    options |= {"quiet": given["quiet"], "as_json": given["as_json"]}
+    ending = "-".join(f"{name}-{value}" for name, value in changed.items()) or "pick"
+    options["workdir"] = workdir or f"{folder}-{re.sub(r'[^0-9a-zA-Z.-]', '', ending)}"
+    return results.command, options

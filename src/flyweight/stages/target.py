@@ -1,0 +1,90 @@
+"""Which of several runtimes serves the model best on this machine: measured, on files that differ from the delivered ones in
+their numbers alone."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+
+from flyweight.deploy.clock import Timings, compare
+from flyweight.deploy.formats.onnx import export
+from flyweight.deploy.latency import FLOAT, INT8
+from flyweight.methods import int8
+from flyweight.stages.deliver import prepared, with_numbers
+from flyweight.stages.quote import Quotes, largest_integer
+from flyweight.stages.setup import Job
+from flyweight.stages.watch import Stage
+from flyweight.stages.weigh import feeds_of
+from flyweight.stages.weighing import Store
+from flyweight.types import Note
+
+__all__ = ["Served", "aimed", "rough_files", "served"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model in one runtime and number format: its mean share (geometric, over shapes) of the first runtime's float time."""
+
+    runtime: str
+    regime: str
+    share: float
+
+
+def aimed(job: Job, quotes: Quotes, store: Store, stage: Stage) -> Job:
+    """The job with one target: of several the one in which the model can be fastest, and a Note that says how fast in each."""
+    if len(job.targets) == 1:
+        return job
+    kept = store.load("target.json")
+    if kept is None:
+        job.checkpoint("comparing runtimes")
+        advance = stage("compare runtimes", len(job.targets))
+        with tempfile.TemporaryDirectory(prefix="flyweight-targets-") as place:
+            files = rough_files(job, quotes, Path(place))
+            timings = served(job, files, Path(place), job.targets)
+        kept = msgspec.json.encode([[one.runtime, one.regime, one.share] for one in timings])
+        store.save("target.json", kept)
+        advance(len(job.targets))
+    found = [Served(*one) for one in msgspec.json.decode(kept, type=list[tuple[str, str, float]])]
+    best = min(found, key=lambda one: one.share)
+    shares = ", ".join(f"{one.runtime} {one.regime} {one.share:.0%}" for one in found)
+    text = f"{best.runtime} serves this model best here: of {found[0].runtime}'s float time take {shares}"
+    note = Note("target.chosen", text, fix=f'target="{best.runtime}" asks for it at once')
+    return replace(job, settings=replace(job.settings, target=best.runtime), notes=(*job.notes, note))
+
+
+def rough_files(job: Job, quotes: Quotes, place: Path) -> dict[str, Path]:
+    """The float original and, where layers have an int8 option, the model with all of them in int8: rounded on one batch, for
+    the clock only."""
+    files = {FLOAT: place / "float.onnx"}
+    export(job.graph, job.example, files[FLOAT])
+    names = [one.layer for one in quotes.menu.formats]
+    if names:
+        ready = prepared(job.graph, job.example, names, lambda: islice(job.calib(), 1))
+        graph, _ = with_numbers(ready, [int8.step(name, compensate=False) for name in names], largest_integer())
+        files[INT8] = place / "int8.onnx"
+        export(graph, job.example, files[INT8])
+    return files
+
+
+def served(job: Job, files: Mapping[str, Path], place: Path, targets: Sequence[str]) -> list[Served]:
+    """Every file in every runtime, beside the float file in the first one."""
+    feeds = feeds_of(job.graph, job.judged, job.shapes, place)
+    pairs = {f"{target}|{regime}": (target, regime, path) for target in targets for regime, path in files.items()}
+    reference = f"{targets[0]}|{FLOAT}"
+    timings: Timings = compare(
+        {name: path for name, (_, _, path) in pairs.items()}, feeds, reference=reference, runtime=targets[0],
+        others={name: target for name, (target, _, _) in pairs.items()}, threads=job.settings.threads, quick=True,
+        processes=3, deadline_s=job.time_left_s(),
+    )  # fmt: skip
+    return [
+        Served(
+            target, regime, math.exp(sum(math.log(t.share.value) for t in timings.times[name].values()) / len(feeds))
+        )
+        for name, (target, regime, _) in pairs.items()
+    ]
