@@ -28,9 +28,10 @@ from flyweight.types import Note, Step
 __all__ = ["Network", "Prepared", "deliver", "prepared", "quantized_values", "restructured", "with_numbers"]
 
 Batch = tuple[Tensor, ...]
-MOST_SAMPLES, LEAST_SAMPLES = 1024, 256  # that ranges and rounding look at: their error is far below that of 8 bits
-NUMBER_MACS = 1.5e11  # for looking at them, half a minute or so
-NORM_SAMPLES = 1024  # samples that norms are matched on: each has many positions, and both networks see the same ones
+# Samples that ranges, rounding and norms look at. Rounding's error is far below that of 8 bits; norms see many positions of
+# each, and both networks see the same ones.
+MOST_SAMPLES, LEAST_SAMPLES = 1024, 256
+LOOKING_MACS = 1.5e11  # for looking at them, half a minute or so
 JUDGING_BATCHES = 4  # that say whether layers fitted once more are better
 
 
@@ -102,10 +103,10 @@ def restructured(
     if not fitted:
         return graph
     rows = channels.rows_left(network.graph, network.groups, network.layers, cuts)
-    rematch(graph, network.graph, rows, _first(calib(), NORM_SAMPLES))
+    rematch(graph, network.graph, rows, _first(calib(), _samples(network.graph)))
     if all(one.setting.get("compensate", True) for one in steps):
         again = resolve(graph, network.graph, rows, calib())
-        rematch(again, network.graph, rows, _first(calib(), NORM_SAMPLES))
+        rematch(again, network.graph, rows, _first(calib(), _samples(network.graph)))
         graph = _nearer(network.graph, (graph, again), calib())
     tidy(network.graph)
     return graph
@@ -139,7 +140,7 @@ def prepared(
     wanted = {} if known else {name: present[name] for name in int8_layers if name in present}
     values = {slot.node for slot in slots(folded, int8_layers)} | {slot.node for slot in slots(folded, list(present))}
     calls = readers_on_sequences(folded, [name for name in int8_layers if name in present])
-    samples = int(min(MOST_SAMPLES, max(LEAST_SAMPLES, NUMBER_MACS / max(1, total_macs(graph)))))
+    samples = _samples(graph)
     if not calls:
         stats = measure(folded, _first(calib(), samples), wanted, values)
         return Prepared(folded, present, replace(stats, inputs=known.inputs) if known else stats)
@@ -167,6 +168,10 @@ def quantized_values(ready: Prepared, layers: Collection[str]) -> set[str]:
 
 def _slots(graph: fx.GraphModule, steps: Sequence[Step]) -> tuple[Slot, ...]:
     return slots(graph, {s.target for s in steps})
+
+
+def _samples(graph: fx.GraphModule) -> int:
+    return int(min(MOST_SAMPLES, max(LEAST_SAMPLES, LOOKING_MACS / max(1, total_macs(graph)))))
 
 
 def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
