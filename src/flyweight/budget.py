@@ -29,10 +29,8 @@ Direction = Literal["higher", "lower"]
 State = Literal["holds", "fails", "undecided"]
 
 METRICS: Mapping[str, Direction] = {
-    "accuracy": "higher",
-    "top5": "higher",
-    "absolute_error": "lower",
-    "squared_error": "lower",
+    **dict.fromkeys(("accuracy", "top5"), "higher"),
+    **dict.fromkeys(("absolute_error", "squared_error"), "lower"),
 }
 
 
@@ -46,13 +44,8 @@ class _Kind(NamedTuple):
 
 
 _SHARE = {"%": ("share", Decimal("0.01"))}
-_TIME = {
-    "s": ("s", Decimal(1)),
-    "ms": ("s", Decimal("1e-3")),
-    "us": ("s", Decimal("1e-6")),
-    "µs": ("s", Decimal("1e-6")),
-    "ns": ("s", Decimal("1e-9")),
-}
+_SECONDS = {"s": "1", "ms": "1e-3", "us": "1e-6", "µs": "1e-6", "ns": "1e-9"}
+_TIME = {unit: ("s", Decimal(scale)) for unit, scale in _SECONDS.items()}
 _RATE = {"/s": ("1/s", Decimal(1))}
 _BYTES = {"B": ("bytes", Decimal(1)), "KB": ("bytes", Decimal(10**3))} | {
     f"{prefix}{'i' if base == 1024 else ''}B": ("bytes", Decimal(base) ** power)
@@ -68,8 +61,7 @@ _SCALES = {  # how values are written back: the largest unit that leaves a numbe
     "macs": (("G", 9), ("M", 6), ("k", 3), ("", 0)),
 }
 _POINTS = {name: ("points", Decimal(1)) for name in ("pt", "pts", "point", "points")}
-_PLAIN = {"": ("", Decimal(1))}
-_FRACTION = _PLAIN | {"%": ("", Decimal("0.01"))}
+_FRACTION = (_PLAIN := {"": ("", Decimal(1))}) | {"%": ("", Decimal("0.01"))}
 
 QUANTITIES: Mapping[str, _Kind] = {
     "latency": _Kind("<=", _SHARE | _TIME, "50%, 3ms, 250us", shapes=True, positive=True),
@@ -86,12 +78,12 @@ _LATER = ("memory", "saliency")
 _TIMES = frozenset({"latency", "latency.p99", "throughput"})
 _COSTS = frozenset({*_TIMES, "size", "macs", *_LATER})
 _PREFER = ("quality", "latency", "size")
-
 # What 1.0 pt or 95 % is for a classifier, the others' divergences are here. All are overridable judgements:
 # multilabel: by Pinsker no event's probability moves by more than sqrt(0.05 / 2) = 16 points on average, a single
 #   label's by far less, since the sum of the Bernoulli divergences is the divergence of all labels together;
 # embed: mean cosine 0.98 to the original's vectors (11 degrees);
 # regress: compression adds at most 1 % of the outputs' own variance (R² of the reproduction 0.99).
+_EXAMPLE = '"latency<=50%, size<=25%, drop<=1pt"'
 _DIVERGENCE_GUARD = {"multilabel": "divergence<=0.05", "embed": "divergence<=0.02", "regress": "divergence<=0.01"}
 
 
@@ -112,11 +104,9 @@ def parse(
     elif isinstance(text, str):
         read = Budget(limits=_check_pairs(tuple(_limit(part, metrics) for part in _split(text))))
     else:
-        raise BudgetError(
-            f"a budget is text, not {type(text).__name__}", fix='write budget="latency<=50%, size<=25%, drop<=1pt"'
-        )
+        raise BudgetError(f"a budget is text, not {type(text).__name__}", fix=f"write budget={_EXAMPLE}")
     if not read.limits:
-        raise BudgetError("the budget names no limit", fix='write for example "latency<=50%, size<=25%, drop<=1pt"')
+        raise BudgetError("the budget names no limit", fix=f"write for example {_EXAMPLE}")
     return msgspec.structs.replace(read, prefer=_preference(read.prefer if prefer is None else prefer))
 
 
@@ -135,10 +125,8 @@ def format_limit(limit: Limit) -> str:
     value = Decimal(repr(limit.value))
     if limit.unit in _SCALES:
         written = _scaled(value, _SCALES[limit.unit])
-    elif limit.unit == "points":
-        written = f"{_plain(value)}pt"
-    elif limit.unit == "1/s":
-        written = f"{_plain(value)}/s"
+    elif limit.unit in ("points", "1/s"):
+        written = f"{_plain(value)}{'pt' if limit.unit == 'points' else '/s'}"
     else:
         per_cent = limit.unit == "share" or limit.quantity in {"agreement", "accuracy", "top5"}
         written = f"{_plain(value * 100)}%" if per_cent else _plain(value)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from safetensors.torch import save as save_tensors
 from torch import fx, nn
 
 from flyweight.data import bind_example
 from flyweight.deploy.atomic import write_atomic
-from flyweight.deploy.folder import MANIFEST, Folder, commit, inherit, open_folder, read_manifest
+from flyweight.deploy.folder import Folder, commit, open_folder, read_manifest
+from flyweight.deploy.inherit import inherit
 from flyweight.deploy.latency import LatencyTable
-from flyweight.errors import UnsafeFileError, UsageError
+from flyweight.errors import UsageError
 from flyweight.face.progress import Progress
 from flyweight.graph.program import load_files
 from flyweight.graph.source import source
@@ -26,6 +26,7 @@ from flyweight.graph.transplant import transplanted
 from flyweight.stages.advise import Advice, advised
 from flyweight.stages.again import replayed, reweighed
 from flyweight.stages.buy import Purchase, buy
+from flyweight.stages.given import path_of, read_plan, read_table
 from flyweight.stages.look import Inspection, inspected
 from flyweight.stages.make import make, plan_of
 from flyweight.stages.quote import Quotes, quote
@@ -199,7 +200,7 @@ def apply(
     held = sorted({"budget", "prefer", "methods", "rules", "keep"} & set(arguments))
     if held:
         raise UsageError(f"apply takes no {held[0]}", why="the plan says what is done", fix="plan anew with it")
-    found = plan if isinstance(plan, Plan) else _read_plan(plan)
+    found = plan if isinstance(plan, Plan) else read_plan(plan)
     arguments = {"workdir": "out/", **arguments}
     run = _Run.of(model, calib=calib, budget=found.budget, **arguments)
     with run.open(extra_key={"plan": hashlib.sha256(to_json(found).encode()).hexdigest()}) as (job, folder, stage):
@@ -220,7 +221,7 @@ def load(folder: str | Path) -> fx.GraphModule:
 
     Raises UnsafeFileError for an unfinished or damaged folder. Needs no class of the user's and runs no code.
     """
-    path = _path("folder", folder)
+    path = path_of("folder", folder)
     read_manifest(path)
     return load_files(path)
 
@@ -339,15 +340,15 @@ class _Run:
             raise UsageError(f"stop is a {type(stop).__name__}, not a function", fix="leave it out")
         settings = Settings(
             budget,
-            table=_read_table(table),
+            table=read_table(table),
             time_limit_s=duration_s(time_limit),
             keep=kept,
             rules=tuple(rules or ()),
             **others,
         )
         data = {"calib": calib, "tune": tune, "test": test, "example": example}
-        known_prices = None if prices is None else _path("prices", prices)
-        return _Run(model, data, settings, _path("workdir", workdir), progress, fresh, stop, known_prices)
+        known_prices = None if prices is None else path_of("prices", prices)
+        return _Run(model, data, settings, path_of("workdir", workdir), progress, fresh, stop, known_prices)
 
     @contextmanager
     def open(self, extra_key: Mapping[str, Any] | None = None) -> Iterator[tuple[Job, Folder, Watch]]:
@@ -383,34 +384,3 @@ def _progress(shown: bool) -> Iterator[Stage]:
             return progress.stage(name, total=total).advance
 
         yield stage
-
-
-def _read_plan(given: str | Path) -> Plan:
-    path = _path("plan", given)
-    if (path.parent / MANIFEST).is_file():
-        read_manifest(path.parent)
-    try:
-        return from_json(path.read_bytes(), Plan)
-    except OSError as error:
-        raise UsageError(f"the plan cannot be read: {error.strerror}", where=str(path)) from error
-    except msgspec.MsgspecError as error:
-        raise UnsafeFileError("this is no plan of flyweight", where=str(path), why=str(error)) from error
-
-
-def _path(name: str, given: object) -> Path:
-    if not isinstance(given, (str, Path)):
-        raise UsageError(f"{name} is a {type(given).__name__}, not a path", fix=f'write {name}="…"')
-    return Path(given)
-
-
-def _read_table(table: LatencyTable | str | Path | None) -> LatencyTable | None:
-    if table is None or isinstance(table, LatencyTable):
-        return table
-    try:
-        raw = _path("table", table).read_bytes()
-        # as a run keeps it in run/stages, there is a line with its hash in front
-        return from_json(raw.partition(b"\n")[2] if raw.startswith(b"flyweight-stage ") else raw, LatencyTable)
-    except OSError as error:
-        raise UsageError(f"the latency table cannot be read: {error.strerror}", where=str(table)) from error
-    except msgspec.MsgspecError as error:
-        raise UnsafeFileError("this is no latency table of flyweight", where=str(table), why=str(error)) from error

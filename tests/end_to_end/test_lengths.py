@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import flyweight as fw
 from flyweight.deploy import latency
 from flyweight.errors import DataError, TraceError
-from flyweight.stages import buy
+from flyweight.stages import timing
 
 WIDTH, WORDS = 16, 40
 
@@ -138,7 +138,7 @@ def test_a_folder_is_weighed_again_on_other_lengths(read):
 def test_a_split_role_in_int8_with_a_limit_at_a_length(world, monkeypatch):
     short = functools.partial(latency.compare, processes=2)
     monkeypatch.setattr(latency, "compare", short)  # nothing is asserted of how fast anything is
-    monkeypatch.setattr(buy, "measure_table", functools.partial(buy.measure_table, seconds_per_shape=0.03))
+    monkeypatch.setattr(timing, "measure_table", functools.partial(timing.measure_table, seconds_per_shape=0.03))
     torch.manual_seed(0)
     made = world.made(
         "lengths-split", Listener().eval(), calib=waves(0, 6, 10, 16, 10), methods=["int8"],

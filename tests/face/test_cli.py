@@ -28,7 +28,7 @@ from flyweight.types import Plan, Results, from_json, to_json
 from shortclock import FIRST
 
 ROOT = Path(__file__).parents[2]
-VERBS = {"demo", "inspect", "plan", "compress", "pick", "apply", "verify", "report"}
+VERBS = {"demo", "inspect", "plan", "compress", "pick", "advise", "apply", "verify", "report"}
 NETS = '''
 import torch
 from torch import nn
@@ -191,7 +191,7 @@ def test_the_page_says_what_help_says(shell):
     assert shell("compress", "--help").stdout.strip() in page
 
 
-@pytest.mark.parametrize("name", ["compress", "plan", "apply", "verify", "inspect"])
+@pytest.mark.parametrize("name", ["compress", "plan", "advise", "apply", "verify", "inspect"])
 def test_options_are_the_arguments_of_the_twin(name):
     """What only Python can say: progress (--quiet), stop (Ctrl-C), recover and fn-valued things have other names."""
     import inspect
@@ -268,6 +268,29 @@ def test_another_budget_in_the_same_folder_is_refused(finished, shell):
     assert found.returncode == 2
     assert "--fresh" in found.stderr
     assert all(file.read_bytes() == bytes_ for file, bytes_ in before.items())
+
+
+def test_another_point_is_picked_on_the_prices_of_the_folder(finished, shell):
+    before = (finished / "manifest.json").read_bytes()
+    found = shell("pick", "out", "--size", "80%", "-o", "picked", "--quiet")
+    assert found.returncode in (0, 1), found.stderr
+    assert "repeating with divergence<=1, size<=80%" in found.stderr
+    made, old = (from_json((finished.parent / f / "results.json").read_bytes(), Results) for f in ("picked", "out"))
+    assert {limit.quantity: limit.value for limit in made.budget.limits} == {"size": 0.8, "divergence": 1.0}
+    assert made.plan.made_with.stats_hash == old.plan.made_with.stats_hash
+    assert (finished / "manifest.json").read_bytes() == before
+    again = shell("pick", "picked", "--size", "70%")  # its command is another one
+    assert again.returncode == 2
+    assert "not made by flyweight compress" in again.stderr
+
+
+def test_advice_is_told_and_is_one_object_in_json(here, capsys):
+    code, told, _ = run_here(capsys, "advise", "nets:small", "--calib", "data.npz", "--quiet")
+    assert code == 0
+    assert {"int8", "channels", "openvino", "onnxruntime"} <= set(told.split())
+    code, told, _ = run_here(capsys, "advise", "nets:small", "--calib", "data.npz", "--json", "--quiet")
+    assert code == 0
+    assert json.loads(told)["float_share"]["onnxruntime"] == 1.0
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

@@ -96,6 +96,22 @@ def test_ranges_hold_the_true_ends_and_every_value():
     assert int(histogram.counts.sum()) == values.numel()
 
 
+def test_a_histogram_of_a_part_does_not_depend_on_batches_and_keeps_the_true_ends(monkeypatch):
+    graph, example, _ = subject("residual")
+    monkeypatch.setattr("flyweight.graph.measure.COUNTED", 16)  # of more numbers of each sample
+    feed, name = rows(example, 12), next(n.name for n in graph.graph.nodes if n.op == "call_module")
+    found = [
+        measure(graph, list(zip(*(x.split(split) for x in feed), strict=True)), {}, [name]).ranges[name]
+        for split in SPLITS
+    ]
+    assert all(torch.equal(one.counts, found[0].counts) for one in found)
+    assert {(one.low, one.high) for one in found} == {(found[0].low, found[0].high)}
+    monkeypatch.undo()
+    whole = measure(graph, [feed], {}, [name]).ranges[name]
+    assert (found[0].low, found[0].high) == (whole.low, whole.high)
+    assert 0 < float(found[0].counts.sum()) < float(whole.counts.sum())
+
+
 def test_progress_counts_samples_and_only_what_is_asked_for_is_measured():
     graph, example, _ = subject("mlp")
     told: list[int] = []

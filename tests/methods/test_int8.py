@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 
+import onnx
 import pytest
 import torch
 
+from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.placement import slots
 from flyweight.graph.operators import matrix
-from flyweight.methods import int8
-from flyweight.stages.deliver import Prepared, prepared, with_numbers
+from flyweight.methods import channels, int8
+from flyweight.methods.pricing import Judge, outputs_of
+from flyweight.stages.deliver import Network, Prepared, deliver, prepared, quantized_values, with_numbers
 from flyweight.testing import Subject, small_network, subject
 from flyweight.testing.subject import in_double
+
+from ..deploy import int8_nets as nets
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +150,36 @@ def test_the_graph_prepared_is_not_changed(one: Subject, ready: Prepared):
     assert all(torch.equal(t, before[n]) for n, t in ready.graph.state_dict().items())
 
 
-def test_folding_is_noted():
-    from flyweight.stages.deliver import Network, deliver
+@pytest.mark.parametrize("name", ["residual", "tokens", "depthwise behind zeros"])
+def test_judging_from_the_first_changed_value_on_is_judging_the_whole(name: str):
+    _, _, made, _, batches = nets.ready(name)
+    judge = Judge(batches, outputs_of(made.graph, batches), lambda a, b: (a - b).flatten(1).square().sum(1))
+    for layer in made.layers:
+        graph, _ = with_numbers(made, [int8.step(layer)])
+        behind = judge.behind(made.graph, [layer], quantized_values(made, [layer]))
+        assert behind(graph) == judge(graph)
 
+
+def test_a_rough_network_has_the_operators_and_the_shapes_of_the_delivered_one(tmp_path):
+    one = subject(*small_network())
+    network = Network(one.graph, one.layers, one.groups, one.stats, one.example)
+    group = next(iter(one.groups.values()))
+    steps = [channels.step(group, list(range(group.size // 2 + 1))), *(int8.step(name) for name in one.layers)]
+    files = []
+    for rough in (False, True):
+        graph, _ = deliver(network, steps, lambda: iter(one.batches), rough=rough)
+        files.append(tmp_path / f"{rough}.onnx")
+        export(graph, one.example, files[-1])
+    made = [onnx.load(file).graph for file in files]
+    delivered, rough = ([node.op_type for node in graph.node] for graph in made)
+    assert delivered == rough
+    shapes = [sorted((t.name, t.data_type, tuple(t.dims)) for t in graph.initializer) for graph in made]
+    assert shapes[0] == shapes[1]
+    assert files[0].stat().st_size == files[1].stat().st_size
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_folding_is_noted():
     one = subject(*small_network())
     network = Network(one.graph, one.layers, one.groups, one.stats, one.example)
     graph, notes = deliver(network, [int8.step("inner")], lambda: iter(one.batches))

@@ -133,11 +133,13 @@ def test_without_a_table_time_has_no_price():
     assert len(markets(menu(), None)) == 1
 
 
-def test_the_whole_models_take_what_was_measured():
-    built = problem(menu(), table())
+@pytest.mark.parametrize("spread", [0.0, 0.003, 0.1])  # of the clock: what is believed of each part must add up as well
+def test_the_whole_models_take_what_was_measured(spread: float):
+    scatter = {regime: {SHAPE: spread} for regime in ("float", "int8")} if spread else {}
+    built = problem(menu(), table(spread=scatter))
     assert latency(built, KEEP) == pytest.approx(0.96)  # all float: the boundaries make it come out
     assert latency(built, (0, 0, 0, 0, *(1 for _ in menu().formats))) == pytest.approx(0.5)
-    assert latency(problem(bare(), table()), (0, 0, 0, 0)) == pytest.approx(0.96)
+    assert latency(problem(bare(), table(spread=scatter)), (0, 0, 0, 0)) == pytest.approx(0.96)
 
 
 @pytest.mark.parametrize("v", range(4))

@@ -37,7 +37,7 @@ __all__ = [
     "Folder",
     "Manifest",
     "commit",
-    "inherit",
+    "key_of",
     "open_folder",
     "read_events",
     "read_manifest",
@@ -168,33 +168,6 @@ def commit(folder: Folder, files: Sequence[str], meta: Mapping[str, Any]) -> Man
     return made
 
 
-def inherit(folder: Folder, other: Path, apart: Mapping[str, Collection[str]]) -> None:
-    """Takes over the checkpoints of another run, where this one has none yet. Checkpoints are copied with their SHA-256.
-
-    `apart`: parts of the key in which the runs may differ -> the checkpoints that do not hold then ("correction-" stands for
-    all that begin so). Raises UsageError where the other folder is no run, or differs in another part.
-    """
-    root = Path(other)
-    record = _earlier(root) if root.is_dir() else None
-    if record is None:
-        raise UsageError(
-            "there is no run to take prices from", where=str(root), fix="name a folder that flyweight wrote"
-        )
-    differing = {part for part in {*record.key, *folder.key} if record.key.get(part) != folder.key.get(part)}
-    if others := sorted(differing - set(apart)):
-        raise UsageError(
-            f"prices of another run do not hold here: {others[0]} differs",
-            where=str(root),
-            why=f"{_short(record.key.get(others[0]))} there, {_short(folder.key.get(others[0]))} here",
-            fix="ask for the same, or leave prices= (--prices) out",
-        )
-    stale = tuple(name for part in differing for name in apart[part])
-    for stage in sorted((root / STAGES).glob("*.stage")):
-        own = folder.path / STAGES / stage.name
-        if not own.is_file() and not (stale and stage.name.startswith(stale)):
-            write_atomic(own, stage.read_bytes())
-
-
 def read_manifest(path: Path, but: Collection[str] = ()) -> Manifest:
     """The manifest of a finished folder, after every file in it, `but` those named, was compared with its SHA-256.
 
@@ -222,6 +195,11 @@ def read_manifest(path: Path, but: Collection[str] = ()) -> Manifest:
     return manifest
 
 
+def key_of(path: Path) -> Mapping[str, Any] | None:
+    """What the run in a folder was asked for, part by part; None where there is none. Raises as `read_manifest` does."""
+    return record.key if path.is_dir() and (record := _earlier(path)) is not None else None
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a run in order; a line torn by a kill is left out."""
     file, events = Path(path) / EVENTS, []
@@ -245,9 +223,8 @@ def _refuse_foreign(root: Path) -> None:
         return
     strangers = sorted(entry.name for entry in root.iterdir() if not _just_begun(entry))
     if strangers:
-        shown = ", ".join(strangers[:3]) + (" …" if len(strangers) > 3 else "")
         raise UsageError(
-            f"the folder holds something else ({shown})",
+            f"the folder holds something else ({', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''})",
             where=str(root),
             why="flyweight never writes among files that it did not make",
             fix="name an empty or a new folder",

@@ -11,7 +11,7 @@ import math
 import re
 from pathlib import PurePath
 
-from flyweight.deploy.runtimes import known
+from flyweight.deploy.runtimes import known, names
 from flyweight.face import tables
 from flyweight.types import Claim, Results, Row
 
@@ -119,7 +119,8 @@ def _claim(claim: Claim) -> list[str]:
 
 def _loading(results: Results) -> str:
     file = PurePath(results.artifact.path).name
-    code = known(results.target).snippet.format(file=json.dumps(file))
+    target = results.target if results.target in names() else "onnxruntime"  # a record from elsewhere may say anything
+    code = known(target).snippet.format(file=json.dumps(file))
     verify = _fenced(tables.next_command(results), "sh")
     return f"{_fenced(code, 'python')}\n\nWeigh it again on your machine:\n\n{verify}"
 

@@ -86,9 +86,7 @@ def show_advice(found: Advice) -> None:
     """The verdict, what each method does in each runtime, what binds, and how much test data a promise would take."""
     share = tables.format_share
     first = next(iter(found.float_share))
-    rows = [
-        ("as it is (float)", name, "100 %", "100 %", share(part), "", "") for name, part in found.float_share.items()
-    ]
+    rows = [("float", name, "100 %", "100 %", share(part), "", "") for name, part in found.float_share.items()]
     rows += [
         (
             one.method,
@@ -101,11 +99,15 @@ def show_advice(found: Advice) -> None:
         )
         for one in found.ways
     ]
-    head = ["method", "runtime", "bytes", "time", f"time / {first}", "divergence", "other answers"]
+    head = ["method", "runtime", "bytes", "time", "overall", "divergence", "changed"]
     with _stdout() as console:
         console.print(_text(found.verdict, "bold"))
         console.print(_table(head, rows))
+        console.print(
+            _text(f"bytes and time: of the float model in the same runtime; overall: of {first}'s float time")
+        )
         console.print(_text("channels: three quarters of all that may be cut, not repaired, so not judged"))
+        console.print(_text("changed: samples whose first answer is another"))
         console.print(_text(f"{share(found.open_macs)} of the MACs lie in layers whose channels may be cut"))
         console.print(_text(f"{found.largest} does {share(found.largest_share)} of the MACs"))
         if found.test_items is not None:

@@ -187,6 +187,7 @@ def _verdict(ways: Sequence[Way], plain: dict[str, float]) -> str:
         return f"{best.method} in {best.runtime} takes {best.latency:.0%} of its float time"
     if plain[fastest] <= GAIN:
         return f"nothing makes it faster but another runtime: {fastest} takes {plain[fastest]:.0%} of {next(iter(plain))}'s time"
-    if any(one.size <= GAIN for one in ways):
-        return "nothing makes it faster here; int8 makes its file smaller"
+    smallest = min(ways, key=lambda one: one.size, default=None)
+    if smallest is not None and smallest.size <= GAIN:
+        return f"nothing makes it faster here; {smallest.method} makes its file smaller"
     return "nothing to gain here"

@@ -18,7 +18,7 @@ from flyweight.stages.menu import Menu
 DOUBT = 0.5  # of a layer's time as its multiply-accumulates tell it
 UNEVEN = 0.5  # of a saving as the layers' times tell it: kernels work in blocks
 
-__all__ = ["layer_factors", "number_factors", "other_factors", "own_times"]
+__all__ = ["float_extra", "layer_factors", "number_factors", "other_factors", "own_times"]
 
 
 def layer_factors(
@@ -66,7 +66,7 @@ def _joined_factors(
         for i in (*into, *out):
             factors.append(_saving_factor(menu, layer, table, own, i))
         if form is not None:
-            stays = {f"latency@{s}": np.array([_extra(menu, table, layer.name, s), 0.0]) for s in own}
+            stays = {f"latency@{s}": np.array([float_extra(menu, table, layer.name, s), 0.0]) for s in own}
             factors.append(Factor((form,), np.zeros(2), stays))
     return factors
 
@@ -134,7 +134,7 @@ def number_factors(menu: Menu, name: str, table: LatencyTable | None) -> list[Fa
     }
     costs = {"size": np.array([0.0, menu.sizes.per_int8_layer])}
     if table is not None:
-        costs |= {f"latency@{s}": np.array([_extra(menu, table, name, s), 0.0]) for s in table.reference_s}
+        costs |= {f"latency@{s}": np.array([float_extra(menu, table, name, s), 0.0]) for s in table.reference_s}
     factors = [Factor((form,), np.zeros(2), costs)]
     for group, left in _shares(lost):
         size = -saved * np.stack([np.zeros(len(left)), np.array(left)], 1)
@@ -231,7 +231,7 @@ def _latency(
                 both = (min(max(a, 0.0), own) * min(max(b, 0.0), own)) / own
                 result[i, o, k] = -(a + b - both)
         if size[2] == 2 and k == 0:
-            result[:, :, k] += _extra(menu, table, layer.name, shape)
+            result[:, :, k] += float_extra(menu, table, layer.name, shape)
     return result
 
 
@@ -260,7 +260,7 @@ def own_times(menu: Menu, table: LatencyTable, shape: str, regime: str) -> Mappi
     return dict(zip(names, (float(t) for t in fit), strict=True))
 
 
-def _extra(menu: Menu, table: LatencyTable, name: str, shape: str) -> float:
+def float_extra(menu: Menu, table: LatencyTable, name: str, shape: str) -> float:
     """What a layer adds that stays float among int8 ones; 0 where that is not offered."""
     measured = table.extra.get(name, {}).get(shape)
     if measured is None:

@@ -20,7 +20,7 @@ from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Factor, Problem, evaluate
-from flyweight.stages.costs import layer_factors, number_factors, other_factors, own_times
+from flyweight.stages.costs import float_extra, layer_factors, number_factors, other_factors, own_times
 from flyweight.stages.depth import block_factors
 from flyweight.stages.menu import Format, Menu, Sizes
 from flyweight.stages.ranks import rank_factors
@@ -113,7 +113,7 @@ def _boundaries(menu: Menu, table: LatencyTable) -> list[tuple[tuple[str, str], 
         return []
     costs = {}
     for shape in table.reference_s:
-        added = sum(by[shape] for by in table.extra.values())
+        added = sum(float_extra(menu, table, name, shape) for name in table.extra)
         unit = (added - (table.whole[FLOAT][shape] - table.whole[INT8][shape])) / len(pairs)
         costs[f"latency@{shape}"] = np.array([[-unit, 0.0], [0.0, 0.0]])
     return [((a, b), Factor(tuple(sorted((where[a], where[b]))), np.zeros((2, 2)), costs)) for a, b in pairs]
