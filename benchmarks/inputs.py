@@ -112,7 +112,7 @@ def kin(texts: Sequence[str]) -> list[int]:
         words = re.findall(r"\w+", text.lower())
         subject = re.sub(r"^((re|fwd?|aw)\s*:\s*|\[[^\]]*\]\s*)+", "", text.lower()).split(". ")[0]
         marks = {" ".join(words[k : k + SHINGLE]) for k in range(len(words) - SHINGLE + 1)} | {f"subject {subject}"}
-        for mark in marks:
+        for mark in sorted(marks):  # a set of texts has another order in every process
             other = seen.setdefault(mark, i)
             family[head(i)] = head(other)
     return [head(i) for i in range(len(texts))]
