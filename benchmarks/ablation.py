@@ -165,7 +165,7 @@ def _plain(quotes: Quotes, step: Step) -> Step:
 
 def rival_variants(subject: Subject, folder: Path) -> list[Variant]:
     """The plain, uniform baselines of other tools: magnitude pruning, ONNX Runtime's int8, and one after the other."""
-    example, arrays = subject.calib[0][:1], [x.numpy() for x in subject.calib[0][:512].split(32)]
+    example, feeds = subject.calib[0][:1], [{"x": x.numpy()} for x in subject.calib[0][:512].split(32)]
     whole = float_onnx(subject.model, example, folder / "float.onnx")
     cut, _ = pruned(subject.model, "L2", DIVIDE, subject.calib)
     small = reestimated(cut, subject.calib[0])
@@ -174,8 +174,8 @@ def rival_variants(subject: Subject, folder: Path) -> list[Variant]:
     return [
         Variant("float", whole, macs(subject.model, example)),
         Variant("L2 channels, uniform", small_path, count),
-        Variant("ORT int8", ort_static_int8(whole, arrays, folder / "int8.onnx"), macs(subject.model, example)),
-        Variant("L2 channels, uniform + ORT int8", ort_static_int8(small_path, arrays, folder / "both.onnx"), count),
+        Variant("ORT int8", ort_static_int8(whole, feeds, folder / "int8.onnx"), macs(subject.model, example)),
+        Variant("L2 channels, uniform + ORT int8", ort_static_int8(small_path, feeds, folder / "both.onnx"), count),
     ]
 
 

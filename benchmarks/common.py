@@ -34,6 +34,7 @@ CHOOSE_FROM, TRAIN_ROWS = 55_000, 60_000  # rows 0..54,999 steer, 55,000..59,999
 MEAN, STD = 0.286, 0.353
 FLOAT_ACCURACY = 0.9359  # of the float network on the test rows, as its README states
 EVAL_BATCH = 512
+RESAMPLES = 2_000  # of the bootstrap over sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +183,17 @@ def reestimated_on(model: nn.Module, inputs: Iterable[Sequence[Tensor]]) -> nn.M
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()
+
+
+def source_interval(values: Tensor, source: Tensor) -> tuple[float, float]:
+    """The 95 % interval of the mean, by drawing whole sources (percentile bootstrap, seeded)."""
+    _, number = source.unique(return_inverse=True)
+    sums = torch.zeros(int(number.max()) + 1, dtype=torch.float64).index_add_(0, number, values)
+    counts = number.bincount().double()
+    drawn = torch.randint(len(counts), (RESAMPLES, len(counts)), generator=torch.Generator().manual_seed(0))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def paired_interval(before: Tensor, after: Tensor) -> tuple[float, float, float]:

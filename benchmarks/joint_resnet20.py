@@ -64,10 +64,10 @@ def rival_artifacts(model: ResNet20, data: FashionMnist, folder: Path) -> dict[s
     """Name -> ONNX file: the plain float export, and ONNX Runtime's own static int8 of it in every preset."""
     calib = data.calib(CALIB_ROWS)[0]
     plain = float_onnx(model, calib[:2], folder / "float.onnx")
-    arrays = [x.numpy() for x in calib.split(32)]
+    feeds = [{"x": x.numpy()} for x in calib.split(32)]
     made = {FLOAT: plain}
     for preset in PRESETS:
-        made[f"ort {preset}"] = ort_static_int8(plain, arrays, folder / f"ort-{preset}.onnx", preset)
+        made[f"ort {preset}"] = ort_static_int8(plain, feeds, folder / f"ort-{preset}.onnx", preset)
     return made
 
 

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 import flyweight as fw
-from common import RESULTS, arguments, facts, print_table, write_csv
+from common import RESULTS, arguments, facts, print_table, source_interval, write_csv
 from flyweight.deploy import clock, runtimes
 from flyweight.deploy.formats.onnx import export
 from flyweight.graph.trace import trace
 from peers_cases import CASES, Case
 from peers_rivals import Rival, rivals
-from structured import interval
 
 FLOAT = "float"
 COLUMNS = ("artifact", "runtime", "MB", "seconds", "note")
@@ -98,7 +97,7 @@ def table(
             row |= {f"{shape} share": share.value, f"{shape} low": share.low, f"{shape} high": share.high}
         for figure, values in figures[name].items():
             row[figure] = float(values.double().mean())
-        low, high = interval(next(iter(figures[name].values())).double(), case.source)
+        low, high = source_interval(next(iter(figures[name].values())).double(), case.source)
         rows.append(row | {"low": low, "high": high, "seconds": one.seconds, "note": one.how})
     return rows
 
@@ -114,7 +113,7 @@ def ahead(
             times = {"time": a.value / b.value, "time low": a.low / b.high, "time high": a.high / b.low}
             for figure, values in figures[mine].items():
                 apart = values.double() - figures[other][figure].double()
-                low, high = interval(apart, case.source)
+                low, high = source_interval(apart, case.source)
                 difference = {"figure": figure, "ahead": float(apart.mean()), "low": low, "high": high}
                 rows.append({"flyweight": mine, "rival": other, **times, **difference})
     return rows

@@ -9,23 +9,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from rivals import PRESETS, Feed, ort_static_int8
 
-Feed = Mapping[str, np.ndarray[Any, Any]]
 CALIBRATED = 300  # samples that the tools look at (NNCF's default)
-STATIC = {  # activations, weights, ranges
-    "ort static u8s8 minmax": ("QUInt8", "MinMax"),
-    "ort static s8s8 minmax": ("QInt8", "MinMax"),
-    "ort static u8s8 entropy": ("QUInt8", "Entropy"),
-    "ort static u8s8 percentile": ("QUInt8", "Percentile"),
-}
+STATIC = [f"ort static {preset}" for preset in PRESETS]
 DYNAMIC = {"ort dynamic": False, "ort dynamic per channel": True}
 NNCF = {"nncf performance": "performance", "nncf mixed": "mixed"}
 
@@ -69,26 +61,13 @@ def _as_it_is(name: str, file: Path, feeds: Sequence[Feed], place: Path) -> tupl
 
 
 def _static(name: str, file: Path, feeds: Sequence[Feed], place: Path) -> tuple[Path, str]:
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    activations, ranges = STATIC[name]
-    path = place.with_suffix(".onnx")
-    how = f"quantize_static QDQ per_channel activations {activations} weights QInt8 {ranges} after quant_pre_process"
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(str(file), str(prepared))
-        quantization.quantize_static(
-            str(prepared),
-            str(path),
-            _Reader(feeds),
-            quant_format=quantization.QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=getattr(quantization.QuantType, activations),
-            weight_type=quantization.QuantType.QInt8,
-            calibrate_method=getattr(quantization.CalibrationMethod, ranges),
-        )
-    return path, how
+    preset = name.removeprefix("ort static ")
+    with _quiet():
+        path = ort_static_int8(file, feeds, place.with_suffix(".onnx"), preset)
+    return (
+        path,
+        f"quantize_static QDQ per_channel {preset} after quant_pre_process (no symbolic shapes where they fail)",
+    )
 
 
 def _dynamic(name: str, file: Path, feeds: Sequence[Feed], place: Path) -> tuple[Path, str]:
@@ -121,23 +100,6 @@ def _nncf(name: str, file: Path, feeds: Sequence[Feed], place: Path, transformer
         openvino.save_model(made, str(path), compress_to_fp16=False)
     kind = " model_type=transformer" if transformer else ""
     return path, f"nncf.quantize preset={NNCF[name]}{kind} subset_size={CALIBRATED}"
-
-
-class _Reader:
-    """ONNX Runtime's calibration reader over feeds in memory (it asks for the next until None comes)."""
-
-    def __init__(self, feeds: Sequence[Feed]) -> None:
-        self._feeds = iter(feeds)
-
-    def get_next(self) -> Feed | None:
-        """The next feed, or None."""
-        return next(self._feeds, None)
-
-    def __iter__(self) -> _Reader:
-        return self
-
-    def __next__(self) -> Feed:
-        return next(self._feeds)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from common import ResNet20, accuracy, macs, parameters, reestimated
 
 Scope = Literal["all", "inner"]
+Feed = Mapping[str, np.ndarray[Any, Any]]
 CRITERIA = ("L2", "L1", "LAMP", "FPGM", "Taylor", "Hessian", "Hessian (summed)")
 PRESETS = ("u8s8", "s8s8", "u8s8-entropy", "u8s8-percentile")
 LABELLED_ROWS = 256  # for Taylor and Hessian
@@ -177,11 +178,11 @@ def float_onnx(model: nn.Module, example: Tensor, path: Path) -> Path:
     return path
 
 
-def ort_static_int8(float_path: Path, calib: Sequence[np.ndarray[Any, Any]], path: Path, preset: str = "u8s8") -> Path:
+def ort_static_int8(float_path: Path, calib: Sequence[Feed], path: Path, preset: str = "u8s8") -> Path:
     """ONNX Runtime's own static int8 of a float file: pre-processed as documented, then QDQ, per channel.
 
     Presets: "u8s8" (activations uint8, weights int8: its advice for AVX-512 VNNI), "s8s8" (its default), and "u8s8"
-    with entropy or percentile ranges instead of minimum and maximum. `calib` is a sequence of input batches.
+    with entropy or percentile ranges instead of minimum and maximum. `calib`: batches of inputs by name.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -197,11 +198,14 @@ def ort_static_int8(float_path: Path, calib: Sequence[np.ndarray[Any, Any]], pat
     activation = quantization.QuantType.QInt8 if preset == "s8s8" else quantization.QuantType.QUInt8
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # it prints its histograms
         prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(str(float_path), str(prepared))
+        try:
+            quant_pre_process(str(float_path), str(prepared))
+        except TypeError:  # its symbolic shapes fail on MiniLM's mask; its documentation says to leave them out then
+            quant_pre_process(str(float_path), str(prepared), skip_symbolic_shape=True)
         quantization.quantize_static(
             str(prepared),
             str(path),
-            _Reader(calib, _input_name(prepared)),
+            _Reader(calib),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             activation_type=activation,
@@ -214,24 +218,18 @@ def ort_static_int8(float_path: Path, calib: Sequence[np.ndarray[Any, Any]], pat
 class _Reader:
     """ONNX Runtime's calibration reader over batches in memory (it asks for the next until None comes)."""
 
-    def __init__(self, arrays: Sequence[np.ndarray[Any, Any]], name: str) -> None:
-        self._feeds = iter([{name: array} for array in arrays])
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self._feeds = iter(feeds)
 
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+    def get_next(self) -> Feed | None:
         """The next batch, or None."""
         return next(self._feeds, None)
 
     def __iter__(self) -> _Reader:
         return self
 
-    def __next__(self) -> dict[str, np.ndarray[Any, Any]]:
+    def __next__(self) -> Feed:
         return next(self._feeds)
-
-
-def _input_name(path: Path) -> str:
-    import onnx
-
-    return str(onnx.load(str(path), load_external_data=False).graph.input[0].name)
 
 
 def onnx_right(path: Path, images: Tensor, labels: Tensor, threads: int) -> Tensor:

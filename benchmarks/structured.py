@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from common import parameters, reestimated_on
+from common import parameters, reestimated_on, source_interval
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.graph.axes import Group
 from flyweight.graph.surgery import cut
@@ -42,7 +42,6 @@ Batch = tuple[Tensor, ...]
 RAW = ", raw"  # behind a method's name: BatchNorm statistics as they were
 CRITERIA = tuple(name for name in criteria.ALL if name != "full")
 SCORED_BATCHES = 8  # calibration batches whose gradients are looked at
-RESAMPLES = 2_000  # of the bootstrap over sources
 CORRECTIONS = 6  # tries to meet the MACs that a goal asks for, to a percent
 
 
@@ -361,23 +360,12 @@ def figures(weighed: Mapping[str, Tensor], source: Tensor) -> dict[str, float]:
     """The mean of each figure; of the first also the ends of its 95 % interval."""
     found = {name: float(values.double().mean()) for name, values in weighed.items()}
     first = next(iter(weighed))
-    low, high = interval(weighed[first].double(), source)
+    low, high = source_interval(weighed[first].double(), source)
     if weighed[first].dtype == torch.bool and len(source.unique()) == len(source):
         # a bootstrap of nothing but successes would promise certainty; the score interval does not
         counted = proportion(int(weighed[first].sum()), len(source))
         low, high = counted.low, counted.high
     return {first: found[first], "low": low, "high": high, **found}
-
-
-def interval(values: Tensor, source: Tensor) -> tuple[float, float]:
-    """The 95 % interval of the mean, by drawing whole sources (percentile bootstrap, seeded)."""
-    _, number = source.unique(return_inverse=True)
-    sums = torch.zeros(int(number.max()) + 1, dtype=torch.float64).index_add_(0, number, values)
-    counts = number.bincount().double()
-    drawn = torch.randint(len(counts), (RESAMPLES, len(counts)), generator=torch.Generator().manual_seed(0))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def verdicts(case: Case) -> list[dict[str, Any]]:
@@ -393,7 +381,7 @@ def verdicts(case: Case) -> list[dict[str, Any]]:
             continue
         first = next(iter(ours))
         difference = ours[first].double() - rival[first].double()
-        low, high = interval(difference, case.source)
+        low, high = source_interval(difference, case.source)
         ahead = {"figure": first, "ahead": float(difference.mean()), "low": low, "high": high}
         rows.append({"goal": goal, "ours": name, "rival": f"{tool} {method}", **ahead})
     return rows
