@@ -12,11 +12,23 @@ import itertools
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import msgspec
 
 from flyweight.errors import BudgetError, UsageError
+from flyweight.quantities import (
+    COSTS,
+    FRACTION,
+    LATER,
+    METRICS,
+    POINTS,
+    QUANTITIES,
+    SCALES,
+    TIMES,
+    Direction,
+    Kind,
+)
 from flyweight.types import Budget, Interval, Limit, Note
 
 __all__ = [
@@ -24,66 +36,16 @@ __all__ = [
     "with_guard",
 ]  # fmt: skip
 
-Operator = Literal["<=", ">="]
-Direction = Literal["higher", "lower"]
 State = Literal["holds", "fails", "undecided"]
 
-METRICS: Mapping[str, Direction] = {
-    **dict.fromkeys(("accuracy", "top5"), "higher"),
-    **dict.fromkeys(("absolute_error", "squared_error"), "lower"),
-}
-
-
-class _Kind(NamedTuple):
-    operator: Operator
-    units: Mapping[str, tuple[str, Decimal]]  # as written -> (the record's unit, factor)
-    examples: str
-    shapes: bool = False
-    most: float | None = None  # the largest value that makes sense
-    positive: bool = False
-
-
-_SHARE = {"%": ("share", Decimal("0.01"))}
-_SECONDS = {"s": "1", "ms": "1e-3", "us": "1e-6", "µs": "1e-6", "ns": "1e-9"}
-_TIME = {unit: ("s", Decimal(scale)) for unit, scale in _SECONDS.items()}
-_RATE = {"/s": ("1/s", Decimal(1))}
-_BYTES = {"B": ("bytes", Decimal(1)), "KB": ("bytes", Decimal(10**3))} | {
-    f"{prefix}{'i' if base == 1024 else ''}B": ("bytes", Decimal(base) ** power)
-    for base, prefixes in ((1000, "kMG"), (1024, "KMG"))
-    for power, prefix in enumerate(prefixes, start=1)
-}
-_MACS = {"": ("macs", Decimal(1))} | {
-    prefix: ("macs", Decimal(10) ** power) for prefix, power in (("k", 3), ("M", 6), ("G", 9), ("T", 12))
-}
-_SCALES = {  # how values are written back: the largest unit that leaves a number of at least 1
-    "s": (("s", 0), ("ms", -3), ("us", -6), ("ns", -9)),
-    "bytes": (("GB", 9), ("MB", 6), ("kB", 3), ("B", 0)),
-    "macs": (("G", 9), ("M", 6), ("k", 3), ("", 0)),
-}
-_POINTS = {name: ("points", Decimal(1)) for name in ("pt", "pts", "point", "points")}
-_FRACTION = (_PLAIN := {"": ("", Decimal(1))}) | {"%": ("", Decimal("0.01"))}
-
-QUANTITIES: Mapping[str, _Kind] = {
-    "latency": _Kind("<=", _SHARE | _TIME, "50%, 3ms, 250us", shapes=True, positive=True),
-    "latency.p99": _Kind("<=", _SHARE | _TIME, "60%, 4ms", shapes=True, positive=True),
-    "throughput": _Kind(">=", _SHARE | _RATE, "200%, 300/s", shapes=True, positive=True),
-    "size": _Kind("<=", _SHARE | _BYTES, "25%, 2MB, 300kB, 2MiB", positive=True),
-    "macs": _Kind("<=", _SHARE | _MACS, "50%, 12M, 1.5G", positive=True),
-    "drop": _Kind("<=", _POINTS, "0.5pt", most=100.0),
-    "worst_class_drop": _Kind("<=", _POINTS, "5pt", most=100.0),
-    "agreement": _Kind(">=", _FRACTION, "95%, 0.95", most=1.0),
-    "divergence": _Kind("<=", _PLAIN, "0.02"),
-}
-_LATER = ("memory", "saliency")
-_TIMES = frozenset({"latency", "latency.p99", "throughput"})
-_COSTS = frozenset({*_TIMES, "size", "macs", *_LATER})
 _PREFER = ("quality", "latency", "size")
+_EXAMPLE = '"latency<=50%, size<=25%, drop<=1pt"'
+
 # What 1.0 pt or 95 % is for a classifier, the others' divergences are here. All are overridable judgements:
 # multilabel: by Pinsker no event's probability moves by more than sqrt(0.05 / 2) = 16 points on average, a single
 #   label's by far less, since the sum of the Bernoulli divergences is the divergence of all labels together;
 # embed: mean cosine 0.98 to the original's vectors (11 degrees);
 # regress: compression adds at most 1 % of the outputs' own variance (R² of the reproduction 0.99).
-_EXAMPLE = '"latency<=50%, size<=25%, drop<=1pt"'
 _DIVERGENCE_GUARD = {"multilabel": "divergence<=0.05", "embed": "divergence<=0.02", "regress": "divergence<=0.01"}
 
 
@@ -123,10 +85,12 @@ def budget(prefer: str = "quality", **limits: object) -> Budget:
 def format_limit(limit: Limit) -> str:
     """The shortest text that `parse` reads as this limit: `latency@batch=8<=4ms`, `drop<=0.5pt`."""
     value = Decimal(repr(limit.value))
-    if limit.unit in _SCALES:
-        written = _scaled(value, _SCALES[limit.unit])
-    elif limit.unit in ("points", "1/s"):
-        written = f"{_plain(value)}{'pt' if limit.unit == 'points' else '/s'}"
+    if limit.unit in SCALES:
+        written = _scaled(value, SCALES[limit.unit])
+    elif limit.unit == "points":
+        written = f"{_plain(value)}pt"
+    elif limit.unit == "1/s":
+        written = f"{_plain(value)}/s"
     else:
         per_cent = limit.unit == "share" or limit.quantity in {"agreement", "accuracy", "top5"}
         written = f"{_plain(value * 100)}%" if per_cent else _plain(value)
@@ -135,12 +99,12 @@ def format_limit(limit: Limit) -> str:
 
 def is_quality(limit: Limit) -> bool:
     """True for limits on what the model answers, False for limits on what it costs."""
-    return limit.quantity not in _COSTS
+    return limit.quantity not in COSTS
 
 
 def is_time(limit: Limit) -> bool:
     """True for limits that the clock decides."""
-    return limit.quantity in _TIMES
+    return limit.quantity in TIMES
 
 
 def with_guard(budget: Budget, task: str, has_labels: bool, metric: str = "accuracy") -> tuple[Budget, Note | None]:
@@ -253,8 +217,8 @@ def _repaired(text: str, start: int, length: int) -> str:
     return text[:start].strip() + wanted + text[start + length :].strip()
 
 
-def _kind(quantity: str, operator: str, metrics: Mapping[str, Direction] | None, text: str) -> _Kind:
-    if quantity in _LATER:
+def _kind(quantity: str, operator: str, metrics: Mapping[str, Direction] | None, text: str) -> Kind:
+    if quantity in LATER:
         raise UsageError(f"{text}: {quantity} comes with a later version", fix=f"use one of {', '.join(QUANTITIES)}")
     if quantity in QUANTITIES:
         return QUANTITIES[quantity]
@@ -264,16 +228,16 @@ def _kind(quantity: str, operator: str, metrics: Mapping[str, Direction] | None,
     if quantity in known:
         direction: Direction = known[quantity]
     else:
-        close = difflib.get_close_matches(quantity.lower(), [*QUANTITIES, *_LATER, *known], n=1, cutoff=0.6)
+        close = difflib.get_close_matches(quantity.lower(), [*QUANTITIES, *LATER, *known], n=1, cutoff=0.6)
         if metrics is not None or close:
             fix = f"did you mean {close[0]}?" if close else f"use one of {', '.join([*QUANTITIES, *known])}"
             raise BudgetError(f"{text}: there is no quantity or metric {quantity!r}", fix=fix)
         direction = "higher" if operator == ">=" else "lower"
     bounded = quantity in {"accuracy", "top5"}
-    return _Kind(">=" if direction == "higher" else "<=", _FRACTION, "93%, 0.93", most=1.0 if bounded else None)
+    return Kind(">=" if direction == "higher" else "<=", FRACTION, "93%, 0.93", most=1.0 if bounded else None)
 
 
-def _value(quantity: str, kind: _Kind, written: str, text: str) -> tuple[float, str]:
+def _value(quantity: str, kind: Kind, written: str, text: str) -> tuple[float, str]:
     """(value, unit) in the record's units, correctly rounded (decimal arithmetic)."""
     found = _NUMBER.fullmatch(written.strip())
     if not found:
@@ -296,8 +260,8 @@ def _value(quantity: str, kind: _Kind, written: str, text: str) -> tuple[float, 
     return value, name
 
 
-def _refuse_unit(quantity: str, kind: _Kind, number: str, unit: str, text: str) -> None:
-    if kind.units is _POINTS and unit in {"%", ""}:
+def _refuse_unit(quantity: str, kind: Kind, number: str, unit: str, text: str) -> None:
+    if kind.units is POINTS and unit in {"%", ""}:
         metric = "accuracy" if quantity == "drop" else "a class's recall"
         raise BudgetError(
             f"{text} is ambiguous: percentage points, or per cent of the original's {metric}?",
@@ -310,7 +274,7 @@ def _refuse_unit(quantity: str, kind: _Kind, number: str, unit: str, text: str) 
     raise BudgetError(f"{text}: {missing}", fix=fix)
 
 
-def _shape(written: str, kind: _Kind, text: str) -> str:
+def _shape(written: str, kind: Kind, text: str) -> str:
     if not written and "@" not in text:
         return ""
     if not kind.shapes:

@@ -11,12 +11,19 @@ from typing import Any
 import click
 import msgspec
 
-from flyweight.budget import METRICS, format_limit, parse
+from flyweight.budget import format_limit, parse
 from flyweight.deploy.folder import read_manifest
 from flyweight.errors import UnsafeFileError, UsageError
+from flyweight.quantities import METRICS, Direction, with_metric
 from flyweight.types import Results, from_json
 
-__all__ = ["repeated"]
+__all__ = ["metrics_of", "repeated"]
+
+
+def metrics_of(options: Mapping[str, Any]) -> Mapping[str, Direction]:
+    """The metrics that a budget may name beside these options: --metric's own, by the name of its function."""
+    metric = options["metric"]
+    return METRICS if metric is None else with_metric(re.split("[:.]", metric)[-1], options["better"])
 
 
 def repeated(folder: Path, given: Mapping[str, Any], workdir: str, made: click.Command) -> tuple[str, dict[str, Any]]:
@@ -41,9 +48,7 @@ def repeated(folder: Path, given: Mapping[str, Any], workdir: str, made: click.C
         )
     options = dict(made.make_context(made.name or "", words[2:]).params)
     changed = {name: given[name] for name in ("latency", "size") if given[name]}
-    metric = options["metric"]
-    named: dict[str, Any] = {} if metric is None else {re.split("[:.]", metric)[-1]: options["better"]}
-    limits = parse(given["budget"] or options["budget"], None, {**METRICS, **named}).limits
+    limits = parse(given["budget"] or options["budget"], None, metrics_of(options)).limits
     texts = [format_limit(limit) for limit in limits if limit.quantity not in changed]
     options["budget"] = ", ".join([*texts, *(f"{name}<={value}" for name, value in changed.items())])
     options |= {"prefer": given["prefer"] or options["prefer"], "prices": str(folder), "fresh": False}

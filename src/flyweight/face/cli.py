@@ -5,7 +5,6 @@ Commands import what they need when they run, so that `--help` loads no torch. H
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -234,11 +233,10 @@ def _arguments(session: Session, options: Mapping[str, Any]) -> tuple[Any, dict[
 
 
 def _check_budget(given: Mapping[str, Any]) -> None:
-    from flyweight import budget
+    from flyweight.budget import parse
+    from flyweight.face.again import metrics_of
 
-    metric = given["metric"]
-    named: dict[str, Any] = {} if metric is None else {re.split("[:.]", metric)[-1]: given["better"]}
-    budget.parse(given["budget"], given["prefer"], {**budget.METRICS, **named})
+    parse(given["budget"], given["prefer"], metrics_of(given))
 
 
 def _rule(text: str) -> Rule:

@@ -94,34 +94,56 @@ VERBOSE = _option(
 ANY_THREADS = _option("--threads", type=click.IntRange(min=1), help="Threads to time with.  [default: as in the run]")
 only_test = _option("--test", metavar="DATA", required=True, help="Data to weigh it on.")
 
+_CALIB = _option(
+    "--calib", metavar="DATA", required=True, help="Inputs that steer the compression; labels are ignored."
+)
+_TUNE = _option("--tune", metavar="DATA", help="Data that choose between candidates.")
+_EXAMPLE = _option("--example", metavar="DATA", help="What a call looks like: its first batch.  [default: of --calib]")
+_TASK = _shown("--task", type=click.Choice(TASKS), default="auto", help="What the model does; decides the divergence.")
+_DIVERGENCE = _option("--divergence", metavar="REF", help="package.module:function(reference_outputs, outputs).")
+_PREFER = _option(
+    "--prefer",
+    type=click.Choice(["quality", "latency", "size"]),
+    help="What is best inside the budget.  [default: quality]",
+)
+_KEEP = _option("--keep", multiple=True, metavar="PATTERN", help="Layers to leave alone, by name. Repeatable.")
+_TARGET = _shown(
+    "--target",
+    default="onnxruntime",
+    help="The runtime that will run the model; of several, comma separated, the best one here is taken.",
+)
+_THREADS = _shown("--threads", type=click.IntRange(min=1), default=1, help="Threads to time with.")
+_SHAPES = _option(
+    "--shapes",
+    multiple=True,
+    metavar="SHAPE",
+    help="Shapes to time: batch=8, or batch=8,seq=128 …  [default: batch=1]",
+)
+
 DATA = (
-    _option("--calib", metavar="DATA", required=True, help="Inputs that steer the compression; labels are ignored."),
-    _option("--tune", metavar="DATA", help="Data that choose between candidates."),
+    _CALIB,
+    _TUNE,
     _option("--test", metavar="DATA", help="Data that are read once, at the end."),
-    _option("--example", metavar="DATA", help="What a call looks like: its first batch.  [default: of --calib]"),
+    _EXAMPLE,
 )
 LOOK = (
-    _option("--example", metavar="DATA", help="What a call looks like: its first batch.  [default: of --calib]"),
+    _EXAMPLE,
     _option("--calib", "--data", "calib", metavar="DATA", help="Inputs to measure on; labels are ignored."),
     _option("--sensitivity", is_flag=True, help="Also what each group of channels can lose, by every criterion."),
-    _shown("--task", type=click.Choice(TASKS), default="auto", help="What the model does; decides the divergence."),
-    _option("--divergence", metavar="REF", help="package.module:function(reference_outputs, outputs)."),
+    _TASK,
+    _DIVERGENCE,
     _shown("--seed", type=int, default=0, help="Decides what is drawn: random order, labels, the split of the data."),
 )
 GOAL = (
     _option("--budget", metavar="TEXT", required=True, help='The limits: "latency<=50%, size<=25%, drop<=1pt".'),
-    _option(
-        "--prefer",
-        type=click.Choice(["quality", "latency", "size"]),
-        help="What is best inside the budget.  [default: quality]",
-    ),
+    _PREFER,
     _option(
         "--methods",
         multiple=True,
         metavar="NAMES",
         help="Methods to use, comma separated: blocks, channels, lowrank, int8.  [default: channels,int8]",
     ),
-    _option("--keep", multiple=True, metavar="PATTERN", help="Layers to leave alone, by name. Repeatable."),
+    _KEEP,
     _option(
         "--rule",
         "rules",
@@ -140,25 +162,16 @@ LIMITS = (
     _option("--prefer", type=click.Choice(["quality", "latency", "size"]), help="What is best inside the budget."),
 )
 JUDGE = (
-    _shown("--task", type=click.Choice(TASKS), default="auto", help="What the model does; decides the divergence."),
+    _TASK,
     _option("--metric", metavar="NAME", help="accuracy, … or package.module:function.  [default: the task's]"),
-    _option("--divergence", metavar="REF", help="package.module:function(reference_outputs, outputs)."),
+    _DIVERGENCE,
     _option("--evaluate", metavar="REF", help="package.module:function(predict) for metrics that are no means."),
     _shown("--better", type=click.Choice(["higher", "lower"]), default="higher", help="Which way it is better."),
 )
 TARGET = (
-    _shown(
-        "--target",
-        default="onnxruntime",
-        help="The runtime that will run the model; of several, comma separated, the best one here is taken.",
-    ),
-    _shown("--threads", type=click.IntRange(min=1), default=1, help="Threads to time with."),
-    _option(
-        "--shapes",
-        multiple=True,
-        metavar="SHAPE",
-        help="Shapes to time: batch=8, or batch=8,seq=128 …  [default: batch=1]",
-    ),
+    _TARGET,
+    _THREADS,
+    _SHAPES,
     _option("--table", metavar="FILE", help="A latency table made earlier: then the plan needs no clock."),
 )
 PRICES = _option(
@@ -170,13 +183,4 @@ RUN = (
     folder_option("out"),
     FRESH,
 )
-ADVICE = (
-    DATA[0],
-    DATA[1],
-    DATA[3],
-    GOAL[3],
-    JUDGE[0],
-    JUDGE[2],
-    *TARGET[:3],
-    SEED,
-)
+ADVICE = (_CALIB, _TUNE, _EXAMPLE, _KEEP, _TASK, _DIVERGENCE, _TARGET, _THREADS, _SHAPES, SEED)

@@ -18,6 +18,7 @@ from flyweight.data import Batch, Batches, Shape, first_batch
 from flyweight.errors import BudgetError, DataError, UsageError
 from flyweight.graph.operators import sizes as sizes_of
 from flyweight.graph.shapes import shown_names
+from flyweight.quantities import Direction
 from flyweight.types import Budget, Note
 
 __all__ = [
@@ -213,9 +214,7 @@ def resolved(asked: Sequence[str] | None, graph: fx.GraphModule, budget: Budget,
     return tuple(dict.fromkeys(named_in_full(shape, graph, middle) for shape in every))
 
 
-def with_full_shapes(
-    budget: Budget, graph: fx.GraphModule, calib: Batches, metrics: Mapping[str, budgets.Direction]
-) -> Budget:
+def with_full_shapes(budget: Budget, graph: fx.GraphModule, calib: Batches, metrics: Mapping[str, Direction]) -> Budget:
     """The budget whose limits name their shapes in full. Raises BudgetError for sizes that are not free."""
     middle, limits = medians(graph, calib), []
     for limit in budget.limits:

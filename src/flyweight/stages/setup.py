@@ -25,6 +25,7 @@ from flyweight.graph.places import user_line
 from flyweight.graph.proofs import check_weights, first_line
 from flyweight.graph.trace import own_copy, trace
 from flyweight.numerics import divergence as div
+from flyweight.quantities import with_metric
 from flyweight.stages import lengths
 from flyweight.stages.tidy import tidy
 from flyweight.stages.yardstick import try_limits, unjudged, yardstick_of
@@ -104,11 +105,6 @@ class Job:
     def times_matter(self) -> bool:
         """Whether the plan depends on time: then latencies are measured before choosing."""
         return self.budget.prefer == "latency" or any(map(budgets.is_time, self.budget.limits))
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The runtimes among which one is chosen; one, once it is."""
-        return self.settings.targets
 
     def kept_reason(self, layers: Sequence[str]) -> str:
         """Why the user wants these layers left alone, "" if nothing says so."""
@@ -197,7 +193,7 @@ def job_of(
     yardstick, reason = yardstick_of(traced.module, found, settings)
     metric = yardstick.metric_name or "accuracy"
     better: Any = "lower" if yardstick.lower_is_better else "higher"
-    metrics = {**budgets.METRICS, metric: better}
+    metrics = with_metric(metric, better)
     read = budgets.parse(settings.budget, settings.prefer, metrics)
     read = lengths.with_full_shapes(read, traced.module, found.calib, metrics)
     labelled = bool(found.tune and found.test and found.tune.labelled and found.test.labelled)
