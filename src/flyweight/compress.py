@@ -206,8 +206,8 @@ def apply(
     with run.open(extra_key={"plan": hashlib.sha256(to_json(found).encode()).hexdigest()}) as (job, folder, stage):
         if folder.finished:
             return _stored(folder)
-        if len(job.targets) > 1:
-            raise UsageError("a plan is applied for one target", fix=f'name one: target="{job.targets[0]}"')
+        if len(job.settings.targets) > 1:
+            raise UsageError("a plan is applied for one target", fix=f'name one: target="{job.settings.targets[0]}"')
         if found.made_with.model_hash != job.model_hash:
             raise UsageError(
                 "the plan was made for another model", why="the graph or the weights differ", fix="plan this model anew"

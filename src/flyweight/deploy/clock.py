@@ -261,7 +261,15 @@ def _summarize(
         "first 2 runs of a block dropped, median of medians, 95 % t-interval of the log ratios"
     )
     return Timings(
-        reference, job.runtime, job.threads, len(replies), times, noise, machine.fingerprint(job.runtime), notes, how
+        reference,
+        job.runtime,
+        job.threads,
+        len(replies),
+        times,
+        noise,
+        machine.fingerprint(runtimes.known(job.runtime).package),
+        notes,
+        how,
     )
 
 

@@ -37,10 +37,10 @@ __all__ = [
     "Folder",
     "Manifest",
     "commit",
-    "key_of",
     "open_folder",
     "read_events",
     "read_manifest",
+    "record_of",
     "write_atomic",
 ]
 
@@ -144,7 +144,7 @@ def open_folder(path: Path, *, fresh: bool, run_key: Mapping[str, Any]) -> Itera
         key = json.loads(to_json(dict(run_key), indent=0))
         if fresh:
             _remove_ours(root)
-        earlier = _earlier(root)
+        earlier = record_of(root)
         if earlier is not None and earlier.key != key:
             raise _another_run(root, earlier.key, key)
         finished = (root / MANIFEST).is_file()
@@ -195,11 +195,6 @@ def read_manifest(path: Path, but: Collection[str] = ()) -> Manifest:
     return manifest
 
 
-def key_of(path: Path) -> Mapping[str, Any] | None:
-    """What the run in a folder was asked for, part by part; None where there is none. Raises as `read_manifest` does."""
-    return record.key if path.is_dir() and (record := _earlier(path)) is not None else None
-
-
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a run in order; a line torn by a kill is left out."""
     file, events = Path(path) / EVENTS, []
@@ -223,8 +218,9 @@ def _refuse_foreign(root: Path) -> None:
         return
     strangers = sorted(entry.name for entry in root.iterdir() if not _just_begun(entry))
     if strangers:
+        shown = ", ".join(strangers[:3]) + (" …" if len(strangers) > 3 else "")
         raise UsageError(
-            f"the folder holds something else ({', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''})",
+            f"the folder holds something else ({shown})",
             where=str(root),
             why="flyweight never writes among files that it did not make",
             fix="name an empty or a new folder",
@@ -286,8 +282,8 @@ def _in_use(root: Path) -> FolderInUse:
     )
 
 
-def _earlier(root: Path) -> _Record | None:
-    """What the folder's run was asked for; run/ may have been thrown away after the end."""
+def record_of(root: Path) -> _Record | None:
+    """What the folder's run was asked for, None if no run was there; run/ may have been thrown away after the end."""
     record = _read_record(root)
     if record is None and (root / MANIFEST).is_file():
         manifest = _decode(root / MANIFEST, Manifest)

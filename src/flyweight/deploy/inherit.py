@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from flyweight.deploy.atomic import write_atomic
-from flyweight.deploy.folder import STAGES, Folder, key_of
+from flyweight.deploy.folder import STAGES, Folder, record_of
 from flyweight.errors import UsageError
 
 __all__ = ["inherit"]
@@ -19,11 +19,12 @@ def inherit(folder: Folder, other: Path, apart: Mapping[str, Collection[str]]) -
     all that begin so). Raises UsageError where the other folder is no run, or differs in another part.
     """
     root = Path(other)
-    there = key_of(root)
-    if there is None:
+    record = record_of(root)
+    if record is None:
         raise UsageError(
             "there is no run to take prices from", where=str(root), fix="name a folder that flyweight wrote"
         )
+    there = record.key
     differing = {part for part in {*there, *folder.key} if there.get(part) != folder.key.get(part)}
     if others := sorted(differing - set(apart)):
         raise UsageError(

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from flyweight.graph.operators import layers
 from flyweight.graph.shapes import numbers_of
 
-__all__ = ["Flow", "Values", "affordable", "chunked", "split"]
+__all__ = ["Flow", "Values", "affordable", "chunked", "first", "split"]
 
 Batch = tuple[Tensor, ...]
 Values = dict[fx.Node, object]
@@ -149,6 +149,16 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
     for start in range(0, rows, size):
         own = slice(start, min(start + size, rows))
         yield tuple(x[own] if len(x) == rows else x for x in batch)
+
+
+def first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """Whole batches, until there are as many samples."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += len(batch[0])
+        if seen >= samples:
+            return
 
 
 def _most(samples: int) -> float:

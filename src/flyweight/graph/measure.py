@@ -42,7 +42,8 @@ Map = tuple[tuple[int, ...], tuple[int, ...]]  # the shape of whole inputs, and 
 ROWS: Map = ((), ())  # what is counted as it is
 POSITIONS = 64  # patches of each sample that a convolution's second moment looks at
 MOST = 1024  # of them where samples are few
-SMALL, FEW = 32, 8  # columns up to which a depthwise convolution needs no more patches than that of a sample
+FEW = 8  # the same of wide convolutions, whose products are dear, and of depthwise ones of up to SMALL columns
+SMALL = 32
 COUNTED = 1 << 14  # numbers of a sample's value that its histogram counts, spread over it
 PATCHES = 1 << 20  # numbers in a sample's patches, for moments in Kronecker form: their taps see every value many times
 

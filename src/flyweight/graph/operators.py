@@ -105,12 +105,12 @@ def layers(graph: fx.GraphModule) -> dict[str, Layer]:
 
     Depthwise convolutions, one input channel an output, have nothing to choose from: channels pass through them.
     """
-    return _found(graph, lambda module: isinstance(module, nn.Linear) or _mixes(module))
+    return _found(graph, _mixes)
 
 
 def roundable(graph: fx.GraphModule) -> dict[str, Layer]:
     """The layers and, in graph order with them, the depthwise convolutions: as layers with a group a channel."""
-    return _found(graph, lambda module: isinstance(module, nn.Linear) or _mixes(module) or _passes(module))
+    return _found(graph, lambda module: _mixes(module) or _passes(module))
 
 
 def _passes(module: nn.Module) -> bool:
@@ -130,7 +130,7 @@ def _mixes(module: nn.Module) -> bool:
     if isinstance(module, TRANSPOSED):
         return module.groups == 1
     if not isinstance(module, CONVOLUTIONS):
-        return False
+        return isinstance(module, nn.Linear)
     columns = module.weight[0].numel()
     return module.groups == 1 or (module.weight.shape[1] > 1 and columns <= WIDEST)
 

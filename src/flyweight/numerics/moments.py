@@ -107,7 +107,7 @@ def add_rows(moments: Moments, rows: Float[Tensor, "rows in"]) -> Moments:
     elif isinstance(moments.gram, Kronecker):
         raise TypeError("moments in Kronecker form take patches, not rows")
     elif len(shape) == 2:
-        gram = _added_each(moments.gram, rows.reshape(new, *shape).transpose(0, 1), mean, shift, share)
+        gram = _added(moments.gram, rows.reshape(new, *shape).transpose(0, 1), mean, shift, share)
     else:
         gram = _added(moments.gram, rows, mean, shift, share)
     return Moments(total, moments.mean + shift * share, gram)
@@ -165,31 +165,23 @@ def merged(first: Moments, second: Moments) -> Moments:
 
 
 def _added(old: Tensor, rows: Tensor, mean: Tensor, shift: Tensor, share: float) -> Tensor:
-    """The covariance of all rows, `share` of them being `rows`, whose mean is `mean`, `shift` off that of the others."""
-    centred = rows - mean.to(rows.dtype)
-    if old.dtype == torch.float32:
-        # what it cannot tell apart need not be corrected; the shift is one more row
-        last = shift * (len(rows) * (1 - share)) ** 0.5
-        return _panels(old, torch.cat([centred.float(), last.float()[None]]), 1 - share, share / len(rows))
-    rest = (mean - mean.to(rows.dtype).to(torch.float64)).to(old.dtype)  # what the cast above lost
-    gram = (centred.T @ centred).to(old.dtype).div_(len(rows)).addr_(rest, rest, alpha=-1)
-    shift = shift.to(old.dtype)
-    return gram.mul_(share).add_(old, alpha=1 - share).addr_(shift, shift, alpha=share * (1 - share))
+    """The covariance of all rows, `share` of them being `rows`, whose mean is `mean`, `shift` off that of the others.
 
-
-def _added_each(old: Tensor, rows: Tensor, mean: Tensor, shift: Tensor, share: float) -> Tensor:
-    """`_added` for a stack: "groups rows in"."""
-    if old.dtype == torch.float32:
+    Of a stack all have its groups in front: rows "groups rows in".
+    """
+    if old.dtype == torch.float32 and old.ndim == 3:
         parts = zip(old, rows, mean, shift, strict=True)
         return torch.stack([_added(gram, x, m, d, share) for gram, x, m, d in parts])
-    centred = rows - mean.to(rows.dtype)[:, None]
-    rest = mean - mean.to(rows.dtype).to(torch.float64)
-    gram = (centred.mT @ centred).to(old.dtype).div_(rows.shape[1]).baddbmm_(rest[:, :, None], rest[:, None], alpha=-1)
-    return (
-        gram.mul_(share)
-        .add_(old, alpha=1 - share)
-        .baddbmm_(shift[:, :, None], shift[:, None], alpha=share * (1 - share))
-    )
+    count, centred = rows.shape[-2], rows - mean.to(rows.dtype)[..., None, :]
+    if old.dtype == torch.float32:
+        # what it cannot tell apart need not be corrected; the shift is one more row
+        last = shift * (count * (1 - share)) ** 0.5
+        return _panels(old, torch.cat([centred.float(), last.float()[None]]), 1 - share, share / count)
+    rest = (mean - mean.to(rows.dtype).to(torch.float64)).to(old.dtype)  # what the cast above lost
+    shift = shift.to(old.dtype)
+    gram = (centred.mT @ centred).to(old.dtype).div_(count).addcmul_(rest[..., None], rest[..., None, :], value=-1)
+    gram = gram.mul_(share).add_(old, alpha=1 - share)
+    return gram.addcmul_(shift[..., None], shift[..., None, :], value=share * (1 - share))
 
 
 def _panels(old: Tensor, rows: Tensor, keep: float, scale: float) -> Tensor:

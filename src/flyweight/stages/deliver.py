@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from flyweight.deploy.placement import Slot, readers_on_sequences, slots
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import total_macs
+from flyweight.graph.flow import first
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, roundable
 from flyweight.graph.rewrite import part_before, pooled_means, refresh
@@ -103,10 +104,10 @@ def restructured(
     if not fitted:
         return graph
     rows = channels.rows_left(network.graph, network.groups, network.layers, cuts)
-    rematch(graph, network.graph, rows, _first(calib(), _samples(network.graph)))
+    rematch(graph, network.graph, rows, first(calib(), _samples(network.graph)))
     if all(one.setting.get("compensate", True) for one in steps):
         again = resolve(graph, network.graph, rows, calib())
-        rematch(again, network.graph, rows, _first(calib(), _samples(network.graph)))
+        rematch(again, network.graph, rows, first(calib(), _samples(network.graph)))
         graph = _nearer(network.graph, (graph, again), calib())
     tidy(network.graph)
     return graph
@@ -142,13 +143,13 @@ def prepared(
     calls = readers_on_sequences(folded, [name for name in int8_layers if name in present])
     samples = _samples(graph)
     if not calls:
-        stats = measure(folded, _first(calib(), samples), wanted, values)
+        stats = measure(folded, first(calib(), samples), wanted, values)
         return Prepared(folded, present, replace(stats, inputs=known.inputs) if known else stats)
-    moments = known or measure(folded, _first(calib(), samples), wanted)
+    moments = known or measure(folded, first(calib(), samples), wanted)
     found = migrations(folded, calls, moments)
     beside = copy.deepcopy(folded)  # what is stored before and after a migration is measured in one pass
     migrated(beside, moments, found, list(present))
-    stats = measure(beside, _first(calib(), samples), {}, values | {node_name(one.source) for one in found})
+    stats = measure(beside, first(calib(), samples), {}, values | {node_name(one.source) for one in found})
     return Prepared(folded, present, replace(stats, inputs=moments.inputs), found)
 
 
@@ -172,15 +173,6 @@ def _slots(graph: fx.GraphModule, steps: Sequence[Step]) -> tuple[Slot, ...]:
 
 def _samples(graph: fx.GraphModule) -> int:
     return int(min(MOST_SAMPLES, max(LEAST_SAMPLES, LOOKING_MACS / max(1, total_macs(graph)))))
-
-
-def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
-    seen = 0
-    for batch in batches:
-        yield batch
-        seen += len(batch[0])
-        if seen >= samples:
-            return
 
 
 def _folded_note(network: Network, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Note, ...]:

@@ -12,6 +12,7 @@ from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import LatencyTable, Weights
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import layer_macs, weight_bytes
+from flyweight.graph.flow import first
 from flyweight.graph.operators import Layer
 from flyweight.graph.rewrite import part_before, refresh
 from flyweight.graph.surgery import folded
@@ -130,16 +131,7 @@ def meeting(
     graph = lowrank.restructure(network.graph, network.layers, network.stats, [step])
     refresh(graph, network.example)
     both = [one.layer, part_before(graph, one.layer)]
-    ready = prepared(graph, network.example, both, lambda: _first(calib()))
+    ready = prepared(graph, network.example, both, lambda: first(calib(), FEW_SAMPLES))
     rounded, _ = with_numbers(ready, [int8.step(name) for name in both], largest)
     share = (judge(rounded) - one.errors[middle] - rounding) / one.errors[middle]
     return float(max(-0.5, min(2.0, share)))
-
-
-def _first(batches: Iterable[tuple[Tensor, ...]]) -> Iterable[tuple[Tensor, ...]]:
-    seen = 0
-    for batch in batches:
-        yield batch
-        seen += len(batch[0])
-        if seen >= FEW_SAMPLES:
-            return

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from flyweight.data import Roles
 from flyweight.errors import UsageError
 from flyweight.graph.axes import Group
+from flyweight.graph.flow import first
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers, matrix
 from flyweight.methods import channels, criteria
@@ -106,7 +107,8 @@ def evidence_of(
     wanted = {name: layer for name, layer in layers(graph).items() if name in readers}
     count = found.calib.samples
     stats = measure(graph, (b.inputs for b in found.calib), wanted, advance=stage("measure", count), samples=count)
-    slopes, notes = _slopes(graph, _first(found.calib, GRADIENT_SAMPLES), readers, yardstick.task, seed, stage)
+    batches = list(first((b.inputs for b in found.calib), GRADIENT_SAMPLES))
+    slopes, notes = _slopes(graph, batches, readers, yardstick.task, seed, stage)
     passes = len(SHARES) * len(open_groups)
     judge = judge_on(graph, (b.inputs for b in found.tune or found.calib), yardstick.divergences, passes)
     power = {name: _power(graph, layer, stats) for name, layer in wanted.items()}
@@ -125,18 +127,6 @@ def evidence_of(
         seed=seed,
         notes=(*unjudged(judge.reference[0], judging), *notes, *_few_rows(wanted, stats)),
     )
-
-
-def _first(batches: Any, samples: int) -> list[tuple[Tensor, ...]]:
-    """The first batches of a role, until there are as many samples."""
-    found: list[tuple[Tensor, ...]] = []
-    seen = 0
-    for batch in batches:
-        found.append(batch.inputs)
-        seen += batch.rows
-        if seen >= samples:
-            break
-    return found
 
 
 def _slopes(

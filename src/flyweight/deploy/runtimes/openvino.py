@@ -4,8 +4,8 @@ What OpenVINO 2026.4 does to the files that flyweight writes (x86, one thread), 
 
 - It reads QuantizeLinear and DequantizeLinear as they are. Of a layer that runs in int8 the `primitiveType` ends with
   I8, and `originalLayersNames` has the file's node, now and then with something behind a slash.
-- A size left free costs: MiniLM took 1.7 times as long with a free batch as with all sizes known. So `load` fixes the
-  sizes of what it is given, as a user does who knows them (`model.reshape`).
+- A size left free costs time. So `load` fixes the sizes of what it is given, as a user does who knows them
+  (`model.reshape`).
 - A convolution, the addition behind it and the rounding behind that become one kernel, which may leave out the rounding
   in between: the sum is then nearer to float than the file says.
 - Its hint for precision is set to float32: by default it may round float layers to bfloat16 where the processor can.
@@ -32,22 +32,26 @@ MOST_SIZES = 8  # sets of input sizes that are compiled apart; what comes after 
 def load(path: Path, threads: int, precision: str = "f32") -> Predict:
     """A function from inputs by name to outputs by name. The first call with new sizes compiles the model for them.
 
-    `precision`: "f32", or "bf16" for the layers that are not int8.
-
-    Raises UsageError if there is no such file, ModelError if the runtime refuses it or the inputs.
+    `precision`: "f32", or "bf16" for the layers that are not int8. Raises UsageError if there is no such file, ModelError
+    if the runtime refuses it or the inputs.
     """
     model = _model(Path(path))
-    fixed: dict[tuple[Any, ...], Any] = {}
+    compiled: dict[tuple[Any, ...], Any] = {}  # by sizes; () for all that come after MOST_SIZES
+
+    def request(feeds: Feeds) -> Any:
+        sizes = tuple((name, value.shape) for name, value in feeds.items())
+        if sizes not in compiled and len(compiled) >= MOST_SIZES:
+            sizes = ()
+        if sizes not in compiled:
+            own = model.clone()
+            if sizes:
+                own.reshape({name: list(shape) for name, shape in sizes})
+            compiled[sizes] = _request(own, threads, precision)
+        return compiled[sizes]
 
     def predict(feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
-        sizes = tuple((name, value.shape) for name, value in feeds.items())
         try:
-            if sizes not in fixed and len(fixed) < MOST_SIZES:
-                own = model.clone()
-                own.reshape({name: list(shape) for name, shape in sizes})
-                fixed[sizes] = _request(own, threads, precision)
-            request = fixed.get(sizes) or fixed.setdefault((), _request(model, threads, precision))
-            answers = request.infer(dict(feeds), share_inputs=True)
+            answers = request(feeds).infer(dict(feeds), share_inputs=True)
         except Exception as error:  # the runtime has no class of its own for its errors
             raise ModelError("openvino could not run the model", where=str(path), why=_last_line(error)) from error
         return {_name(port): value for port, value in answers.items()}
@@ -93,10 +97,9 @@ def preferred_multiple() -> int:
 def _model(path: Path) -> Any:
     if not path.is_file():
         raise UsageError("there is no model file to run", where=str(path))
+    core = _core()
     try:
-        return _core().read_model(str(path))
-    except RuntimeMissing:
-        raise
+        return core.read_model(str(path))
     except Exception as error:  # as above
         raise ModelError("openvino cannot load the model", where=str(path), why=_last_line(error)) from error
 
@@ -112,13 +115,12 @@ def _core() -> Any:
 
 def _request(model: Any, threads: int, precision: str) -> Any:
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    return (
-        _core().compile_model(model, "CPU", settings | {"INFERENCE_PRECISION_HINT": precision}).create_infer_request()
-    )
+    settings |= {"INFERENCE_PRECISION_HINT": precision}
+    return _core().compile_model(model, "CPU", settings).create_infer_request()
 
 
 def _executed(path: Path) -> list[Any]:
-    """The nodes of the runtime's own model at the file's example sizes, free ones left free."""
+    """The nodes of the runtime's own model, free sizes left free."""
     request = _request(_model(Path(path)), 1, "f32")
     return list(request.get_compiled_model().get_runtime_model().get_ordered_ops())
 
