@@ -69,14 +69,10 @@ def test_of_several_targets_the_one_that_was_measured_to_be_fastest_is_taken(wor
     )  # fmt: skip
     (note,) = [note for note in made.notes if note.code == "target.chosen"]
     assert made.results.target == made.results.artifact.target == note.text.split()[0]
-    shares = dict(
-        zip(("a", "b", "c", "d"), [word for word in note.text.split() if word.endswith(("%", "%,"))], strict=True)
-    )
-    numbers = [float(share.rstrip("%,")) for share in shares.values()]
-    words = note.text.split("take ")[1].split(", ")
-    assert min(words, key=lambda word: float(word.split()[-1].rstrip("%"))).startswith(made.results.target) or (
-        numbers.count(min(numbers)) > 1
-    )
+    told = [text.split() for text in note.text.split("take ")[1].split(", ")]
+    shares = {(runtime, regime): float(share.rstrip("%")) for runtime, regime, share in told}
+    assert set(shares) == {(name, regime) for name in ("onnxruntime", "openvino") for regime in ("float", "int8")}
+    assert min(shares.values()) in {share for (runtime, _), share in shares.items() if runtime == made.results.target}
     assert all(claim.state == "holds" for claim in made.results.claims if claim.kind == "proof")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median, stdev
 
@@ -81,11 +81,14 @@ def widths_of(layers: Mapping[str, Layer], counts: Mapping[str, int], groups: Se
         for name, entries in _passed(group, layers).items():
             width[name][1] -= gone * entries.shape[1]
     return {
-        name: Width(
-            pair[0], pair[1], pair[1] * one.groups // one.outputs if (one := layers[name]).depthwise else one.groups
-        )
-        for name, pair in width.items()
+        name: Width(inputs, outputs, _channel_groups(layers[name], outputs))
+        for name, (inputs, outputs) in width.items()
     }
+
+
+def _channel_groups(layer: Layer, outputs: int) -> int:
+    """A depthwise convolution has fewer of them with fewer outputs."""
+    return outputs * layer.groups // layer.outputs if layer.depthwise else layer.groups
 
 
 def touched(group: Group, layers: Mapping[str, Layer]) -> tuple[str, ...]:
@@ -110,8 +113,7 @@ def measure_table(
     runtime: str,
     threads: int,
     float_layers: Sequence[str] = (),
-    fixed: Sequence[str] = (),
-    int8_alone: bool = False,
+    widths_in: Collection[str] = (FLOAT, INT8),
     deadline_s: float | None = None,
     seconds_per_shape: float | None = None,
     advance: Callable[[int], None] = lambda variants: None,
@@ -125,42 +127,51 @@ def measure_table(
     model with that group cut to a level); in int8 it is taken to save the same share of the whole.
 
     `bases` maps a number format ("float", "int8") to the exported model with all layers in it; `levels` are the channel
-    counts to price per group (with `int8_alone` those of plain groups in int8 only); `float_layers` are priced one by one as
-    float inside the int8 model, `fixed` never; `without` makes, for a
-    number format, the model that lacks a block; `ranks` are those to price per layer, beside its weight "out in" (a layer
-    that no node of the file computes gets no price).
+    counts to price per group, those of plain groups in the formats of `widths_in`; `float_layers` are priced one by one
+    as float inside the int8 model; `without` makes, for a number format, the model that lacks a block; `ranks` are those
+    to price per layer, beside its weight "out in" (a layer that no node of the file computes gets no price).
     """
+    ranks, without = ranks or {}, without or {}
     with tempfile.TemporaryDirectory(prefix="flyweight-table-") as folder:
         files: dict[str, Path] = {REFERENCE: reference}
+
+        def keep(name: str, model: onnx.ModelProto) -> None:
+            files[name] = Path(folder) / f"{len(files)}.onnx"
+            onnx.save(model, files[name])
+
         for regime, base in bases.items():
             files[regime] = base
             files |= {f"{regime}|copy|{number}": base for number in range(1, COPIES)}
             model = onnx.load(base)
             for group in groups:
                 for level in levels.get(group.name, ()):
-                    if not is_plain(group, layers):
-                        if regime == FLOAT and narrowed is not None:
-                            files[f"{regime}|{group.name}|{level}"] = _saved(folder, narrowed(group, level), len(files))
-                        continue
-                    if regime == FLOAT and int8_alone:
-                        continue
-                    widths = widths_of(layers, {group.name: level}, groups)
-                    cut = {name: widths[name] for name in touched(group, layers)}
-                    files[f"{regime}|{group.name}|{level}"] = _saved(folder, patched(model, cut), len(files))
-            for block, make in (without or {}).items():
-                files[f"{regime}|without|{block}"] = _saved(folder, make(regime), len(files))
-            for layer, (weight, offered) in (ranks or {}).items():
-                for rank in offered:
-                    if (split := with_split_layer(model, layer, rank, weight)) is not None:
-                        files[f"{regime}||{layer}|{rank}"] = _saved(folder, split, len(files))
+                    if is_plain(group, layers) and regime in widths_in:
+                        widths = widths_of(layers, {group.name: level}, groups)
+                        cut = {name: widths[name] for name in touched(group, layers)}
+                        keep(f"{regime}|{group.name}|{level}", patched(model, cut))
+                    elif not is_plain(group, layers) and regime == FLOAT and narrowed is not None:
+                        keep(f"{regime}|{group.name}|{level}", narrowed(group, level))
+            for block, make in without.items():
+                keep(f"{regime}|without|{block}", make(regime))
+            for layer, rank, split in _splits(model, ranks):
+                keep(f"{regime}||{layer}|{rank}", split)
             for layer in float_layers if regime == INT8 else ():
-                files[f"extra|{layer}"] = _saved(folder, with_float_layer(model, layer), len(files))
+                keep(f"extra|{layer}", with_float_layer(model, layer))
         timings = _timed(files, feeds, runtime, threads, deadline_s, seconds_per_shape, advance)
-    regimes = [regime for regime in bases if regime == INT8 or not int8_alone]
-    table = _table(timings, bases, regimes, groups, levels, float_layers, list(without or {}))
-    offered_ranks = {layer: offered for layer, (_, offered) in (ranks or {}).items()}
-    split = {regime: _split(timings, regime, offered_ranks) for regime in bases}
-    return msgspec.structs.replace(table, split=split, fixed=tuple(fixed))
+    regimes = [regime for regime in bases if regime in widths_in]
+    table = _table(timings, bases, regimes, groups, levels, float_layers, list(without))
+    offered = {layer: some for layer, (_, some) in ranks.items()}
+    return msgspec.structs.replace(table, split={regime: _split(timings, regime, offered) for regime in bases})
+
+
+def _splits(
+    model: onnx.ModelProto, ranks: Mapping[str, tuple[Weights, Sequence[int]]]
+) -> Iterator[tuple[str, int, onnx.ModelProto]]:
+    """The model with one layer made two, for every rank offered."""
+    for layer, (weight, offered) in ranks.items():
+        for rank in offered:
+            if (split := with_split_layer(model, layer, rank, weight)) is not None:
+                yield layer, rank, split
 
 
 def _split(timings: Timings, regime: str, ranks: Mapping[str, Sequence[int]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -185,12 +196,6 @@ def is_plain(group: Group, layers: Mapping[str, Layer]) -> bool:
     # of a linear layer on sequences the file keeps the weight turned round, under no name
     known = known and not any(one.sequences for one in members)
     return known and all(len(one.path) == 2 and one.path[1] == 1 for one in group.literals) and group.kind != "heads"
-
-
-def _saved(folder: str, model: onnx.ModelProto, number: int) -> Path:
-    path = Path(folder) / f"{number}.onnx"
-    onnx.save(model, path)
-    return path
 
 
 def _timed(

@@ -6,8 +6,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,19 +17,18 @@ from flyweight.audit.quality import measured
 from flyweight.data import Batches
 from flyweight.deploy import runtimes
 from flyweight.deploy.formats.onnx import export
-from flyweight.deploy.latency import FLOAT, INT8
+from flyweight.deploy.latency import FLOAT, INT8, touched
 from flyweight.errors import RuntimeMissing
-from flyweight.graph.axes import Group, groups
+from flyweight.graph.axes import Group
 from flyweight.graph.cost import total_macs
+from flyweight.graph.flow import first, split
 from flyweight.graph.operators import layers, roundable
 from flyweight.graph.rewrite import refresh
 from flyweight.graph.surgery import cut
-from flyweight.methods import int8
 from flyweight.numerics.ragged import joined
-from flyweight.stages.deliver import prepared, with_numbers
-from flyweight.stages.quote import largest_integer, number_layers
+from flyweight.stages.quote import groups_offered, number_layers
 from flyweight.stages.setup import Inputs, Job
-from flyweight.stages.target import served
+from flyweight.stages.target import served, whole_files
 from flyweight.stages.watch import Stage
 from flyweight.types import Limit, Note
 
@@ -78,15 +76,19 @@ def advised(job: Job, stage: Stage) -> Advice:
     """Times of the float model, of all layers in int8 and of three quarters of the channels, in every target installed."""
     started_s, notes = time.monotonic(), list(job.notes)
     advance = stage("look", 4)
-    known = [group for group in groups(job.graph, job.example) if not group.frozen]
+    known, _, unproven = groups_offered(job)
+    notes += unproven
     targets = _installed(job, notes)
     with tempfile.TemporaryDirectory(prefix="flyweight-advice-") as place:
-        files, rounded = _files(job, known, Path(place))
+        names = list(number_layers(job, roundable(job.graph))[0])
+        files, rounded = whole_files(job, names, lambda: _few(job.roles.calib), Path(place), compensate=True)
+        if known:
+            files[CHANNELS] = _narrowed(job, known, Path(place))
         advance(1)
         times = served(job, files, Path(place), targets)
         advance(1)
         sizes = {name: path.stat().st_size / files[FLOAT].stat().st_size for name, path in files.items()}
-    judged = _judged(job, rounded) if rounded is not None else (None, None)
+    judged = _judged(job, rounded) if names else (None, None)
     advance(2)
     plain = {one.runtime: one.share for one in times if one.regime == FLOAT}
     ways = tuple(
@@ -98,17 +100,18 @@ def advised(job: Job, stage: Stage) -> Advice:
         if one.regime != FLOAT
     )  # fmt: skip
     present = layers(job.graph)
+    may_change = {name for group in known for name in touched(group, present)}
     largest = max(present.values(), key=lambda one: one.macs, default=None)
     total = max(1, total_macs(job.graph))
     return Advice(
         verdict=_verdict(ways, plain),
         ways=ways,
         float_share=plain,
-        open_macs=sum(present[name].macs for name in _touched(known) if name in present) / total,
+        open_macs=sum(present[name].macs for name in may_change if name in present) / total,
         largest=largest.name if largest else "",
         largest_share=largest.macs / total if largest else 0.0,
         test_items=_items(judged[1]),
-        samples=min(LOOKED_AT, job.judged.samples),
+        samples=sum(len(batch[0]) for batch in _few(job.judged)),
         seconds=time.monotonic() - started_s,
         notes=tuple(notes),
     )
@@ -116,7 +119,7 @@ def advised(job: Job, stage: Stage) -> Advice:
 
 def _installed(job: Job, notes: list[Note]) -> list[str]:
     """The targets asked for, and every other runtime that is installed."""
-    found = list(job.targets)
+    found = list(job.settings.targets)
     for name in runtimes.names():
         try:
             runtimes.get(name)
@@ -127,38 +130,23 @@ def _installed(job: Job, notes: list[Note]) -> list[str]:
     return found
 
 
-def _files(job: Job, known: Sequence[Group], place: Path) -> tuple[dict[str, Path], fx.GraphModule | None]:
-    """The float file, that with fewer channels, that in int8; and the graph in int8."""
-    files = {FLOAT: place / "float.onnx"}
-    export(job.graph, job.example, files[FLOAT])
-    if known:
-        smaller = copy.deepcopy(job.graph)
-        cut(smaller, {group: range(max(1, math.ceil(LEFT * group.size))) for group in known})
-        refresh(smaller, job.example)
-        files[CHANNELS] = place / "channels.onnx"
-        export(smaller, job.example, files[CHANNELS])
-    names = list(number_layers(job, roundable(job.graph))[0])
-    if not names:
-        return files, None
-    ready = prepared(job.graph, job.example, names, lambda: _first(job.roles.calib))
-    graph, _ = with_numbers(ready, [int8.step(name) for name in names], largest_integer())
-    files[INT8] = place / "int8.onnx"
-    export(graph, job.example, files[INT8])
-    return files, graph
+def _narrowed(job: Job, known: Sequence[Group], place: Path) -> Path:
+    """The file of the float model with the first LEFT of the channels of every group."""
+    smaller = copy.deepcopy(job.graph)
+    cut(smaller, {group: range(max(1, math.ceil(LEFT * group.size))) for group in known})
+    refresh(smaller, job.example)
+    export(smaller, job.example, place / "channels.onnx")
+    return place / "channels.onnx"
 
 
-def _first(data: Batches) -> list[Inputs]:
-    taken: list[Inputs] = []
-    for batch in islice(data, LOOKED_AT):
-        taken.append(tuple(x[: LOOKED_AT - sum(len(one[0]) for one in taken)] for x in batch.inputs))
-        if sum(len(one[0]) for one in taken) >= LOOKED_AT:
-            break
-    return taken
+def _few(data: Batches) -> Iterator[Inputs]:
+    """As many samples as are looked at, or up to twice as many where batches do not divide them."""
+    return first((part for batch in data for part in split(batch.inputs, LOOKED_AT)), LOOKED_AT)
 
 
 def _judged(job: Job, graph: fx.GraphModule) -> tuple[float, float | None]:
     """The mean divergence from the original, and of a classifier the share of other first answers."""
-    batches = _first(job.judged)
+    batches = list(_few(job.judged))
     with torch.no_grad():
         before, _ = joined([job.graph(*batch) for batch in batches], [])
         after, _ = joined([graph(*batch) for batch in batches], [])
@@ -167,10 +155,6 @@ def _judged(job: Job, graph: fx.GraphModule) -> tuple[float, float | None]:
         return far, None
     agreement = measured(Limit("agreement", ">=", 0.0, ""), job.yardstick, before, after, None)
     return far, 1.0 - agreement.value
-
-
-def _touched(known: Sequence[Group]) -> set[str]:
-    return {name for group in known for name in (*group.producers, *(use.layer for use in group.consumers))}
 
 
 def _items(changed: float | None) -> int | None:

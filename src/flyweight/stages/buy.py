@@ -33,13 +33,14 @@ from flyweight.stages.quote import Quotes, largest_integer
 from flyweight.stages.ranks import split_overhead, timed_ranks
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
-from flyweight.stages.timing import REFERENCE_FILE, measured_table, offered, timed_formats
+from flyweight.stages.timing import measured_table, offered, timed_formats
 from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked
 from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Step, from_json, to_json
 
 __all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "priced", "reference_of"]
 
+REFERENCE_FILE = "run/reference.onnx"
 UNPROVEN = 1e-6  # relative gaps below it are the solver's tolerance
 # The cheapest of several combinations that pass on tune is chosen for passing, and the test samples will judge it again. So
 # that it holds there with 95 % probability, its value must keep z(.975) + z(.95) standard errors from the limit, not z(.975).
@@ -83,7 +84,7 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
         )
     advance(1)
     bought = _purchase(quotes, reference, table, corrected)
-    notes = (*bought.notes, *_search_notes(choice, corrected), *_untimed_note(quotes.menu, menu))
+    notes = (*bought.notes, *_search_notes(choice, corrected), *_untimed_notes(quotes.menu, menu, table))
     return replace(bought, notes=notes, file=file)
 
 
@@ -115,7 +116,7 @@ def priced(
         menu = replace(menu, sizes=sizes)
         if not timed:
             job.checkpoint("measuring latencies")
-            table = measured_table(job, menu, bases, ready, folder, stage, Path(place))
+            table = measured_table(job, menu, folder.path / REFERENCE_FILE, bases, ready, stage, Path(place))
             folder.save("table.json", to_json(table).encode())
     return _timed(menu, table), table
 
@@ -297,14 +298,21 @@ def _search_notes(first: Choice, last: Choice) -> tuple[Note, ...]:
     return tuple(notes)
 
 
-def _untimed_note(asked: Menu, priced: Menu) -> tuple[Note, ...]:
-    """A note on ranks that were left out because nothing says how long they take."""
-    known = {one.layer for one in priced.ranks}
-    lost = [one.layer for one in asked.ranks if one.layer not in known]
-    if not lost:
-        return ()
-    text = f"{len(lost)} layer(s) are offered no lower rank: the latency table has no time for them"
-    return (Note("latency.ranks-untimed", text, where=", ".join(lost[:4]), fix="have the table measured by this run"),)
+def _untimed_notes(asked: Menu, priced: Menu, table: LatencyTable | None) -> tuple[Note, ...]:
+    """Notes on what was left out because nothing says how long it takes."""
+    known, notes = {one.layer for one in priced.ranks}, []
+    if lost := [one.layer for one in asked.ranks if one.layer not in known]:
+        text = f"{len(lost)} layer(s) are offered no lower rank: the latency table has no time for them"
+        fix = "have the table measured by this run"
+        notes.append(Note("latency.ranks-untimed", text, where=", ".join(lost[:4]), fix=fix))
+    if table is not None and table.fixed:
+        text = f"{len(table.fixed)} layer(s) are offered int8 alone: their float form was not timed, others cost more to round"
+        fix = "fw.rule(name, bits=32) leaves a layer in float"
+        notes.append(Note("latency.float-untimed", text, where=", ".join(table.fixed[:4]), fix=fix))
+    if table is not None and INT8 in table.whole and FLOAT not in table.saved:
+        text = "int8 is so much faster here that fewer channels were timed in int8 only: no all-float network was considered"
+        notes.append(Note("latency.widths-untimed", text, fix='methods=["channels"] asks for a float network'))
+    return tuple(notes)
 
 
 def _purchase(quotes: Quotes, reference: Reference, table: LatencyTable | None, choice: Choice) -> Purchase:

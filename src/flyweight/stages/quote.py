@@ -16,7 +16,7 @@ from flyweight.deploy.machine import has_vnni
 from flyweight.deploy.runtimes import get
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
-from flyweight.graph.flow import chunked
+from flyweight.graph.flow import chunked, first
 from flyweight.graph.measure import Sensed, from_tensors, measure, to_tensors
 from flyweight.graph.operators import Layer, layers, roundable, sharers, tables
 from flyweight.graph.surgery import folded, prove_all
@@ -34,7 +34,7 @@ from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store, better, sensitivities, together
 from flyweight.types import Note
 
-__all__ = ["Quotes", "Store", "judge_on", "largest_integer", "number_layers", "quote"]
+__all__ = ["Quotes", "Store", "groups_offered", "judge_on", "largest_integer", "number_layers", "quote"]
 
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32
@@ -67,7 +67,7 @@ class Quotes:
 def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     """All prices that do not depend on the machine. `stage(name, total)` starts a line of progress."""
     present = layers(job.graph)
-    open_groups, frozen, notes = _groups(job)
+    open_groups, frozen, notes = groups_offered(job)
     tidy(job.graph)
     kept = store.load("statistics.safetensors")
     if kept is None:
@@ -116,7 +116,7 @@ def largest_integer() -> int:
     return int8.LARGEST if has_vnni() else 63
 
 
-def _groups(job: Job) -> tuple[tuple[Group, ...], tuple[Group, ...], tuple[Note, ...]]:
+def groups_offered(job: Job) -> tuple[tuple[Group, ...], tuple[Group, ...], tuple[Note, ...]]:
     """Groups that something is offered for, frozen ones, and notes on cuts that could not be proven."""
     open_groups, frozen, notes = [], [], []
     for group in groups(job.graph, job.example):
@@ -141,14 +141,7 @@ def judge_on(
     """A judge on the first of `batches`: on as many samples as the network's size allows to run `passes` times."""
     affordable = JUDGE_MACS / max(1, passes * total_macs(graph))
     wished = int(min(JUDGE_SAMPLES, max(LEAST_SAMPLES, affordable)))
-    taken: list[Inputs] = []
-    seen = 0
-    for batch in batches:
-        taken.append(batch)
-        seen += len(batch[0])
-        if seen >= wished:
-            break
-    parts = list(chunked(graph, taken))
+    parts = list(chunked(graph, first(batches, wished)))
     return Judge(parts, outputs_of(graph, parts), divergence)
 
 
@@ -162,7 +155,7 @@ def _ladders(
     stage: Stage,
 ) -> tuple[Ladder, ...]:
     advance = stage("price channels", len(found)) if found else None
-    multiple = get(job.targets[0]).preferred_multiple() // 2
+    multiple = get(job.settings.targets[0]).preferred_multiple() // 2
     made: dict[str, Ladder] = {}
     for i, some in enumerate(together(found)):
         kept = store.load(f"channels-{i}.json")
@@ -210,7 +203,7 @@ def _ranks(
     if "lowrank" not in job.methods:
         return (), {}
     stay, rounding = lowrank.refused(network.graph, network.layers), {f.layer: f.error for f in formats}
-    multiple, count = (get(job.targets[0]).preferred_multiple() // 2, 3) if job.times_matter else (1, 6)
+    multiple, count = (get(job.settings.targets[0]).preferred_multiple() // 2, 3) if job.times_matter else (1, 6)
     offered = {name: lowrank.levels(layer, multiple, count) for name, layer in network.layers.items()}
     open_layers = [n for n, some in offered.items() if some and n not in stay and not job.kept_reason([n])]
     advance = stage("price ranks", len(open_layers)) if open_layers else None

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import msgspec
+from torch import fx
 
 from flyweight.deploy.clock import Timings, compare
 from flyweight.deploy.formats.onnx import export
@@ -18,17 +19,16 @@ from flyweight.deploy.latency import FLOAT, INT8
 from flyweight.methods import int8
 from flyweight.stages.deliver import prepared, with_numbers
 from flyweight.stages.quote import Quotes, largest_integer
-from flyweight.stages.setup import Job
+from flyweight.stages.setup import Inputs, Job
 from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import feeds_of
 from flyweight.stages.weighing import Store
 from flyweight.types import Note
 
-__all__ = ["Served", "aimed", "rough_files", "served"]
+__all__ = ["Served", "aimed", "served", "whole_files"]
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(msgspec.Struct, frozen=True):
     """A model in one runtime and number format: its mean share (geometric, over shapes) of the first runtime's float time."""
 
     runtime: str
@@ -38,19 +38,19 @@ class Served:
 
 def aimed(job: Job, quotes: Quotes, store: Store, stage: Stage) -> Job:
     """The job with one target: of several the one in which the model can be fastest, and a Note that says how fast in each."""
-    if len(job.targets) == 1:
+    if len(job.settings.targets) == 1:
         return job
     kept = store.load("target.json")
     if kept is None:
         job.checkpoint("comparing runtimes")
-        advance = stage("compare runtimes", len(job.targets))
+        advance = stage("compare runtimes", len(job.settings.targets))
         with tempfile.TemporaryDirectory(prefix="flyweight-targets-") as place:
-            files = rough_files(job, quotes, Path(place))
-            timings = served(job, files, Path(place), job.targets)
-        kept = msgspec.json.encode([[one.runtime, one.regime, one.share] for one in timings])
+            names = [one.layer for one in quotes.menu.formats]
+            files, _ = whole_files(job, names, lambda: islice(job.calib(), 1), Path(place), compensate=False)
+            kept = msgspec.json.encode(served(job, files, Path(place), job.settings.targets))
         store.save("target.json", kept)
-        advance(len(job.targets))
-    found = [Served(*one) for one in msgspec.json.decode(kept, type=list[tuple[str, str, float]])]
+        advance(len(job.settings.targets))
+    found = msgspec.json.decode(kept, type=list[Served])
     best = min(found, key=lambda one: one.share)
     shares = ", ".join(f"{one.runtime} {one.regime} {one.share:.0%}" for one in found)
     text = f"{best.runtime} serves this model best here: of {found[0].runtime}'s float time take {shares}"
@@ -58,18 +58,19 @@ def aimed(job: Job, quotes: Quotes, store: Store, stage: Stage) -> Job:
     return replace(job, settings=replace(job.settings, target=best.runtime), notes=(*job.notes, note))
 
 
-def rough_files(job: Job, quotes: Quotes, place: Path) -> dict[str, Path]:
-    """The float original and, where layers have an int8 option, the model with all of them in int8: rounded on one batch, for
-    the clock only."""
-    files = {FLOAT: place / "float.onnx"}
-    export(job.graph, job.example, files[FLOAT])
-    names = [one.layer for one in quotes.menu.formats]
-    if names:
-        ready = prepared(job.graph, job.example, names, lambda: islice(job.calib(), 1))
-        graph, _ = with_numbers(ready, [int8.step(name, compensate=False) for name in names], largest_integer())
+def whole_files(
+    job: Job, int8_layers: Sequence[str], calib: Callable[[], Iterable[Inputs]], place: Path, *, compensate: bool
+) -> tuple[dict[str, Path], fx.GraphModule]:
+    """The float original and, if there are `int8_layers`, the model with all of them in int8; and that model's graph."""
+    files, graph = {FLOAT: place / "float.onnx"}, job.graph
+    export(graph, job.example, files[FLOAT])
+    if int8_layers:
+        ready = prepared(graph, job.example, int8_layers, calib)
+        steps = [int8.step(name, compensate=compensate) for name in int8_layers]
+        graph, _ = with_numbers(ready, steps, largest_integer())
         files[INT8] = place / "int8.onnx"
         export(graph, job.example, files[INT8])
-    return files
+    return files, graph
 
 
 def served(job: Job, files: Mapping[str, Path], place: Path, targets: Sequence[str]) -> list[Served]:

@@ -1,4 +1,4 @@
-"""Which variants are worth timing: the latency table of a run, within about TABLE_S."""
+"""Which variants are worth timing: the latency table of a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import onnx
 
 from flyweight.deploy.clock import compare
-from flyweight.deploy.folder import Folder
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import COPIES, FLOAT, INT8, REFERENCE, LatencyTable, measure_table
 from flyweight.graph.axes import Group
@@ -29,10 +29,11 @@ from flyweight.stages.setup import Job
 from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import feeds_of
 
-__all__ = ["REFERENCE_FILE", "measured_table", "offered", "timed_formats"]
+__all__ = ["measured_table", "offered", "timed_formats"]
 
-REFERENCE_FILE = "run/reference.onnx"
-TABLE_S = 120.0  # that a table may take, about; some runtimes compile for a second what they run in milliseconds
+# That the clock may take for a shape, about (what must be exported for it comes before): some runtimes compile for a second
+# what they run in milliseconds.
+TABLE_S = 120.0
 CLEAR = 0.8  # int8 that takes no more than this of float's time is the only regime worth timing
 PROCESSES = 2  # of the clock, for tables
 
@@ -51,12 +52,12 @@ def offered(menu: Menu, table: LatencyTable | None) -> Menu:
 
 
 def measured_table(
-    job: Job, menu: Menu, bases: Mapping[str, Path], ready: Prepared, folder: Folder, stage: Stage, place: Path
+    job: Job, menu: Menu, reference: Path, bases: Mapping[str, Path], ready: Prepared, stage: Stage, place: Path
 ) -> LatencyTable:
     """The latency table, measured now. Where time is short for all variants: float layers inside the int8 model only for
     those whose rounding costs most, and fewer levels of each group."""
     feeds = feeds_of(job.graph, job.judged, job.shapes, place)
-    reference, target, threads = folder.path / REFERENCE_FILE, job.settings.target, job.settings.threads
+    target, threads = job.settings.target, job.settings.threads
     left = job.time_left_s()
     allowed_s = TABLE_S * len(feeds) if left is None else min(TABLE_S * len(feeds), left / 3)
     files, started = {REFERENCE: reference, **bases}, time.monotonic()
@@ -70,14 +71,15 @@ def measured_table(
     variants = 1 + len(bases) * COPIES + regimes * sum(map(len, levels.values())) + len(float_layers)
     variants += len(bases) * (len(menu.blocks) + sum(len(one.levels) - 1 for one in menu.ranks))
     advance = stage("measure latencies", variants)
-    return measure_table(
+    table = measure_table(
         bases, reference, roundable(job.graph), menu.groups, levels, feeds, runtime=target, threads=threads,
-        float_layers=float_layers, fixed=[n for n in timed_formats(menu) if n not in float_layers], int8_alone=alone,
+        float_layers=float_layers, widths_in=(INT8,) if alone else (FLOAT, INT8),
         deadline_s=None if left is None else left / 3, advance=advance,
         narrowed=lambda group, level: _narrowed(job, group, level, place),
         without={p.block.node: partial(_without, job, ready, p.block, timed_formats(menu), place) for p in menu.blocks},
         ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
     )  # fmt: skip
+    return msgspec.structs.replace(table, fixed=tuple(n for n in timed_formats(menu) if n not in float_layers))
 
 
 def _worth_timing(
