@@ -2,10 +2,10 @@
 
     python benchmarks/peers.py [--network efficientnet|minilm|crepe|resnet20] [--quick] [--threads 1] [--processes 5]
 
-Everything is timed in pairs with the float file in ONNX Runtime (ABBA blocks, fresh processes), so a share means the same
-for all rows. Flyweight's budgets are shares of the fastest rival's time, measured first; its data carry no labels but the
-rows that choose of ResNet-20. Figures are those of the files, run by their runtime on the test rows; differences to each rival
-are paired, and their intervals draw whole sources.
+Everything is timed in pairs with the float file (torch's own export, which the rivals start from) in ONNX Runtime (ABBA
+blocks, fresh processes), so a share means the same for all rows. Flyweight's budgets are shares of the fastest rival's time,
+measured first; its data carry no labels but the rows that choose of ResNet-20. Figures are those of the files, run by their
+runtime on the test rows; differences to each rival are paired, and their intervals draw whole sources.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from flyweight.deploy.formats.onnx import export
 from flyweight.graph.trace import trace
 from peers_cases import CASES, Case
 from peers_rivals import Rival, rivals
+from rivals import float_onnx
 
 FLOAT = "float"
 COLUMNS = ("artifact", "runtime", "MB", "seconds", "note")
@@ -56,33 +57,50 @@ def answers(case: Case, one: Rival, float_file: Path, threads: int) -> Tensor:
 
 
 def ours(case: Case, first: clock.Timings, made: Mapping[str, Rival], folder: Path) -> dict[str, Rival]:
-    """What flyweight makes within its goals: as fast as a part of the fastest rival's time, in each of its targets."""
-    found = {}
+    """What flyweight makes within its goals: as fast as a part of the fastest rival's time, in each of its targets; and as
+    small as its budgets of bytes say."""
+    found: dict[str, Rival] = {}
     known = [name for name in made if not name.startswith(FLOAT)]
     for target in case.targets:
+        several = f", {target}" if len(case.targets) > 1 else ""
         prices = None
-        for goal, (part, quality) in case.goals.items():
+        for goal, (part, others) in case.goals.items():
             limits = []
             for shape in first.noise:
                 fastest = min(first.times[name][shape].share.value for name in known)
-                allowed = part * fastest / first.times[f"{FLOAT}, {target}"][shape].share.value
+                allowed = part * fastest / first.times[_own(target)][shape].share.value
                 limits.append(f"latency@{shape}<={100 * allowed:.1f}%")
-            budget, started = ", ".join([*limits, quality]), time.perf_counter()
             place = folder / f"{target}-{goal}".replace(" ", "-")
-            half = max(
-                1, len(case.choose) * 2 // 3
-            )  # the promise is weighed on the rest; the test rows are read here, once
-            result = fw.compress(
-                case.model, calib=case.calib, tune=list(case.choose[:half]), test=list(case.choose[half:]), task=case.task,
-                budget=budget, target=target, shapes=list(first.noise), workdir=place, prices=prices,
-            )  # fmt: skip
-            prices, seconds = prices or place, time.perf_counter() - started
-            size = sum(one.stat().st_size for one in place.glob("model.onnx*"))
-            took = (f"{stage}: {spent:.0f} s" for stage, spent in result.results.seconds.items())
-            print(f"{target}, {goal}: {budget}: {result}", *took, sep="\n  ", flush=True)
-            name = f"flyweight, {goal}" + (f", {target}" if len(case.targets) > 1 else "")
-            found[name] = Rival(place / "model.onnx", target, size, seconds, f"budget {budget}")
+            budget, shapes = ", ".join([*limits, others]), list(first.noise)
+            found[f"flyweight, {goal}{several}"] = _compressed(
+                case, budget, target, place, shapes=shapes, prices=prices
+            )
+            prices = prices or place
+        for goal, budget in case.sizes.items():
+            place = folder / f"{target}-{goal}"
+            methods = ["int8", "weights"]
+            found[f"flyweight, {goal}{several}"] = _compressed(case, budget, target, place, methods=methods)
     return found
+
+
+def _own(target: str) -> str:
+    """The name of the float model that flyweight exports."""
+    return f"{FLOAT} by flyweight, {target}"
+
+
+def _compressed(case: Case, budget: str, target: str, place: Path, **arguments: Any) -> Rival:
+    """What flyweight makes of a case within a budget. The promise is weighed on a part of the rows that choose: the test rows
+    are read here, once."""
+    started, half = time.perf_counter(), max(1, len(case.choose) * 2 // 3)
+    result = fw.compress(
+        case.model, calib=case.calib, tune=list(case.choose[:half]), test=list(case.choose[half:]), task=case.task,
+        budget=budget, target=target, workdir=place, **arguments,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    took = (f"{stage}: {spent:.0f} s" for stage, spent in result.results.seconds.items())
+    print(f"{target}: {budget}: {result}", *took, sep="\n  ", flush=True)
+    size = sum(one.stat().st_size for one in place.glob("model.onnx*"))
+    return Rival(place / "model.onnx", target, size, seconds, f"budget {budget}")
 
 
 def table(
@@ -127,12 +145,15 @@ def compared(name: str, options: Any) -> None:
         folder = Path(place)
         file = folder / "float.onnx"
         example = tuple(x[:2] for x in case.calib[0])
-        export(trace(case.model, example).module, example, file)
+        float_onnx(case.model, example, file)
         feeds = [_feed(case, [x[i : i + 1] for x in batch], file) for batch in case.calib for i in range(len(batch[0]))]
         size = file.stat().st_size
-        made = {FLOAT: Rival(file, "onnxruntime", size, 0.0, "exported plainly")}
+        made = {FLOAT: Rival(file, "onnxruntime", size, 0.0, "torch.onnx.export")}
         for runtime in ("onnxruntime", "openvino", "openvino_bf16"):
             made[f"{FLOAT}, {runtime}"] = Rival(file, runtime, size, 0.0, "the same file")
+        export(trace(case.model, example).module, example, folder / "own.onnx")
+        for target in case.targets:  # what flyweight's budgets are shares of
+            made[_own(target)] = Rival(folder / "own.onnx", target, size, 0.0, "exported by flyweight")
         failed = []
         for rival, one in rivals([r for r in case.rivals if r != "bf16"], file, feeds[:300], folder):
             if isinstance(one, Rival):

@@ -159,18 +159,20 @@ def structured_rows(
     return rows
 
 
-def float_onnx(model: nn.Module, example: Tensor, path: Path) -> Path:
-    """The model as plain float ONNX with a dynamic batch, as torch's own exporter writes it."""
+def float_onnx(model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path) -> Path:
+    """The model as plain float ONNX with a dynamic batch, as torch's own exporter writes it. One tensor is called x."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    rows = example if len(example) > 1 else torch.cat([example, example])  # a batch of one would become a constant
+    inputs = example if isinstance(example, tuple) else (example,)
+    rows = tuple(x if len(x) > 1 else torch.cat([x, x]) for x in inputs)  # a batch of one would become a constant
+    batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model.eval(),
-            (rows,),
+            rows,
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            input_names=["x"],
+            dynamic_shapes=tuple({0: batch} for _ in rows),
+            input_names=["x"] if isinstance(example, Tensor) else None,
             output_names=["logits"],
             verbose=False,
         )
