@@ -106,7 +106,10 @@ class Result:
 
 
 def rule(pattern: str, *, bits: int | None = None, keep: bool = False) -> Rule:
-    """A word about the layers whose names match `pattern` (fnmatch): their bits (8 or 32), or to leave them alone."""
+    """A word about the layers whose names match `pattern` (fnmatch): their bits, or to leave them alone.
+
+    32 bits are float, 8 int8 (weights and values); 2 to 7 are those of the weights alone, computed with in float.
+    """
     return Rule(pattern, bits, keep)
 
 

@@ -126,7 +126,7 @@ class Rule(msgspec.Struct, frozen=True):
     """A user's word about the layers whose names match `pattern` (fnmatch): fixed bits, or kept as they are."""
 
     pattern: str
-    bits: int | None = None  # 8 or 32
+    bits: int | None = None  # 32: float, 8: int8, 2 to 7: of the weights alone
     keep: bool = False
 
 

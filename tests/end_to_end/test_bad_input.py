@@ -254,7 +254,7 @@ NAMES = {
     "a preference": ({"prefer": "speed"}, UsageError, ["prefer='speed'", "quality, latency, size"]),
     "threads": ({"threads": "2"}, UsageError, ["threads must be a whole number from 1"]),
     "a seed": ({"seed": "a"}, UsageError, ["seed must be a whole number"]),
-    "bits": ({"rules": [fw.rule("*", bits=4)]}, UsageError, ["4 bits", "8 or 32"]),
+    "bits": ({"rules": [fw.rule("*", bits=16)]}, UsageError, ["16 bits", "2 to 7"]),
     "no rule": ({"rules": ["conv1"]}, UsageError, ["'conv1' is no rule", "fw.rule("]),
     "a rule for nothing": ({"rules": [fw.rule("encoder.*", bits=8)]}, UsageError, ["'encoder.*' matches no layer", "conv1"]),
     "a layer to keep": ({"keep": ["classifier"]}, UsageError, ["'classifier' matches no layer", "head"]),

@@ -135,9 +135,9 @@ def test_int8_answers_are_near_the_originals(one: Subject, ready: Prepared):
 
 def test_grids_clip_to_what_is_known(ready: Prepared):
     found = slots(ready.graph, list(ready.layers))
-    grids = int8.grids(found, ready.stats)
+    grids = int8.grids(ready.graph, found, ready.stats)
     tight = [s.__class__(s.node, s.like, s.low, 1e-3 if not s.like else None) for s in found]
-    clipped = int8.grids(tight, ready.stats)
+    clipped = int8.grids(ready.graph, tight, ready.stats)
     for slot in found:
         assert grids[slot.node] == grids[slot.like or slot.node]
         assert clipped[slot.node].scale * 255 <= 1e-3 * (1 + 2**-20)

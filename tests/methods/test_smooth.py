@@ -14,7 +14,7 @@ from flyweight.deploy.placement import readers_on_sequences
 from flyweight.graph.trace import trace
 from flyweight.methods import int8
 from flyweight.methods.smooth import WORTH, factors, migrated, migrations, node_name
-from flyweight.numerics.moments import Moments, add_rows, empty_moments
+from flyweight.numerics.moments import add_rows, empty_moments
 from flyweight.stages.deliver import Prepared, prepared, with_numbers
 
 from ..graph.nets import net
@@ -109,15 +109,14 @@ def test_only_layers_in_int8_read_the_product():
 
 @pytest.mark.parametrize("factor", [1.0, 10.0, 100.0])
 def test_the_predicted_share_is_that_of_a_simulation(factor: float):
-    """Values of six standard deviations' range and weights, rounded to nearest on their grids: with factors, without."""
+    """Values and weights rounded to nearest on grids of their full ranges: with factors, without."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(20_000, 16, dtype=torch.float64, generator=generator) * spread(16, factor)
     weight = torch.randn(24, 16, dtype=torch.float64, generator=generator)
-    moments = add_rows(empty_moments(16), rows)
-    scale, share = factors(weight, moments)
+    scale, share = factors(weight, rows, rows.square().mean(0))
 
     def rounded(by: Tensor) -> float:
-        step = 2 * float((6 * moments.gram.diagonal().sqrt() * by).max()) / 255
+        step = float((rows * by).max() - (rows * by).min()) / 255
         turned = weight / by
         steps = turned.abs().amax(1, keepdim=True) / 127
         found = ((rows * by / step).round() * step) @ ((turned / steps).round() * steps).T
@@ -134,8 +133,8 @@ def test_channels_never_seen_have_finite_factors():
     rows[:, 2] = 0
     weight = torch.randn(3, 4, dtype=torch.float64)
     weight[:, 1] = 0
-    for seen in (add_rows(empty_moments(4), rows), Moments(5, torch.zeros(4).double(), torch.zeros(4, 4).double())):
-        scale, share = factors(weight, seen)
+    for seen in (rows, torch.zeros(5, 4)):
+        scale, share = factors(weight, seen, seen.square().mean(0))
         assert bool(scale.isfinite().all())
         assert bool((scale > 0).all())
         assert 0 <= share <= 1

@@ -100,12 +100,19 @@ def test_the_rises_of_a_removal_sum_to_the_error_of_the_polished_weights(name: s
 def test_compensated_rounding_stays_on_the_grid_and_beats_plain_rounding(name: str):
     form = FORMS[name]
     scale = torch.linspace(0.3, 0.6, 6, dtype=torch.float64)
-    new = forms.rounded(WEIGHT, forms.rounding(form), lambda column: (column / scale).round() * scale)
+    how, by_row = forms.rounding(form), scale[:, None]
+    new = forms.rounded(WEIGHT, how, lambda column, own: (column / own).round() * own, by_row)
     steps = new / scale[:, None]
     assert torch.allclose(steps, steps.round(), atol=1e-12)
     plain = (WEIGHT / scale[:, None]).round() * scale[:, None]
     assert float(forms.row_errors(WEIGHT - new, form).sum()) < float(forms.row_errors(WEIGHT - plain, form).sum())
-    assert torch.equal(forms.rounded(WEIGHT, forms.rounding(form), lambda column: column), WEIGHT)
+    assert torch.equal(
+        forms.rounded(WEIGHT, how, lambda column, own: (column / own).round() * own, by_row.expand(WEIGHT.shape)), new
+    )
+    assert torch.equal(forms.rounded(WEIGHT, how, lambda column, own: column, by_row), WEIGHT)
+    # every weight meets its own scale, whatever the order of columns
+    each = torch.rand(WEIGHT.shape, dtype=torch.float64)
+    assert torch.equal(forms.rounded(WEIGHT, how, lambda column, own: own, each), each)
 
 
 def test_rounding_with_a_product_is_dense_rounding_in_the_same_order():
@@ -113,7 +120,9 @@ def test_rounding_with_a_product_is_dense_rounding_in_the_same_order():
     order = (how.orders[0][:, None] * 3 + how.orders[1]).flatten()
     whole = PRODUCT.dense()[order][:, order]
     expected, _ = obs.sweep(WEIGHT[:, order], obs.inverse_factor(whole), lambda column, _: column.round())
-    assert torch.equal(forms.rounded(WEIGHT, how, torch.round)[:, order], expected)
+    assert torch.equal(
+        forms.rounded(WEIGHT, how, lambda column, _: column.round(), torch.ones(len(WEIGHT), 1))[:, order], expected
+    )
 
 
 def test_a_moment_kept_in_float32_is_computed_with_in_float64():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from flyweight.graph.numbers import INT8
 from flyweight.graph.operators import layers
 from flyweight.methods import lowrank
 from flyweight.recover.resolve import resolve
@@ -141,7 +142,7 @@ def test_both_parts_follow_the_format_and_rows_tell_of_both():
     choice[FIRST + 4], choice[4 + 4] = 1, 1  # inner, in int8
     graph = delivered(tuple(choice))
     assert set(graph.meta["numbers"]) == {"inner", "inner_in"}
-    row = next(r for r in layer_rows(one().graph, graph, one().layers, ["inner"]) if r.name == "inner")
+    row = next(r for r in layer_rows(one().graph, graph, one().layers, {"inner": INT8}) if r.name == "inner")
     weights = 6 * 32 + 12 * 6
     # int8 weights; for each output a scale and a zero point, for the last ones an int32 bias with a scale
     assert row.weight_bytes_after == weights + 5 * 6 + 13 * 12

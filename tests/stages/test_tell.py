@@ -9,6 +9,7 @@ import torch
 
 from flyweight.deploy.clock import Timing, Timings
 from flyweight.graph.axes import Group
+from flyweight.graph.numbers import INT8
 from flyweight.methods import channels, int8
 from flyweight.search.problem import evaluate
 from flyweight.stages.choose import steps_of
@@ -40,7 +41,7 @@ def after():
     rounded = [s for s in done if s.method == int8.NAME]
     graph = channels.restructure(one().graph, one().groups, one().layers, one().stats, cut)
     ready = prepared(graph, one().example, {s.target for s in rounded}, lambda: iter(one().batches))
-    return with_numbers(ready, rounded)[0], [s.target for s in rounded]
+    return with_numbers(ready, rounded)[0], {s.target: INT8 for s in rounded}
 
 
 def test_parameters_are_counted_once():
@@ -81,7 +82,7 @@ def test_histograms_hold_nearly_every_weight_of_changed_layers_only(after):
             assert inside - 2 <= sum(histogram.counts) <= inside
             assert inside >= int(SHOWN * (weight.numel() - 1))
             assert -histogram.low == histogram.high <= float(weight.abs().max())
-    same = layer_rows(one().graph, one().graph, one().layers, [])
+    same = layer_rows(one().graph, one().graph, one().layers, {})
     assert all(r.histogram_before is r.histogram_after is None for r in same)
     assert all(r.macs_before == r.macs_after and r.weight_bytes_before == r.weight_bytes_after for r in same)
 

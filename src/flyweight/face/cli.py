@@ -244,7 +244,7 @@ def _rule(text: str) -> Rule:
 
     pattern, colon, word = text.rpartition(":")
     if not colon or not pattern or not (word.isdigit() or word == "keep"):
-        raise UsageError(f"--rule {text!r} is no rule", fix="write PATTERN:8, PATTERN:32 or PATTERN:keep")
+        raise UsageError(f"--rule {text!r} is no rule", fix="write PATTERN:4, PATTERN:8, PATTERN:32 or PATTERN:keep")
     return Rule(pattern, None if word == "keep" else int(word), keep=word == "keep")
 
 

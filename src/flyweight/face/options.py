@@ -141,7 +141,7 @@ GOAL = (
         "--methods",
         multiple=True,
         metavar="NAMES",
-        help="Methods to use, comma separated: blocks, channels, lowrank, int8.  [default: channels,int8]",
+        help="Methods to use, comma separated: blocks, channels, lowrank, int8, weights.  [default: channels,int8]",
     ),
     _KEEP,
     _option(
@@ -149,7 +149,7 @@ GOAL = (
         "rules",
         multiple=True,
         metavar="PATTERN:BITS",
-        help="Bits of the layers whose names match: 8, 32 or keep. Repeatable.",
+        help="Bits of the layers whose names match: 2 to 7 (weights alone), 8 (int8), 32, or keep. Repeatable.",
     ),
 )
 PICKED = _option(

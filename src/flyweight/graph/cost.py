@@ -9,10 +9,20 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from flyweight.graph.axes import Group
+from flyweight.graph.numbers import Form
 from flyweight.graph.operators import CONVOLUTIONS, TRANSPOSED, Layer, layers, module_of, sizes
 from flyweight.graph.rewrite import part_before
+from flyweight.numerics.packed import packed_bytes
 
-__all__ = ["Other", "layer_macs", "others", "total_macs", "weight_bytes", "work_of"]
+__all__ = [
+    "Other",
+    "layer_macs",
+    "others",
+    "stored_bytes",
+    "total_macs",
+    "weight_bytes",
+    "work_of",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,14 @@ def _numbers(graph: fx.GraphModule, name: str) -> int:
 def layer_macs(layer: Layer, inputs: int, outputs: int) -> int:
     """Multiply-accumulates per sample with that many input and output channels."""
     return inputs * layer.taps * outputs * layer.positions
+
+
+def stored_bytes(layer: Layer, inputs: int, outputs: int, form: Form) -> int:
+    """As `weight_bytes`, in any number format."""
+    if not form.packed:
+        return weight_bytes(layer, inputs, outputs, form.bits)
+    bias = 4 * outputs if layer.bias or layer.norm else 0
+    return packed_bytes(outputs, inputs * layer.taps, form.bits) + bias
 
 
 def weight_bytes(layer: Layer, inputs: int, outputs: int, bits: int) -> int:

@@ -44,6 +44,8 @@ POSITIONS = 64  # patches of each sample that a convolution's second moment look
 MOST = 1024  # of them where samples are few
 FEW = 8  # the same of wide convolutions, whose products are dear, and of depthwise ones of up to SMALL columns
 SMALL = 32
+KEPT, LOOKS = 1024, 8  # rows of a value that are kept, and of each sample
+STRIDE = 7919  # a prime, so that places run through a sample of any length
 COUNTED = 1 << 14  # numbers of a sample's value that its histogram counts, spread over it
 PATCHES = 1 << 20  # numbers in a sample's patches, for moments in Kronecker form: their taps see every value many times
 
@@ -62,7 +64,8 @@ class Sensed:
 
 @dataclass(frozen=True, eq=False)
 class Stats:
-    """`inputs`: layer name -> moments of its input rows; `ranges`: node name -> histogram of its values.
+    """`inputs`: layer name -> moments of its input rows; `ranges`: node name -> histogram of its values; `rows`: node name ->
+    some of its rows, as many numbers each as its last axis has (float32; they are not kept between runs).
 
     `sensed`: of the layers whose cuts are chosen and made up for with the outputs' sensitivity. Rounding and ranks never are.
     """
@@ -71,6 +74,7 @@ class Stats:
     inputs: Mapping[str, Moments]
     ranges: Mapping[str, Histogram]
     sensed: Mapping[str, Sensed] = field(default_factory=dict)
+    rows: Mapping[str, Float[Tensor, "rows channels"]] = field(default_factory=dict)
 
     def for_cuts(self, layer: str) -> Moments:
         """The moments that a layer is fitted with when it loses columns."""
@@ -87,11 +91,13 @@ def measure(
     layers: Mapping[str, Layer],
     ranges: Collection[str] = (),
     *,
+    rows: Collection[str] = (),
     advance: Callable[[int], None] = lambda samples: None,
     positions: int | None = None,
     samples: int | None = None,
 ) -> Stats:
-    """The statistics of `layers` (input moments) and of the nodes named in `ranges`, over all `batches`.
+    """The statistics of `layers` (input moments) and of the nodes named in `ranges`, over all `batches`; and of the nodes in
+    `rows` the first KEPT rows, LOOKS of each sample.
 
     Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each part of one. `samples`: how many
     are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (two
@@ -99,7 +105,7 @@ def measure(
     sets the number of patches for every convolution. Padding (`graph.tokens`) is left out of the rows of linear layers.
     """
     looks = {name: positions or looks_of(layer, samples) for name, layer in layers.items()}
-    recorder = _Recorder(graph, layers, ranges, looks, whole=positions is None)
+    recorder = _Recorder(graph, layers, ranges, rows, looks, whole=positions is None)
     mask = mask_input(graph)
     with torch.no_grad():
         for batch in chunked(graph, batches):
@@ -109,7 +115,8 @@ def measure(
             advance(len(batch[0]))
         found = {owner: recorder.result(owner) for owner in dict.fromkeys(recorder.owners.values())}
     inputs = {name: found[owner] for name, owner in recorder.owners.items()}
-    return Stats(recorder.samples, inputs, recorder.histograms)
+    kept = {name: torch.cat(parts)[:KEPT] for name, parts in recorder.rows.items() if parts}
+    return Stats(recorder.samples, inputs, recorder.histograms, rows=kept)
 
 
 def looks_of(layer: Layer, samples: int | None) -> int:
@@ -154,6 +161,7 @@ class _Recorder(fx.Interpreter):
         graph: fx.GraphModule,
         layers: Mapping[str, Layer],
         ranges: Collection[str],
+        rows: Collection[str],
         looks: Mapping[str, int],
         *,
         whole: bool,
@@ -164,6 +172,7 @@ class _Recorder(fx.Interpreter):
         self.found: dict[str, dict[Map, Moments]] = {owner: {} for owner in self.owners.values()}
         self.waiting: dict[tuple[str, Map], Waiting] = {}
         self.histograms = {name: empty_histogram() for name in ranges}
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in rows}
         self.tokens: Tensor | None = None  # which tokens of the batch are real
 
     def run_node(self, n: fx.Node) -> object:
@@ -173,7 +182,21 @@ class _Recorder(fx.Interpreter):
         if n.name in self.histograms:
             assert isinstance(value, Tensor)
             self.histograms[n.name] = add_values(self.histograms[n.name], _spread(value), value)
+        if n.name in self.rows and sum(map(len, self.rows[n.name])) < KEPT:
+            assert isinstance(value, Tensor)
+            self.rows[n.name].append(self.some(value.flatten(1, -2)))
         return value
+
+    def some(self, value: Tensor) -> Tensor:
+        """LOOKS rows of every sample, spread over it, without padding: the same ones however samples are batched."""
+        length = value.shape[1]
+        number = (self.samples + torch.arange(len(value)))[:, None] * LOOKS + torch.arange(min(LOOKS, length))
+        at = number * STRIDE % length
+        sample = torch.arange(len(value))[:, None].expand(at.shape)
+        found = value[sample, at]
+        fits = self.tokens is not None and self.tokens.shape == value.shape[:2]
+        real = self.tokens[sample, at] if self.tokens is not None and fits else torch.ones(at.shape, dtype=torch.bool)
+        return found[real].float().clone()
 
     def look(self, n: fx.Node, layer: str, x: Tensor) -> None:
         """What one call adds to the layer's moments."""

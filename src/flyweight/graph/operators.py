@@ -23,6 +23,7 @@ __all__ = [
     "CONVOLUTIONS",
     "TRANSPOSED",
     "Layer",
+    "embeddings",
     "input_rows",
     "layers",
     "matrix",
@@ -176,6 +177,12 @@ def tables(graph: fx.GraphModule) -> dict[str, nn.Embedding]:
             if isinstance(module, nn.Embedding):
                 found[str(node.target)] = module
     return found
+
+
+def embeddings(graph: fx.GraphModule) -> dict[str, nn.Embedding]:
+    """Every embedding that is called, by name."""
+    called = {str(node.target): module_of(graph, node) for node in graph.graph.nodes if node.op == "call_module"}
+    return {name: module for name, module in called.items() if isinstance(module, nn.Embedding)}
 
 
 def _positions(module: nn.Module, node: fx.Node) -> int:

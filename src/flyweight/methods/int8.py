@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,12 +26,12 @@ from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, on_sequences, set_matrix, value_read
 from flyweight.methods.channels import gram_of
 from flyweight.numerics import forms
-from flyweight.numerics.affine import Grid, activation_grid, weight_scales
+from flyweight.numerics.affine import Grid, activation_grid, sampled_grid, weight_scales
 from flyweight.numerics.forms import Rounding
 from flyweight.numerics.moments import Moments, shrunk
 from flyweight.types import Step
 
-__all__ = ["NAME", "apply", "grids", "round_table", "round_weights", "step"]
+__all__ = ["NAME", "apply", "factored", "grids", "round_table", "round_weights", "seen_by", "step"]
 
 NAME = "int8"
 FLOOR = 0.01  # least shrinkage of the second moment: rounding errors are small, a sharp inverse is not needed
@@ -67,14 +68,20 @@ def step(layer: str, compensate: bool = True) -> Step:
     return Step(NAME, layer, {"bits": 8} | ({} if compensate else {"compensate": False}))
 
 
-def grids(slots: Sequence[Slot], stats: Stats) -> dict[str, Grid]:
-    """The grid of every slot, from the histograms of the values."""
+def grids(graph: fx.GraphModule, slots: Sequence[Slot], stats: Stats) -> dict[str, Grid]:
+    """The grid of every slot: by what its error costs the layers that read it where rows are at hand, else by histograms."""
     found: dict[str, Grid] = {}
+    called = {node.name: str(node.target) for node in graph.graph.nodes}
     for slot in slots:
         if slot.like:
             found[slot.node] = found[slot.like]
             continue
-        grid = activation_grid(stats.ranges[slot.node], known_low=slot.low)
+        if slot.readers and slot.node in stats.rows:
+            power = sum(matrix(graph.get_submodule(called[reader])).square().sum(0) for reader in slot.readers)
+            assert isinstance(power, Tensor)
+            grid = sampled_grid(stats.rows[slot.node], power)
+        else:
+            grid = activation_grid(stats.ranges[slot.node], known_low=slot.low)
         if slot.high is not None and grid.scale * grid.high > slot.high:
             grid = Grid(float(torch.tensor(slot.high / grid.high, dtype=torch.float32)), grid.zero_point)
         found[slot.node] = grid
@@ -95,10 +102,8 @@ def round_weights(
         scale = (torch.where(peak > 0, peak, torch.ones_like(peak)) / largest).float().double()
         new = (weights / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
     else:
-        scale = _scales(weights, forms.diagonal(gram).to(weights.dtype), largest)
-        new = forms.rounded(
-            weights, _factored(layer, moments), lambda column: (column / scale).round().clamp(-largest, largest) * scale
-        )
+        scale = weight_scales(weights, seen_by(weights, forms.diagonal(gram).to(weights.dtype)), largest)
+        new = forms.rounded(weights, factored(layer, moments), partial(_nearest, largest), scale[:, None])
     change = weights - new
     set_matrix(module, new)
     if module.bias is not None and compensate:
@@ -122,14 +127,18 @@ def round_table(module: nn.Module, largest: int = LARGEST) -> tuple[Tensor, floa
     return scale.float(), float((rows - new).square().sum(1).mean())
 
 
-def _scales(weights: Tensor, power: Tensor, largest: int) -> Tensor:
-    """The scale of every row; rows of a convolution with channel groups see inputs of their own."""
-    each = power.repeat_interleave(len(weights) // len(power), 0) if power.ndim == 2 else power
-    return weight_scales(weights, each, largest)
+def _nearest(largest: int, column: Tensor, scale: Tensor) -> Tensor:
+    return (column / scale).round().clamp(-largest, largest) * scale
 
 
-def _factored(layer: Layer, moments: Moments) -> Rounding:
-    """As `_factor`; remembered for wide layers, which are rounded several times while prices are asked for."""
+def seen_by(weights: Tensor, power: Tensor) -> Tensor:
+    """The power of a layer's inputs as its rows see it: those of a convolution with channel groups see inputs of their own."""
+    return power.repeat_interleave(len(weights) // len(power), 0) if power.ndim == 2 else power
+
+
+def factored(layer: Layer, moments: Moments) -> Rounding:
+    """What the compensated sweep of a layer needs; remembered for wide layers, which are rounded several times while prices
+    are asked for."""
     return (_remembered_factor if layer.columns >= WIDE else _factor)(layer, moments)
 
 
@@ -154,7 +163,7 @@ def apply(
     `stats` must come from this graph (its norms folded). Returns each layer's weight error. `graph.meta["numbers"]` and
     `graph.meta["extra_tensors"]` record what the exporter needs.
     """
-    chosen = grids(slots, stats)
+    chosen = grids(graph, slots, stats)
     errors: dict[str, float] = {}
     scales: dict[str, Tensor] = {}
     for one in steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from flyweight.numerics.moments import BINS, Histogram
 
-__all__ = ["Grid", "activation_grid", "activation_noise", "rounded", "weight_scales"]
+__all__ = ["Grid", "activation_grid", "activation_noise", "rounded", "sampled_grid", "weight_scales"]
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,39 @@ def activation_grid(histogram: Histogram, *, known_low: float | None = None, ste
     Tried: the full range and `steps` clippings of each end. Zero is always representable, as padding needs it.
     `known_low=0.0` (after a ReLU) pins the zero point to 0, without which runtimes fall back to float.
     """
-    high = max(histogram.high, 0.0)
-    low = min(histogram.low, 0.0) if known_low is None else known_low
+    low = histogram.low if known_low is None else known_low
+    return _least(low, histogram.high, 0.9, steps, lambda grid: activation_noise(histogram, grid))
+
+
+def sampled_grid(
+    values: Float[Tensor, "rows channels"], importance: Float[Tensor, " channels"], *, steps: int = 16
+) -> Grid:
+    """As `activation_grid`, for values of which rows are at hand: the grid that costs what reads them least.
+
+    The error is the mean over rows of sum_c importance_c (x_c - rounded x_c)^2; with the power of a layer's weights as
+    importance that is its outputs' error where channels err alone.
+    """
+
+    def error(grid: Grid) -> float:
+        return float((rounded(values, grid) - values).square().mean(0).to(importance.dtype) @ importance)
+
+    return _least(float(values.min()), float(values.max()), 0.6, steps, error)
+
+
+def _least(low: float, high: float, clipped: float, steps: int, error: Callable[[Grid], float]) -> Grid:
+    """Of the full range and `steps` clippings of each end by up to `clipped` of it the grid of the least error."""
+    low, high = min(low, 0.0), max(high, 0.0)
     if high <= low:
         return Grid(1.0, 0)
     best, lowest = _grid(low, high), float("inf")
     for step in range(steps):
-        shrink = 1 - 0.9 * step / steps
+        shrink = 1 - clipped * step / steps
         candidates = [_grid(low * shrink, high * shrink)]
-        candidates += [_grid(low, high * shrink), _grid(low * shrink, high)] if low < 0 else []
+        candidates += [_grid(low, high * shrink), _grid(low * shrink, high)] if low < 0 and step else []
         for grid in candidates:
-            error = activation_noise(histogram, grid)
-            if error < lowest:
-                best, lowest = grid, error
+            found = error(grid)
+            if found < lowest:
+                best, lowest = grid, found
     return best
 
 

@@ -236,23 +236,34 @@ def _ordered(gram: Tensor, order: Tensor) -> Tensor:
     return torch.stack([g[o][:, o] for g, o in zip(gram, order, strict=True)])
 
 
+Snap = Callable[[Tensor, Tensor], Tensor]  # (column, its scales), both "out", -> the column's nearest allowed values
+
+
 def rounded(
-    weight: Float[Tensor, "out in"], how: Rounding, snap: Callable[[Tensor], Tensor]
+    weight: Float[Tensor, "out in"], how: Rounding, snap: Snap, scale: Float[Tensor, "out #in"]
 ) -> Float[Tensor, "out in"]:
-    """The weights snapped column by column, the rest making up for it; `snap(column)` sees the rows of all outputs."""
+    """The weights snapped column by column, the rest making up for it; `scale` of every weight, or one a row."""
     if isinstance(how.form, Kronecker):
         channels, taps = how.orders
         columns = (channels[:, None] * len(taps) + taps).flatten()
-        new, _ = kronecker.sweep(weight[:, columns], Kronecker(*how.factors), lambda column, _: snap(column))
+        own = scale[:, columns] if scale.shape[1] > 1 else scale.expand(-1, len(columns))
+        new, _ = kronecker.sweep(weight[:, columns], Kronecker(*how.factors), lambda column, j: snap(column, own[:, j]))
         return new[:, columns.argsort()]
     if isinstance(how.form, Blocks):
+        scale = scale.expand(weight.shape)
         parts = zip(how.form.spans(), how.orders, how.factors, strict=True)
-        return torch.cat([_swept(weight[:, span], o, u, snap) for span, o, u in parts], 1)
-    return _swept(weight, how.orders[0], how.factors[0], snap)
+        return torch.cat([_swept(weight[:, span], o, u, snap, scale[:, span]) for span, o, u in parts], 1)
+    return _swept(weight, how.orders[0], how.factors[0], snap, scale)
 
 
-def _swept(weight: Tensor, order: Tensor, factor: Tensor, snap: Callable[[Tensor], Tensor]) -> Tensor:
+def _swept(weight: Tensor, order: Tensor, factor: Tensor, snap: Snap, scale: Tensor) -> Tensor:
     stacked = weight.reshape(len(order), -1, weight.shape[1]) if order.ndim == 2 else weight
     index = order[..., None, :].expand(stacked.shape)
-    new, _ = obs.sweep(stacked.gather(-1, index), factor, lambda column, _: snap(column.flatten()).view(column.shape))
+    own = scale.expand(weight.shape).reshape(stacked.shape)
+    own = own.gather(-1, index) if scale.shape[1] > 1 else own
+    new, _ = obs.sweep(
+        stacked.gather(-1, index),
+        factor,
+        lambda column, j: snap(column.flatten(), own[..., j].flatten()).view(column.shape),
+    )
     return torch.empty_like(stacked).scatter_(-1, index, new).reshape(weight.shape)

@@ -16,13 +16,14 @@ from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.errors import DataError, UsageError, VerificationError
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.measure import measure
-from flyweight.graph.operators import layers, roundable, tables
+from flyweight.graph.numbers import integer_layers
+from flyweight.graph.operators import embeddings, layers, roundable
 from flyweight.graph.program import load_files
-from flyweight.methods import channels, int8
+from flyweight.methods import channels
 from flyweight.methods.blocks import blocks
 from flyweight.search.problem import Solution
 from flyweight.stages.buy import REFERENCE_FILE, Purchase, delivered, reference_of
-from flyweight.stages.deliver import Network
+from flyweight.stages.deliver import NUMBERS, Network
 from flyweight.stages.lengths import check_fits
 from flyweight.stages.make import ARTIFACT_FILE
 from flyweight.stages.price import Menu, Sizes
@@ -51,14 +52,14 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     known = {g.name: g for g in groups(job.graph, job.example)}
     steps = tuple(step for option in plan.choices.values() for step in option.steps)
     sums = {block.node for block in blocks(job.graph)}
-    there = {*known, *roundable(job.graph), *sums, *tables(job.graph)}
+    there = {*known, *roundable(job.graph), *sums, *embeddings(job.graph)}
     missing = [s.target for s in steps if s.target not in there]
     if missing:
         raise UsageError(f"the plan changes {missing[0]!r}, which the model does not have", fix="plan this model anew")
     for one in steps:
         _check_step(one, known)
     advance = stage("measure", job.roles.calib.samples)
-    looked = roundable(job.graph) if any(s.method == int8.NAME for s in steps) else present
+    looked = roundable(job.graph) if any(s.method in NUMBERS for s in steps) else present
     stats = measure(job.graph, job.calib(), looked, advance=advance, samples=job.roles.calib.samples)
     cut = [known[s.target] for s in steps if s.target in known and s.setting.get("sensed")]
     found, _ = sensitivities(job, present, cut, None, stage)
@@ -111,7 +112,7 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
     check_fits(graph, data)
     advance = stage("verify", 3)
     count = threads or results.threads
-    planned = len(graph.meta.get("numbers", {}))
+    planned = len(integer_layers(graph))
     proofs = parity(graph, folder / ARTIFACT_FILE, data, planned, len(results.layers), results.target, count)
     if any(claim.state == "fails" for claim in proofs):
         raise VerificationError(

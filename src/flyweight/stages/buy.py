@@ -22,12 +22,14 @@ from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.errors import UsageError
 from flyweight.graph.cost import total_macs, weight_bytes
+from flyweight.graph.numbers import FLOAT32
 from flyweight.methods import int8
 from flyweight.numerics.ragged import joined
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
 from flyweight.stages.choose import Choice, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
+from flyweight.stages.packing import packed_overhead
 from flyweight.stages.price import Market, Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes, largest_integer
 from flyweight.stages.ranks import split_overhead, timed_ranks
@@ -109,7 +111,7 @@ def priced(
         _check_table(table, menu)
     timed = table is not None or not job.times_matter
     if kept is not None and timed:
-        return _timed(replace(menu, sizes=Sizes(**msgspec.json.decode(kept))), table), table
+        return _timed(replace(menu, sizes=msgspec.json.decode(kept, type=Sizes)), table), table
     with tempfile.TemporaryDirectory(prefix="flyweight-bases-") as place:
         bases, sizes, ready = _bases(job, quotes, folder, Path(place))
         folder.save("sizes.json", msgspec.json.encode(asdict(sizes)))
@@ -128,7 +130,7 @@ def _timed(menu: Menu, table: LatencyTable | None) -> Menu:
 
 def _check_table(table: LatencyTable, menu: Menu) -> None:
     """Raises UsageError unless the table prices every group and layer that something is offered for."""
-    regimes = [FLOAT, *([INT8] if menu.formats else [])]
+    regimes = [FLOAT, *([INT8] if menu.integers else [])]
     unknown = [f"the model in {regime}" for regime in regimes if regime not in table.whole]
     known = {*table.extra, *table.fixed}
     unknown += [n for n in timed_formats(menu) if n not in known] if not unknown else []
@@ -152,7 +154,8 @@ def _check_table(table: LatencyTable, menu: Menu) -> None:
 def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[str, Path], Sizes, Prepared]:
     """The folded float model and the one with every layer in int8, as files; what files weigh beyond the weights."""
     menu, network = quotes.menu, quotes.network
-    ready = prepared(network.graph, network.example, [f.layer for f in menu.formats], job.calib, network.stats)
+    everything = [f.layer for f in menu.integers]
+    ready = prepared(network.graph, network.example, everything, job.calib, network.stats)
     bases = {FLOAT: place / "float.onnx"}
     if ready.graph.code == job.graph.code:  # nothing was folded: the reference is that file
         bases[FLOAT].write_bytes((folder.path / REFERENCE_FILE).read_bytes())
@@ -163,18 +166,18 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
         return sum(
             weight_bytes(one, one.inputs, one.outputs, 8 if name in int8_layers else 32)
             for name, one in menu.layers.items()
-        ) - sum(menu.int8_saving(name) for name in int8_layers if name not in menu.layers)
+        ) - sum(menu.saving(name) for name in int8_layers if name not in menu.layers)
 
     overhead = bases[FLOAT].stat().st_size - stored(())
     per_split = split_overhead(menu, ready, job.example, bases[FLOAT]) if menu.ranks else 0.0
-    if not menu.formats:
-        return bases, Sizes(overhead, 0.0, per_split), ready
-    everything = [f.layer for f in menu.formats]
+    per_packed = packed_overhead(menu, ready, job.example, bases[FLOAT])
+    if not everything:
+        return bases, Sizes(overhead, 0.0, per_split, per_packed), ready
     graph, _ = with_numbers(ready, [int8.step(name) for name in everything], largest_integer())
     bases[INT8] = place / "int8.onnx"
     export(graph, job.example, bases[INT8])
     extra = bases[INT8].stat().st_size - stored(everything) - overhead
-    return bases, Sizes(overhead, extra / len(everything), per_split), ready
+    return bases, Sizes(overhead, extra / len(everything), per_split, per_packed), ready
 
 
 Outcome = tuple[fx.GraphModule, tuple[Note, ...]]
@@ -341,14 +344,15 @@ def _overhead(choice: Choice) -> float:
     sizes, choices = choice.market.menu.sizes, choice.solution.choices
     menu, total = choice.market.menu, float(sizes.overhead)
     form = menu.format_index()
-    total += sizes.per_int8_layer * sum(choices[v] for v in form.values())
+    chosen = {name: menu.forms(name)[choices[v]] for name, v in form.items()}
+    total += sum(sizes.of(one) for one in chosen.values())
     for i, one in enumerate(menu.ranks, len(menu.ladders) + len(menu.formats)):
-        rounded = one.layer in form and choices[form[one.layer]]
-        total += (sizes.per_split_layer + (sizes.per_int8_layer if rounded else 0.0)) * (choices[i] > 0)
+        total += (sizes.per_split_layer + sizes.of(chosen.get(one.layer, FLOAT32))) * (choices[i] > 0)
     return total
 
 
 def _refused(quotes: Quotes, menu: Menu) -> dict[str, str]:
     """Layers without an int8 option and why; all of them where the all-float model won."""
-    lost = {} if menu.formats else {f.layer: "the all-float model is better here" for f in quotes.menu.formats}
+    lost = {} if menu.integers else {f.layer: "the all-float model is better here" for f in quotes.menu.integers}
+    lost = {name: reason for name, reason in lost.items() if name not in menu.format_index()}
     return {**quotes.refused, **lost}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from scipy.optimize import nnls
 
 from flyweight.deploy.latency import COPIES, FLOAT, INT8, LatencyTable
 from flyweight.graph.axes import Group, rows_of
-from flyweight.graph.cost import Other, layer_macs, weight_bytes
+from flyweight.graph.cost import Other, layer_macs, stored_bytes
+from flyweight.graph.numbers import INT8 as INT8_WEIGHTS
+from flyweight.graph.numbers import Form
 from flyweight.graph.operators import Layer
 from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Factor, Floats
@@ -44,11 +47,9 @@ def _joined_factors(
 
     Savings of time add up, each split over the group's layers; what two cuts of one layer save twice stays unpriced.
     """
-    form = menu.format_index().get(layer.name)
-    bits = [32, 8] if form is not None else [32]
-    unit = {width: weight_bytes(layer, 1, 1, width) - weight_bytes(layer, 0, 1, width) for width in bits}
-    each = {width: weight_bytes(layer, 0, 1, width) for width in bits}
-    extra = {32: 0.0, 8: menu.sizes.per_int8_layer}
+    form, offered = menu.format_index().get(layer.name), menu.forms(layer.name)
+    each = {one: stored_bytes(layer, 0, 1, one) for one in offered}
+    unit = {one: _per_weight(layer, one) for one in offered}
     parts_in = _parts(layer.inputs, {i: _input_counts(menu.ladders[i], layer) for i in into})
     parts_out = _parts(layer.outputs, {o: _output_counts(menu.ladders[o], layer) for o in out})
     tail = () if form is None else (form,)
@@ -56,25 +57,37 @@ def _joined_factors(
     for a, inputs in parts_in:
         for b, outputs in parts_out:
             pairs = np.multiply.outer(np.array(inputs, dtype=float), np.array(outputs, dtype=float))
-            size = np.stack([pairs * unit[w] for w in bits], -1)
-            macs = np.stack([pairs * layer_macs(layer, 1, 1) for _ in bits], -1)
+            size = np.stack([pairs * unit[one] for one in offered], -1)
+            macs = np.stack([pairs * layer_macs(layer, 1, 1) for _ in offered], -1)
             factors.append(_squeezed((a, b), tail, {"size": size, "macs": macs}))
     for b, outputs in parts_out:
-        size = np.stack([np.array(outputs, dtype=float) * each[w] + (extra[w] if b is None else 0) for w in bits], -1)
+        extra = {one: menu.sizes.of(one) if b is None else 0.0 for one in offered}
+        size = np.stack([np.array(outputs, dtype=float) * each[one] + extra[one] for one in offered], -1)
         factors.append(_squeezed((None, b), tail, {"size": size[None]}))
     if table is not None:
         for i in (*into, *out):
             factors.append(_saving_factor(menu, layer, table, own, i))
         if form is not None:
-            stays = {f"latency@{s}": np.array([float_extra(menu, table, layer.name, s), 0.0]) for s in own}
-            factors.append(Factor((form,), np.zeros(2), stays))
+            stays = {f"latency@{s}": _in_float(offered, float_extra(menu, table, layer.name, s)) for s in own}
+            factors.append(Factor((form,), np.zeros(len(offered)), stays))
     return factors
+
+
+def _per_weight(layer: Layer, form: Form) -> float:
+    """Bytes of one input channel's weights in one output, at full width (packed groups need not divide others)."""
+    bare = stored_bytes(layer, 0, layer.outputs, form)
+    return (stored_bytes(layer, layer.inputs, layer.outputs, form) - bare) / (layer.inputs * layer.outputs)
+
+
+def _in_float(offered: Sequence[Form], extra: float) -> Floats:
+    """What staying float among int8 layers adds, by number format: packed weights are computed with in float."""
+    return np.array([0.0 if one == INT8_WEIGHTS else extra for one in offered])
 
 
 def _saving_factor(
     menu: Menu, layer: Layer, table: LatencyTable, own: Mapping[str, Mapping[str, float]], index: int
 ) -> Factor:
-    regime = INT8 if menu.formats else FLOAT
+    regime = INT8 if menu.integers else FLOAT
     saved = {
         f"latency@{s}": -np.array(_savings(menu, layer, table, s, regime, index, times)) for s, times in own.items()
     }
@@ -122,7 +135,8 @@ def other_factors(menu: Menu, other: Other) -> list[Factor]:
 
 def number_factors(menu: Menu, name: str, table: LatencyTable | None) -> list[Factor]:
     """What int8 does to the costs of an embedding or a depthwise convolution; the rest of these is in `other_factors`."""
-    form, saved = menu.format_index()[name], menu.int8_saving(name)
+    form, offered = menu.format_index()[name], menu.forms(name)
+    saved = np.array([menu.saving(name, one) for one in offered])
     where = {lad.group.name: i for i, lad in enumerate(menu.ladders)}
     beside = next((one for one in menu.others if (one.owner, one.tensor) == (name, "weight")), None)
     lost = {
@@ -132,12 +146,12 @@ def number_factors(menu: Menu, name: str, table: LatencyTable | None) -> list[Fa
         for group, (_, part) in (beside.shares.items() if beside else ())
         if group in where
     }
-    costs = {"size": np.array([0.0, menu.sizes.per_int8_layer])}
+    costs = {"size": np.array([menu.sizes.of(one) for one in offered])}
     if table is not None:
-        costs |= {f"latency@{s}": np.array([float_extra(menu, table, name, s), 0.0]) for s in table.reference_s}
-    factors = [Factor((form,), np.zeros(2), costs)]
+        costs |= {f"latency@{s}": _in_float(offered, float_extra(menu, table, name, s)) for s in table.reference_s}
+    factors = [Factor((form,), np.zeros(len(offered)), costs)]
     for group, left in _shares(lost):
-        size = -saved * np.stack([np.zeros(len(left)), np.array(left)], 1)
+        size = -np.multiply.outer(np.array(left), saved)
         factors.append(_squeezed((group, None), (form,), {"size": size[:, None]}))
     return factors
 
@@ -156,19 +170,19 @@ def _layer_factor(
     out: int | None,
 ) -> Factor:
     """Costs of one layer over (channels in, channels out, number format); axes without a variable are dropped."""
-    form = menu.format_index().get(layer.name)
+    form, offered = menu.format_index().get(layer.name), menu.forms(layer.name)
     inputs = _input_counts(menu.ladders[into], layer) if into is not None else [layer.inputs]
     outputs = _output_counts(menu.ladders[out], layer) if out is not None else [layer.outputs]
-    bits = [32, 8] if form is not None else [32]
-    shape = (len(inputs), len(outputs), len(bits))
+    shape = (len(inputs), len(outputs), len(offered))
     costs: dict[str, Floats] = {"macs": np.zeros(shape), "size": np.zeros(shape)}
-    for (i, a), (o, b), (k, width) in _grid(inputs, outputs, bits):
+    for (i, a), (o, b), (k, one) in product(enumerate(inputs), enumerate(outputs), enumerate(offered)):
         costs["macs"][i, o, k] = layer_macs(layer, a, b)
-        extra = menu.sizes.per_int8_layer if width == 8 else 0.0
-        costs["size"][i, o, k] = weight_bytes(layer, a, b, width) + extra
+        costs["size"][i, o, k] = stored_bytes(layer, a, b, one) + menu.sizes.of(one)
     if table is not None:
         for name, times in own.items():
-            costs[f"latency@{name}"] = _latency(menu, layer, table, name, into, out, shape, times)
+            saved = _latency(menu, layer, table, name, into, out, times)
+            extra = _in_float(offered, float_extra(menu, table, layer.name, name) if form is not None else 0.0)
+            costs[f"latency@{name}"] = saved[..., None] + extra
     variables = [v for v in (into, out, form) if v is not None]
     present = tuple(size for size, v in zip(shape, (into, out, form), strict=True) if v is not None)
     if into is not None and into == out:  # a layer that reads the group it writes: only equal counts exist
@@ -181,11 +195,6 @@ def _diagonal(costs: Mapping[str, Floats], group: int, form: int | None) -> Fact
     tables = {n: t if form is not None else t[:, 0] for n, t in tables.items()}
     variables = (group,) if form is None else (group, form)
     return Factor(variables, np.zeros(next(iter(tables.values())).shape), tables)
-
-
-def _grid(*axes: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
-    inputs, outputs, bits = axes
-    return [(i, o, k) for i in enumerate(inputs) for o in enumerate(outputs) for k in enumerate(bits)]
 
 
 def _reads(group: Group, layer: Layer) -> bool:
@@ -210,29 +219,21 @@ def _latency(
     shape: str,
     into: int | None,
     out: int | None,
-    size: tuple[int, ...],
     times: Mapping[str, float],
 ) -> Floats:
-    """Change of time by one layer's widths and format, in shares of the reference.
+    """Change of time by one layer's widths, in shares of the reference: "levels in, levels out".
 
     A group's measured saving is split over its layers by their own times (`own_times`). Where both widths of a layer
     shrink, the second cut saves only on what the first has left: t (1 - (1 - s_in / t)(1 - s_out / t)), t the layer's
     own time. A layer that stays float among int8 ones saves what its int8 form would: conversions around it hide the
     rest, and a price from the all-float model promised times that no mixed model kept.
     """
-    result = np.zeros(size)
-    regime = INT8 if menu.formats else FLOAT
+    regime = INT8 if menu.integers else FLOAT
     own = max(times[layer.name], 1e-9)
-    for k in range(size[2]):
-        first = _savings(menu, layer, table, shape, regime, into, times)
-        second = _savings(menu, layer, table, shape, regime, out, times)
-        for i, a in enumerate(first):
-            for o, b in enumerate(second):
-                both = (min(max(a, 0.0), own) * min(max(b, 0.0), own)) / own
-                result[i, o, k] = -(a + b - both)
-        if size[2] == 2 and k == 0:
-            result[:, :, k] += float_extra(menu, table, layer.name, shape)
-    return result
+    first = np.array(_savings(menu, layer, table, shape, regime, into, times))[:, None]
+    second = np.array(_savings(menu, layer, table, shape, regime, out, times))[None]
+    changed: Floats = first.clip(0.0, own) * second.clip(0.0, own) / own - first - second
+    return changed
 
 
 def own_times(menu: Menu, table: LatencyTable, shape: str, regime: str) -> Mapping[str, float]:

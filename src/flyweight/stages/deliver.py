@@ -19,16 +19,17 @@ from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, roundable
 from flyweight.graph.rewrite import part_before, pooled_means, refresh
 from flyweight.graph.surgery import fold_norms
-from flyweight.methods import blocks, channels, int8, lowrank
-from flyweight.methods.smooth import Migration, migrated, migrations, node_name
+from flyweight.methods import blocks, channels, int8, lowrank, stored
+from flyweight.methods.smooth import Migration, migrated, migrations
 from flyweight.recover.normstats import rematch
 from flyweight.recover.resolve import resolve
 from flyweight.stages.tidy import tidy
 from flyweight.types import Note, Step
 
-__all__ = ["Network", "Prepared", "deliver", "prepared", "quantized_values", "restructured", "with_numbers"]
+__all__ = ["NUMBERS", "Network", "Prepared", "deliver", "prepared", "quantized_values", "restructured", "with_numbers"]
 
 Batch = tuple[Tensor, ...]
+NUMBERS = (int8.NAME, stored.NAME)  # the methods that change how weights are stored
 # Samples that ranges, rounding and norms look at. Rounding's error is far below that of 8 bits; norms see many positions of
 # each, and both networks see the same ones.
 MOST_SAMPLES, LEAST_SAMPLES = 1024, 256
@@ -70,14 +71,16 @@ def deliver(
     A `rough` one has the shapes and the operators of the delivered one, so its file takes the same time and bytes, but
     nothing is fitted again, and numbers are rounded to the nearest.
     """
-    structure = [s for s in steps if s.method != int8.NAME]
+    structure = [s for s in steps if s.method not in NUMBERS]
     graph = restructured(network, structure, calib, fitted=not rough)
     left = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}  # without those of blocks left out
-    numbers = _of_both_parts(graph, [s for s in steps if s.method == int8.NAME and s.target in left])
-    numbers = [int8.step(s.target, compensate=False) for s in numbers] if rough else numbers
+    numbers = _of_both_parts(graph, [s for s in steps if s.method in NUMBERS and s.target in left])
+    if rough:
+        numbers = [Step(s.method, s.target, {**s.setting, "compensate": False}) for s in numbers]
     if not numbers:
         return graph, ()
-    ready = prepared(graph, network.example, {s.target for s in numbers}, calib)
+    in_integers = {s.target for s in numbers if s.method == int8.NAME}
+    ready = prepared(graph, network.example, in_integers, calib, packed={s.target for s in numbers} - in_integers)
     return with_numbers(ready, numbers, largest)[0], _folded_note(network, graph, ready.graph)
 
 
@@ -131,35 +134,33 @@ def prepared(
     int8_layers: Collection[str],
     calib: Callable[[], Iterable[Batch]],
     known: Stats | None = None,
+    packed: Collection[str] = (),
 ) -> Prepared:
-    """A folded copy of `graph`, measured for rounding `int8_layers`. `known`: moments of their inputs, if they hold."""
+    """A folded copy of `graph`, measured for rounding `int8_layers` and the weights of `packed` ones. `known`: moments of
+    their inputs, if they hold."""
     folded = copy.deepcopy(graph)
     fold_norms(folded, {layer.name: layer.norm for layer in roundable(folded).values() if layer.norm})
     refresh(folded, example)
     pooled_means(folded)
     present = roundable(folded)
-    wanted = {} if known else {name: present[name] for name in int8_layers if name in present}
-    values = {slot.node for slot in slots(folded, int8_layers)} | {slot.node for slot in slots(folded, list(present))}
+    wanted = {} if known else {name: present[name] for name in (*int8_layers, *packed) if name in present}
+    stored = (*slots(folded, int8_layers), *slots(folded, list(present)))
+    values = {slot.node for slot in stored if not slot.readers}
     calls = readers_on_sequences(folded, [name for name in int8_layers if name in present])
-    samples = _samples(graph)
-    if not calls:
-        stats = measure(folded, first(calib(), samples), wanted, values)
-        return Prepared(folded, present, replace(stats, inputs=known.inputs) if known else stats)
-    moments = known or measure(folded, first(calib(), samples), wanted)
-    found = migrations(folded, calls, moments)
-    beside = copy.deepcopy(folded)  # what is stored before and after a migration is measured in one pass
-    migrated(beside, moments, found, list(present))
-    stats = measure(beside, first(calib(), samples), {}, values | {node_name(one.source) for one in found})
-    return Prepared(folded, present, replace(stats, inputs=moments.inputs), found)
+    stats = measure(folded, first(calib(), _samples(graph)), wanted, values, rows={s.node for s in stored if s.readers})
+    stats = replace(stats, inputs=known.inputs) if known else stats
+    return Prepared(folded, present, stats, migrations(folded, calls, stats))
 
 
 def with_numbers(
     ready: Prepared, steps: Sequence[Step], largest: int = int8.LARGEST
 ) -> tuple[fx.GraphModule, dict[str, float]]:
-    """A copy of the prepared graph with the layers of `steps` in int8, and each layer's weight error."""
+    """A copy of the prepared graph with the layers of `steps` in their number formats, and each layer's weight error."""
     graph = copy.deepcopy(ready.graph)
-    stats = migrated(graph, ready.stats, ready.migrations, {step.target for step in steps})
-    return graph, int8.apply(graph, ready.layers, steps, _slots(graph, steps), stats, largest)
+    integers = [step for step in steps if step.method == int8.NAME]
+    stats = migrated(graph, ready.stats, ready.migrations, {step.target for step in integers})
+    errors = int8.apply(graph, ready.layers, integers, _slots(graph, integers), stats, largest)
+    return graph, errors | stored.apply(graph, ready.layers, [s for s in steps if s.method == stored.NAME], stats)
 
 
 def quantized_values(ready: Prepared, layers: Collection[str]) -> set[str]:

@@ -25,6 +25,7 @@ from flyweight.deploy.runtimes import get
 from flyweight.errors import UsageError, VerificationError
 from flyweight.graph.cost import total_macs
 from flyweight.graph.measure import fingerprint
+from flyweight.graph.numbers import integer_layers, number_forms
 from flyweight.graph.operators import roundable
 from flyweight.stages.buy import REFERENCE_FILE, Purchase
 from flyweight.stages.quote import Quotes
@@ -84,7 +85,7 @@ def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Wa
     advance = stage("export and verify", 4)
     content = purchase.file or (lambda part: export(purchase.graph, job.example, part))
     file = folder.write(ARTIFACT_FILE, content)
-    planned = list(purchase.graph.meta.get("numbers", {}))
+    planned = integer_layers(purchase.graph)
     fallen = get(job.settings.target).conformance(file, [stored_name(name) for name in planned])
     advance(1)
     data = job.roles.test or job.judged
@@ -172,9 +173,7 @@ def _results(
         claims=(*proofs, *promised, *forecast, *_evaluated(job, purchase)),
         frontier=purchase.frontier,
         decisions=purchase.decisions,
-        layers=layer_rows(
-            job.graph, purchase.graph, roundable(job.graph), list(purchase.graph.meta.get("numbers", {}))
-        ),
+        layers=layer_rows(job.graph, purchase.graph, roundable(job.graph), number_forms(purchase.graph)),
         behaviour=moved,
         notes=tuple(dict.fromkeys(notes)),
         plan=plan,
@@ -263,12 +262,12 @@ def _rows(
 
 def _weight_bytes(graph: fx.GraphModule) -> int:
     """Bytes of the learned numbers in the number format they are stored in."""
-    int8_layers = graph.meta.get("numbers", {})
-    total = 0
+    formats = number_forms(graph)
+    bits = 0
     for name, parameter in graph.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        total += parameter.numel() * (1 if owner in int8_layers and leaf == "weight" else 4)
-    return total
+        bits += parameter.numel() * (formats[owner].bits if owner in formats and leaf == "weight" else 32)
+    return math.ceil(bits / 8)
 
 
 def _summary(

@@ -6,32 +6,71 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flyweight.graph.axes import Group
-from flyweight.graph.cost import Other, weight_bytes
+from flyweight.graph.cost import Other, stored_bytes
+from flyweight.graph.numbers import FLOAT32, INT8, Form
 from flyweight.graph.operators import Layer
 from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
+from flyweight.numerics.packed import packed_bytes
 
-__all__ = ["Format", "Menu", "Rest", "Sizes"]
+__all__ = ["FLOAT_FORM", "INT8_FORM", "Format", "Menu", "Packed", "Rest", "Sizes"]
+
+
+FLOAT_FORM, INT8_FORM = 0, 1  # indices of a layer's number formats; packed ones come behind
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A layer's weights in so many bits, computed with in float."""
+
+    bits: int
+    layer_error: float
+    error: float
 
 
 @dataclass(frozen=True)
 class Format:
-    """The choice of a layer's number format. `allowed` holds the indices (0 float, 1 int8) that rules leave open."""
+    """The choice of a layer's number format: float, int8 (with its errors), or `packed` weights. `allowed` holds the indices
+    that rules leave open."""
 
     layer: str
     layer_error: float
     error: float
-    allowed: tuple[int, ...] = (0, 1)
+    allowed: tuple[int, ...] = (FLOAT_FORM, INT8_FORM)
+    packed: tuple[Packed, ...] = ()
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """What each index stands for."""
+        return (FLOAT32, INT8, *(Form(one.bits, packed=True) for one in self.packed))
+
+    @property
+    def layer_errors(self) -> tuple[float, ...]:
+        """By index."""
+        return (0.0, self.layer_error, *(one.layer_error for one in self.packed))
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """By index: the divergence that each costs."""
+        return (0.0, self.error, *(one.error for one in self.packed))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """File bytes beyond the stored weights: of the float file, what each int8 layer adds, and each layer made two."""
+    """File bytes beyond the stored weights: of the float file, what each int8 layer adds, each layer made two, and each
+    packed one, by its bits."""
 
     overhead: int
     per_int8_layer: float
     per_split_layer: float = 0.0
+    per_packed_layer: Mapping[int, float] = field(default_factory=dict)
+
+    def of(self, form: Form) -> float:
+        """What a layer in that number format adds."""
+        if form.packed:
+            return self.per_packed_layer.get(form.bits, 0.0)
+        return self.per_int8_layer if form == INT8 else 0.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +101,7 @@ class Menu:
     meetings: Mapping[str, float] = field(default_factory=dict)
     blocks: tuple[Price, ...] = ()
     rest: Mapping[str, Rest] = field(default_factory=dict)  # by the block's node
-    tables: Mapping[str, int] = field(default_factory=dict)  # embeddings with a format: bytes that int8 saves
+    tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # embeddings with a format: rows and columns
     depthwise: Mapping[str, Layer] = field(default_factory=dict)  # convolutions whose format alone is decided
 
     @property
@@ -70,12 +109,27 @@ class Menu:
         """The groups that something is offered for."""
         return tuple(lad.group for lad in self.ladders)
 
-    def int8_saving(self, name: str) -> int:
-        """The bytes that int8 saves at what is no layer of the menu but has a number format, at full width."""
+    @property
+    def integers(self) -> tuple[Format, ...]:
+        """The formats of which int8 is one."""
+        return tuple(one for one in self.formats if INT8_FORM in one.allowed)
+
+    def forms(self, layer: str) -> tuple[Form, ...]:
+        """The number formats of a layer, by index; float alone where nothing is open."""
+        where = self.format_index().get(layer)
+        return (FLOAT32,) if where is None else self.formats[where - len(self.ladders)].forms
+
+    def saving(self, name: str, form: Form = INT8) -> int:
+        """The bytes that a number format saves at a layer or an embedding of full width."""
         if name in self.tables:
-            return self.tables[name]
-        one = self.depthwise[name]
-        return weight_bytes(one, one.inputs, one.outputs, 32) - weight_bytes(one, one.inputs, one.outputs, 8)
+            rows, columns = self.tables[name]
+            if form == FLOAT32:
+                return 0
+            return 4 * rows * columns - (
+                packed_bytes(rows, columns, form.bits) if form.packed else rows * columns + 4 * rows
+            )
+        one = self.layers.get(name) or self.depthwise[name]
+        return stored_bytes(one, one.inputs, one.outputs, FLOAT32) - stored_bytes(one, one.inputs, one.outputs, form)
 
     def format_index(self) -> dict[str, int]:
         """Layer name -> variable of its number format."""
@@ -89,4 +143,6 @@ class Menu:
     def sizes_of(self, variable: int) -> int:
         """How many options a variable has."""
         decision = self.decision(variable)
+        if isinstance(decision, Format):
+            return len(decision.forms)
         return len(decision.levels) if isinstance(decision, Ladder | Ranks) else 2

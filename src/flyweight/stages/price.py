@@ -7,7 +7,7 @@ and over two where a removal and a rounding meet in one layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,18 +15,18 @@ from torch import fx
 
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.graph.operators import Layer
-from flyweight.methods import blocks, channels, int8, lowrank
+from flyweight.methods import blocks, channels, int8, lowrank, stored
 from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
 from flyweight.search.problem import Factor, Problem, evaluate
 from flyweight.stages.costs import float_extra, layer_factors, number_factors, other_factors, own_times
 from flyweight.stages.depth import block_factors
-from flyweight.stages.menu import Format, Menu, Sizes
+from flyweight.stages.menu import INT8_FORM, Format, Menu, Packed, Sizes
 from flyweight.stages.ranks import rank_factors
 from flyweight.types import Cost, Option, Step
 
-__all__ = ["Format", "Market", "Menu", "Sizes", "edges", "markets", "options", "problem", "steps"]
+__all__ = ["Format", "Market", "Menu", "Packed", "Sizes", "edges", "markets", "options", "problem", "steps"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,11 @@ class Market:
 def markets(menu: Menu, table: LatencyTable | None) -> tuple[Market, ...]:
     """The menu itself and, where nothing demands int8, the same without int8: all-float widths have their own prices."""
     whole = Market(menu, problem(menu, table))
-    if table is None or FLOAT not in table.saved or not menu.formats or any(0 not in f.allowed for f in menu.formats):
+    demanded = any(one.allowed == (INT8_FORM,) for one in menu.formats)
+    if table is None or FLOAT not in table.saved or not menu.integers or demanded:
         return (whole,)
-    bare = replace(menu, formats=(), combined={}, meetings={})
+    rest = [replace(f, allowed=tuple(i for i in f.allowed if i != INT8_FORM)) for f in menu.formats if f.packed]
+    bare = replace(menu, formats=tuple(rest), combined={}, meetings={})
     return (whole, Market(bare, problem(bare, table)))
 
 
@@ -64,18 +66,18 @@ def problem(menu: Menu, table: LatencyTable | None) -> Problem:
     """The search problem of a menu; without a table, latency has no price and may not be limited."""
     size = (
         *(len(lad.levels) for lad in menu.ladders),
-        *(2 for _ in menu.formats),
+        *(len(f.forms) for f in menu.formats),
         *(len(r.levels) for r in menu.ranks),
         *(2 for _ in menu.blocks),
     )
     factors = [Factor((i,), np.array(lad.errors)) for i, lad in enumerate(menu.ladders)]
     where = menu.format_index()
     for f in menu.formats:
-        error = [0.0 if 0 in f.allowed else np.inf, f.error if 1 in f.allowed else np.inf]
+        error = [value if i in f.allowed else np.inf for i, value in enumerate(f.errors)]
         factors.append(Factor((where[f.layer],), np.array(error)))
-        if f.layer not in menu.layers:  # of a layer int8's costs stand in the layer's own factor
+        if f.layer not in menu.layers:  # of a layer a format's costs stand in the layer's own factor
             factors += number_factors(menu, f.layer, table)
-    regime = INT8 if menu.formats else FLOAT
+    regime = INT8 if menu.integers else FLOAT
     own = {shape: own_times(menu, table, shape, regime) for shape in table.reference_s} if table is not None else {}
     of_layer = {layer.name: layer_factors(menu, layer, table, own) for layer in menu.layers.values()}
     of_other: dict[str, list[Factor]] = {}
@@ -100,7 +102,10 @@ def _combined_factors(menu: Menu) -> list[Factor]:
         share = menu.combined.get(lad.group.name, 0.0)
         if readers and share:
             extra = np.array(lad.errors) * share / len(readers)
-            factors += [Factor((i, j), np.stack([np.zeros_like(extra), extra], 1)) for j in readers]
+            for j in readers:
+                error = np.zeros((len(extra), menu.sizes_of(j)))
+                error[:, INT8_FORM] = extra
+                factors.append(Factor((i, j), error))
     return factors
 
 
@@ -111,12 +116,18 @@ def _boundaries(menu: Menu, table: LatencyTable) -> list[tuple[tuple[str, str], 
     pairs = [(a, b) for a, b in menu.neighbours if a in where and b in where and a != b]
     if not pairs or not table.extra or table.fixed:
         return []
-    costs = {}
+    saved = {}
     for shape in table.reference_s:
         added = sum(float_extra(menu, table, name, shape) for name in table.extra)
-        unit = (added - (table.whole[FLOAT][shape] - table.whole[INT8][shape])) / len(pairs)
-        costs[f"latency@{shape}"] = np.array([[-unit, 0.0], [0.0, 0.0]])
-    return [((a, b), Factor(tuple(sorted((where[a], where[b]))), np.zeros((2, 2)), costs)) for a, b in pairs]
+        saved[f"latency@{shape}"] = (added - (table.whole[FLOAT][shape] - table.whole[INT8][shape])) / len(pairs)
+    return [((a, b), _both_float(menu, sorted((where[a], where[b])), saved)) for a, b in pairs]
+
+
+def _both_float(menu: Menu, variables: Sequence[int], saved: Mapping[str, float]) -> Factor:
+    """What is saved where two layers are computed with in float."""
+    in_float = [np.arange(menu.sizes_of(v)) != INT8_FORM for v in variables]
+    both = np.logical_and.outer(*in_float).astype(float)
+    return Factor(tuple(variables), np.zeros(both.shape), {name: -value * both for name, value in saved.items()})
 
 
 def options(menu: Menu, built: Problem, table: LatencyTable | None) -> dict[str, tuple[Option, ...]]:
@@ -137,8 +148,9 @@ def options(menu: Menu, built: Problem, table: LatencyTable | None) -> dict[str,
 def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float], table: LatencyTable | None) -> Option:
     latency = {s: change[f"latency@{s}"] * t for s, t in (table.reference_s if table else {}).items()}
     decision = menu.decision(variable)
-    apart = {Format: menu.sizes.per_int8_layer, Ranks: menu.sizes.per_split_layer}.get(type(decision), 0.0)
-    weights = round(change["size"] - (apart if option else 0))
+    apart = menu.sizes.per_split_layer if isinstance(decision, Ranks) and option else 0.0
+    apart = menu.sizes.of(decision.forms[option]) if isinstance(decision, Format) else apart
+    weights = round(change["size"] - apart)
     cost = Cost(round(change["macs"]), weights, round(change["size"]), latency or None)
     done = steps(menu, variable, option)
     match decision:
@@ -148,8 +160,9 @@ def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float],
             site, label = f"rank:{layer}", f"rank {levels[option]} of {levels[0]}"
         case Price(block=block, layer_error=layer_error, error=error):
             site, label, layer_errors, errors = f"block:{block.name}", "left out", (0.0, layer_error), (0.0, error)
-        case Format(layer=layer, layer_error=layer_error, error=error):
-            site, label, layer_errors, errors = f"numbers:{layer}", "int8", (0.0, layer_error), (0.0, error)
+        case Format(layer=layer, layer_errors=layer_errors, errors=errors, forms=forms):
+            form = forms[option]
+            site, label = f"numbers:{layer}", f"{form.bits}-bit weights" if form.packed else "int8"
     return Option(site, label if option else "keep", done, layer_errors[option], errors[option], cost)
 
 
@@ -164,5 +177,6 @@ def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:
             return (lowrank.step(layer, levels[option]),)
         case Price(block=block):
             return (blocks.step(block),)
-        case Format(layer=layer):
-            return (int8.step(layer),)
+        case Format(layer=layer, forms=forms):
+            form = forms[option]
+            return (stored.step(layer, form.bits) if form.packed else int8.step(layer),)

@@ -18,7 +18,7 @@ from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
 from flyweight.graph.flow import chunked, first
 from flyweight.graph.measure import Sensed, from_tensors, measure, to_tensors
-from flyweight.graph.operators import Layer, layers, roundable, sharers, tables
+from flyweight.graph.operators import Layer, embeddings, layers, roundable, sharers, tables
 from flyweight.graph.surgery import folded, prove_all
 from flyweight.methods import blocks, channels, int8, lowrank
 from flyweight.methods.lowrank import Ranks
@@ -26,6 +26,7 @@ from flyweight.methods.pricing import Judge, Ladder, outputs_of
 from flyweight.numerics.moments import enough
 from flyweight.stages.deliver import Network, Prepared, prepared, quantized_values, with_numbers
 from flyweight.stages.depth import rest_of
+from flyweight.stages.packing import packable, packed_prices, with_packed
 from flyweight.stages.price import Format, Menu, Sizes, edges
 from flyweight.stages.ranks import meeting
 from flyweight.stages.setup import Inputs, Job
@@ -72,7 +73,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     kept = store.load("statistics.safetensors")
     if kept is None:
         advance = stage("measure", job.roles.calib.samples)
-        looked = roundable(job.graph) if "int8" in job.methods else present
+        looked = roundable(job.graph) if job.rounds else present
         stats = measure(job.graph, job.calib(), looked, advance=advance, samples=job.roles.calib.samples)
         store.save("statistics.safetensors", save(to_tensors(stats)))
     else:
@@ -92,9 +93,12 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     every = roundable(job.graph)
     passed = {name: one for name, one in every.items() if one.depthwise}
     allowed, refused = number_layers(job, every)
-    saved, kept_tables = _number_tables(job, open_groups)
-    allowed, refused = allowed | {name: _formats_of(job, name) for name in saved}, refused | kept_tables
+    rows, kept_tables = _number_tables(job)
+    allowed, refused = allowed | {n: _formats_of(job, n) for n in rows if n not in kept_tables}, refused | kept_tables
     formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
+    packing, not_packed = packable(job, (*every, *rows))
+    formats = tuple(with_packed(formats, packed_prices(job, network, packing, judge, store, stage), job))
+    refused = {name: why for name, why in refused.items() if name not in packing} | not_packed
     job.checkpoint("pricing ranks")
     ranks, meetings = _ranks(job, network, formats, judge, store, stage)
     job.checkpoint("pricing blocks")
@@ -105,7 +109,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     rest = rest_of(job.graph, [price.block for price in depth], present, beside)
     sizes = Sizes(0, 0.0)
     menu = Menu(
-        present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest, saved, passed
+        present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest, rows, passed
     )  # fmt: skip
     few = _few_samples(job, network)
     return Quotes(network, menu, frozen, refused, (*notes, *blind, *few))
@@ -250,8 +254,9 @@ def _kept_float(job: Job, name: str) -> str:
     """Why the user leaves it no int8 option, or ""."""
     if job.kept_reason([name]):
         return job.kept_reason([name])
-    if job.fixed_bits(name) == 32:
-        return "a rule keeps it at 32 bits"
+    fixed = job.fixed_bits(name)
+    if fixed not in (None, 8):
+        return f"a rule {'keeps' if fixed == 32 else 'stores'} it {'at' if fixed == 32 else 'in'} {fixed} bits"
     return "" if "int8" in job.methods else "the method 'int8' was not asked for"
 
 
@@ -259,22 +264,20 @@ def _formats_of(job: Job, name: str) -> tuple[int, ...]:
     return (1,) if job.fixed_bits(name) == 8 else (0, 1)
 
 
-def _number_tables(job: Job, open_groups: Sequence[Group]) -> tuple[dict[str, int], dict[str, str]]:
-    """The embeddings with an int8 option and the bytes that it saves, and why others have none."""
-    shared, saved, refused = sharers(job.graph), {}, {}
-    cut = {part.owner for group in open_groups for part in group.slices}
-    for name, module in tables(job.graph).items():
+def _number_tables(job: Job) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The rows and columns of every embedding, and why some have no int8 option."""
+    shared, found, refused = sharers(job.graph), {}, {}
+    looked_up = tables(job.graph)
+    for name, module in embeddings(job.graph).items():
         reason = _kept_float(job, name)
+        if name not in looked_up:
+            reason = reason or "its rows are constants in the file"
         if name in shared:
             reason = reason or f"weights are shared by {', '.join(shared[name])}"
-        elif name in cut:
-            reason = reason or "its channels may be cut"
         if reason:
             refused[name] = reason
-            continue
-        rows, columns = module.weight.shape
-        saved[name] = 3 * rows * columns - 4 * rows  # a byte for four, and a scale a row
-    return saved, refused
+        found[name] = (module.weight.shape[0], module.weight.shape[1])
+    return found, refused
 
 
 def _formats(

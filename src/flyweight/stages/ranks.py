@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import LatencyTable, Weights
 from flyweight.graph.axes import Group
-from flyweight.graph.cost import layer_macs, weight_bytes
+from flyweight.graph.cost import layer_macs, stored_bytes, weight_bytes
 from flyweight.graph.flow import first
+from flyweight.graph.numbers import INT8, Form
 from flyweight.graph.operators import Layer
 from flyweight.graph.rewrite import part_before, refresh
 from flyweight.graph.surgery import folded
@@ -89,16 +90,17 @@ def _saved(one: Ranks, table: LatencyTable | None, regime: str) -> dict[str, Flo
 def _price(menu: Menu, one: Ranks, variable: int, saved: Mapping[str, Floats]) -> Factor:
     """Change of every cost and of the error by a layer's rank, over (rank, number format) if the format is open."""
     layer, form = menu.layers[one.layer], menu.format_index().get(one.layer)
-    bits = (32, 8) if form is not None else (32,)
-    macs, size = np.zeros((len(one.levels), len(bits))), np.zeros((len(one.levels), len(bits)))
+    offered = menu.forms(one.layer)
+    macs, size = np.zeros((len(one.levels), len(offered))), np.zeros((len(one.levels), len(offered)))
     for i, rank in enumerate(one.levels[1:], 1):
         parts = lowrank.factored_layers(layer, rank)
-        for k, width in enumerate(bits):
-            extra = menu.sizes.per_split_layer + (menu.sizes.per_int8_layer if width == 8 else 0.0)
+        for k, way in enumerate(offered):
+            extra = menu.sizes.per_split_layer + menu.sizes.of(way)
             macs[i, k] = _macs(parts) - _macs([layer])
-            size[i, k] = _bytes(parts, width) - _bytes([layer], width) + extra
-    error = np.outer(one.errors, [1.0, 1.0 + menu.meetings.get(one.layer, 0.0)][: len(bits)])
-    costs = {"macs": macs, "size": size} | {n: np.outer(-times, np.ones(len(bits))) for n, times in saved.items()}
+            size[i, k] = _bytes(parts, way) - _bytes([layer], way) + extra
+    meets = menu.meetings.get(one.layer, 0.0)
+    error = np.outer(one.errors, [1.0 + meets if way == INT8 else 1.0 for way in offered])
+    costs = {"macs": macs, "size": size} | {n: np.outer(-times, np.ones(len(offered))) for n, times in saved.items()}
     if form is None:
         return Factor((variable,), error[:, 0], {name: table[:, 0] for name, table in costs.items()})
     return Factor((variable, form), error, costs)
@@ -108,8 +110,8 @@ def _macs(parts: Iterable[Layer]) -> int:
     return sum(layer_macs(part, part.inputs, part.outputs) for part in parts)
 
 
-def _bytes(parts: Iterable[Layer], bits: int) -> int:
-    return sum(weight_bytes(part, part.inputs, part.outputs, bits) for part in parts)
+def _bytes(parts: Iterable[Layer], form: Form) -> int:
+    return sum(stored_bytes(part, part.inputs, part.outputs, form) for part in parts)
 
 
 def meeting(

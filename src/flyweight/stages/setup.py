@@ -25,6 +25,7 @@ from flyweight.graph.places import user_line
 from flyweight.graph.proofs import check_weights, first_line
 from flyweight.graph.trace import own_copy, trace
 from flyweight.numerics import divergence as div
+from flyweight.numerics.packed import WIDTHS
 from flyweight.quantities import with_metric
 from flyweight.stages import lengths
 from flyweight.stages.tidy import tidy
@@ -41,7 +42,7 @@ __all__ = [
     "job_of",
 ]
 
-METHODS = ("blocks", "channels", "lowrank", "int8")
+METHODS = ("blocks", "channels", "lowrank", "int8", "weights")
 USUAL = ("channels", "int8")  # without being asked for: what the others add to them is still to be measured
 Inputs = tuple[Tensor, ...]
 
@@ -105,6 +106,12 @@ class Job:
     def times_matter(self) -> bool:
         """Whether the plan depends on time: then latencies are measured before choosing."""
         return self.budget.prefer == "latency" or any(map(budgets.is_time, self.budget.limits))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights may be rounded: then the moments of every layer's inputs are needed."""
+        fixed = any(rule.bits in WIDTHS for rule in self.settings.rules)
+        return fixed or not {"int8", "weights"}.isdisjoint(self.methods)
 
     def kept_reason(self, layers: Sequence[str]) -> str:
         """Why the user wants these layers left alone, "" if nothing says so."""
@@ -295,8 +302,9 @@ def _check(settings: Settings) -> None:
     for rule in settings.rules:
         if not isinstance(rule, Rule):
             raise UsageError(f"{rule!r} is no rule", fix='write rules=[fw.rule("encoder.*", bits=8)]')
-        if rule.bits not in (None, 8, 32):
-            raise UsageError(f"rule {rule.pattern!r}: {rule.bits} bits come with a later version", fix="use 8 or 32")
+        if rule.bits not in (None, 32, *WIDTHS) or isinstance(rule.bits, float):
+            widths = "2 to 7 (weights alone), 8 (int8) or 32 (float)"
+            raise UsageError(f"rule {rule.pattern!r}: there are no weights of {rule.bits!r} bits", fix=f"use {widths}")
 
 
 def _check_table(settings: Settings, shapes: Sequence[str]) -> None:

@@ -45,7 +45,7 @@ def aimed(job: Job, quotes: Quotes, store: Store, stage: Stage) -> Job:
         job.checkpoint("comparing runtimes")
         advance = stage("compare runtimes", len(job.settings.targets))
         with tempfile.TemporaryDirectory(prefix="flyweight-targets-") as place:
-            names = [one.layer for one in quotes.menu.formats]
+            names = [one.layer for one in quotes.menu.integers]
             files, _ = whole_files(job, names, lambda: islice(job.calib(), 1), Path(place), compensate=False)
             kept = msgspec.json.encode(served(job, files, Path(place), job.settings.targets))
         store.save("target.json", kept)

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from flyweight.deploy.clock import Timings
 from flyweight.graph.axes import Group
-from flyweight.graph.cost import layer_macs, weight_bytes
+from flyweight.graph.cost import layer_macs, stored_bytes, weight_bytes
+from flyweight.graph.numbers import FLOAT32, Form
 from flyweight.graph.operators import Layer
 from flyweight.graph.rewrite import part_before
 from flyweight.methods import lowrank
@@ -44,15 +45,15 @@ def parameters(graph: fx.GraphModule) -> int:
 
 
 def layer_rows(
-    before: fx.GraphModule, after: fx.GraphModule, layers: Mapping[str, Layer], int8_layers: Sequence[str]
+    before: fx.GraphModule, after: fx.GraphModule, layers: Mapping[str, Layer], forms: Mapping[str, Form]
 ) -> tuple[LayerRow, ...]:
     """Every layer before and after, with histograms of the weights of changed ones."""
     rows = []
     for name, layer in layers.items():
         old, new = _weight(before, name), _weight(after, name)
-        bits = 8 if name in int8_layers else 32
+        form = forms.get(name, FLOAT32)
         parts = _parts(after, layer, new)
-        changed = old.shape != new.shape or bits == 8 or not torch.equal(old, new)
+        changed = old.shape != new.shape or form != FLOAT32 or not torch.equal(old, new)
         rows.append(
             LayerRow(
                 name=name,
@@ -60,9 +61,9 @@ def layer_rows(
                 shape_before=tuple(old.shape),
                 shape_after=tuple(new.shape) if new.numel() else (),
                 bits_before=32,
-                bits_after=bits,
+                bits_after=form.bits,
                 weight_bytes_before=weight_bytes(layer, layer.inputs, layer.outputs, 32),
-                weight_bytes_after=sum(weight_bytes(part, part.inputs, part.outputs, bits) for part in parts),
+                weight_bytes_after=sum(stored_bytes(part, part.inputs, part.outputs, form) for part in parts),
                 macs_before=layer.macs,
                 macs_after=sum(layer_macs(part, part.inputs, part.outputs) for part in parts),
                 histogram_before=_histogram(old) if changed else None,

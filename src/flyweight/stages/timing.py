@@ -22,7 +22,7 @@ from flyweight.graph.surgery import cut
 from flyweight.methods import blocks, int8
 from flyweight.methods.blocks import Block
 from flyweight.stages.deliver import Prepared, with_numbers
-from flyweight.stages.menu import Menu
+from flyweight.stages.menu import INT8_FORM, Menu
 from flyweight.stages.quote import largest_integer
 from flyweight.stages.ranks import weights_of
 from flyweight.stages.setup import Job
@@ -40,14 +40,14 @@ PROCESSES = 2  # of the clock, for tables
 
 def timed_formats(menu: Menu) -> list[str]:
     """The layers whose number format takes time: a row of a table is looked up as fast in either."""
-    return [f.layer for f in menu.formats if f.layer not in menu.tables]
+    return [f.layer for f in menu.integers if f.layer not in menu.tables]
 
 
 def offered(menu: Menu, table: LatencyTable | None) -> Menu:
     """The menu without float for the layers that the table has fixed in int8."""
     if table is None or not table.fixed:
         return menu
-    formats = tuple(replace(f, allowed=(1,)) if f.layer in table.fixed else f for f in menu.formats)
+    formats = tuple(replace(f, allowed=(INT8_FORM,)) if f.layer in table.fixed else f for f in menu.formats)
     return replace(menu, formats=formats)
 
 

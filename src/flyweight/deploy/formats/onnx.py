@@ -13,15 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
+from onnxscript import optimizer
+from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, fx, nn
 
+from flyweight.deploy.formats.attention import unguarded
 from flyweight.deploy.formats.pads import merged_pads
+from flyweight.deploy.formats.unpack import is_packed, unpacked_rows, unpacked_weight
 from flyweight.errors import ModelError
+from flyweight.graph.numbers import number_forms
 from flyweight.graph.operators import CONVOLUTIONS, module_of, on_sequences, value_read
 from flyweight.graph.places import source_line
 from flyweight.graph.rewrite import flatten_views, refresh, sized_pools, without_dropout
 from flyweight.graph.shapes import shown_names
+from flyweight.methods.stored import scales_of
+from flyweight.numerics.packed import Scales
 
 __all__ = ["export", "lower", "output_names", "stored_name"]
 
@@ -56,8 +64,11 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
             warnings.simplefilter("ignore")
             program = torch.export.export(lowered, tuple(inputs), dynamic_shapes=dynamic, strict=False)
             made = torch.onnx.export(
-                program, input_names=names, output_names=output_names(graph), dynamo=True, verbose=False
+                program, input_names=names, output_names=output_names(graph), dynamo=True, verbose=False, optimize=False
             )
+            assert made is not None
+            optimizer.optimize_ir(made.model, should_fold=_stays)
+            onnx_fusions.fuse(made.model)
     except Exception as error:
         reason = _innermost(error)
         guilty = [n for n in graph.graph.nodes if n.op == "call_function" and _overload(n) in reason]
@@ -67,8 +78,14 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
             why=reason,
             fix="replace the operator named, or report it with the model",
         ) from error
-    assert made is not None
-    onnx.save(_named(_stripped(_lean(merged_pads(made.model_proto))), graph), path)
+    model = unguarded(merged_pads(made.model_proto))
+    onnx.save(_named(_stripped(_lean(model)), graph), path)
+
+
+def _stays(node: ir.Node) -> bool | None:
+    """False of what reads packed weights: computed here already, they would be stored as the floats that they stand for."""
+    names = (value.name or "" for value in node.inputs if value is not None)
+    return False if any(is_packed(name) for name in names) else None
 
 
 def _dynamic(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[dict[int, Any] | None, ...]:
@@ -189,16 +206,21 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     without_dropout(lowered)
     refresh(lowered, inputs)
     flatten_views(lowered)
-    numbers: Mapping[str, Mapping[str, object]] = graph.meta.get("numbers", {})
-    if numbers:
+    forms = number_forms(graph)
+    if forms:
         sized_pools(lowered)
     scales: Mapping[str, Tensor] = graph.meta.get("extra_tensors", {})
     for node in list(lowered.graph.nodes):
-        if node.op == "call_module" and node.target in numbers:
+        if node.op == "call_module" and node.target in forms and not forms[str(node.target)].packed:
             _lower_layer(lowered, node, scales[f"{node.target}.weight_scale"])
     for node in list(lowered.graph.nodes):
         if node.target == FAKE_QUANTIZE:
             _lower_quantizer(lowered, node)
+    for node in list(
+        lowered.graph.nodes
+    ):  # after the quantizers, which treat a float layer's input in a way of its own
+        if node.op == "call_module" and node.target in forms:
+            _unpack_layer(lowered, node, scales_of(scales, str(node.target)), forms[str(node.target)].bits)
     lowered.graph.eliminate_dead_code()
     lowered.delete_all_unused_submodules()
     lowered.recompile()
@@ -246,6 +268,23 @@ def _read_by_channel(graph: fx.GraphModule, node: fx.Node, stored: fx.Node, user
         points = _buffer(graph, f"{name}_zero_point", zero_points)
         arguments = (stored, scales, points, axis, low, high, torch.uint8)
         return graph.graph.call_function(decomposed.dequantize_per_channel.default, arguments)
+
+
+def _unpack_layer(graph: fx.GraphModule, node: fx.Node, grid: Scales, bits: int) -> None:
+    """The layer's call on weights that are unpacked when the file is loaded."""
+    name = str(node.target)
+    module: Any = graph.get_submodule(name)
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    with graph.graph.inserting_before(node):
+        if isinstance(module, nn.Embedding):
+            call = unpacked_rows(graph, name, module, source, grid, bits)
+        else:
+            weight = unpacked_weight(graph, name, module, grid, bits)
+            bias = None if module.bias is None else _buffer(graph, f"{name}.bias_float", module.bias.detach())
+            call = _functional(graph, module, source, weight, bias)
+    node.replace_all_uses_with(call)
+    graph.graph.erase_node(node)
 
 
 def _lower_layer(graph: fx.GraphModule, node: fx.Node, scale: Tensor) -> None:

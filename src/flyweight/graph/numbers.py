@@ -1,0 +1,31 @@
+"""The number formats that the weights of a graph are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import fx
+
+__all__ = ["FLOAT32", "INT8", "Form", "integer_layers", "number_forms"]
+
+
+class Form(NamedTuple):
+    """A number format of weights: floats of 32 bits, integers that are computed with, or `packed` ones that become floats."""
+
+    bits: int
+    packed: bool = False
+
+
+FLOAT32, INT8 = Form(32), Form(8)
+
+
+def number_forms(graph: fx.GraphModule) -> dict[str, Form]:
+    """The layers and embeddings that are not stored in floats, by name, as `graph.meta["numbers"]` says."""
+    found: Mapping[str, Mapping[str, Any]] = graph.meta.get("numbers") or {}
+    return {name: Form(int(one["bits"]), one.get("computed") == "float") for name, one in found.items()}
+
+
+def integer_layers(graph: fx.GraphModule) -> list[str]:
+    """Those that runtimes are to compute with in integers."""
+    return [name for name, form in number_forms(graph).items() if not form.packed]
