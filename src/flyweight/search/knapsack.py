@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -18,6 +18,7 @@ from flyweight.errors import BudgetError, ResourceError, UsageError
 from flyweight.search.descend import Score, start
 from flyweight.search.mip import Answer, program, run
 from flyweight.search.problem import (
+    Factor,
     Floats,
     Problem,
     Solution,
@@ -33,6 +34,7 @@ from flyweight.search.terms import Terms, gather, grounded, magnitude, prune
 __all__ = ["Found", "minimum", "optimum", "relative_gap", "solve"]
 
 MOST_CUTS = 30  # near-ties at a limit that are cut off one by one before the limit itself is tightened
+SURE = 1e-8  # of a limit: what is further beyond it in floating point is beyond it exactly
 ROUNDING = 1e-12  # of the sum of all entries: what adding them in another order can change, with room
 
 
@@ -258,13 +260,38 @@ def _least_within(limits: Floats) -> Score:
 def _tidy(problem: Problem, goal: str, bounds: Mapping[str, float], choices: tuple[int, ...]) -> tuple[int, ...]:
     """The same goal or better with smaller option numbers wherever one change allows it: ties fall towards keep."""
     value = _value(problem, goal, choices)
+    touching: list[list[Factor]] = [[] for _ in choices]
+    for factor in problem.factors:
+        for variable in factor.variables:
+            touching[variable].append(factor)
+
+    def rooms_left() -> dict[str, float]:
+        """By how much each bounded quantity and the goal may rise, and a little more."""
+        left = {name: limit + SURE * abs(limit) - _value(problem, name, choices) for name, limit in bounds.items()}
+        return left | {goal: min(left.get(goal, np.inf), SURE * abs(value))}
+
+    rooms = rooms_left()
     for variable, option in enumerate(choices):
-        for smaller in range(option):
+        hopeful = np.ones(problem.sizes[variable], dtype=bool)  # most options need no exact sum to be told
+        for name, room in rooms.items():
+            lost = _lost(touching[variable], name, choices, variable)
+            hopeful &= lost - lost[option] <= room
+        for smaller in np.flatnonzero(hopeful[:option]).tolist():
             moved = (*choices[:variable], smaller, *choices[variable + 1 :])
             if _value(problem, goal, moved) <= value and _holds(problem, moved, bounds):
                 choices, value = moved, _value(problem, goal, moved)
+                rooms = rooms_left()
                 break
     return choices
+
+
+def _lost(factors: Sequence[Factor], name: str, choices: tuple[int, ...], variable: int) -> Floats:
+    """What the factors that touch a variable add to a cost or the error for each of its options, the others as chosen."""
+    total: Floats = np.zeros(())
+    for factor in factors:
+        table = factor.error if name == "error" else factor.costs.get(name, np.zeros_like(factor.error))
+        total = total + table[tuple(slice(None) if v == variable else choices[v] for v in factor.variables)]
+    return total
 
 
 def _holds(problem: Problem, choices: tuple[int, ...], bounds: Mapping[str, float]) -> bool:
