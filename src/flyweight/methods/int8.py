@@ -26,7 +26,7 @@ from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, on_sequences, set_matrix, value_read
 from flyweight.methods.channels import gram_of
 from flyweight.numerics import forms
-from flyweight.numerics.affine import Grid, activation_grid, sampled_grid, weight_scales
+from flyweight.numerics.affine import Grid, activation_grid, power_scales, sampled_grid, weight_scales
 from flyweight.numerics.forms import Rounding
 from flyweight.numerics.moments import Moments, shrunk
 from flyweight.types import Step
@@ -63,12 +63,13 @@ class Slot(Protocol):
         """The nodes that read it stored; () means all."""
 
 
-def step(layer: str, compensate: bool = True) -> Step:
-    """The record of storing a layer in int8."""
-    return Step(NAME, layer, {"bits": 8} | ({} if compensate else {"compensate": False}))
+def step(layer: str, compensate: bool = True, *, fixed: bool = False) -> Step:
+    """The record of storing a layer in int8; in `fixed` point all scales are powers of two."""
+    changed: dict[str, Any] = {} if compensate else {"compensate": False}
+    return Step(NAME, layer, {"bits": 8} | changed | ({"fixed": True} if fixed else {}))
 
 
-def grids(graph: fx.GraphModule, slots: Sequence[Slot], stats: Stats) -> dict[str, Grid]:
+def grids(graph: fx.GraphModule, slots: Sequence[Slot], stats: Stats, *, fixed: bool = False) -> dict[str, Grid]:
     """The grid of every slot: by what its error costs the layers that read it where rows are at hand, else by histograms."""
     found: dict[str, Grid] = {}
     called = {node.name: str(node.target) for node in graph.graph.nodes}
@@ -79,17 +80,23 @@ def grids(graph: fx.GraphModule, slots: Sequence[Slot], stats: Stats) -> dict[st
         if slot.readers and slot.node in stats.rows:
             power = sum(matrix(graph.get_submodule(called[reader])).square().sum(0) for reader in slot.readers)
             assert isinstance(power, Tensor)
-            grid = sampled_grid(stats.rows[slot.node], power)
+            grid = sampled_grid(stats.rows[slot.node], power, dyadic=fixed)
         else:
-            grid = activation_grid(stats.ranges[slot.node], known_low=slot.low)
-        if slot.high is not None and grid.scale * grid.high > slot.high:
+            grid = activation_grid(stats.ranges[slot.node], known_low=slot.low, dyadic=fixed)
+        if not fixed and slot.high is not None and grid.scale * grid.high > slot.high:
             grid = Grid(float(torch.tensor(slot.high / grid.high, dtype=torch.float32)), grid.zero_point)
         found[slot.node] = grid
     return found
 
 
 def round_weights(
-    graph: fx.GraphModule, layer: Layer, stats: Stats, compensate: bool = True, largest: int = LARGEST
+    graph: fx.GraphModule,
+    layer: Layer,
+    stats: Stats,
+    compensate: bool = True,
+    largest: int = LARGEST,
+    *,
+    fixed: bool = False,
 ) -> tuple[Tensor, float]:
     """Rounds a layer's weights onto int8 grids in place; returns the scale per row and the error (mean over rows).
 
@@ -100,9 +107,11 @@ def round_weights(
     if not compensate:
         peak = weights.abs().amax(1)
         scale = (torch.where(peak > 0, peak, torch.ones_like(peak)) / largest).float().double()
+        scale = torch.exp2(scale.log2().ceil()) if fixed else scale
         new = (weights / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
     else:
-        scale = weight_scales(weights, seen_by(weights, forms.diagonal(gram).to(weights.dtype)), largest)
+        search = power_scales if fixed else weight_scales
+        scale = search(weights, seen_by(weights, forms.diagonal(gram).to(weights.dtype)), largest)
         new = forms.rounded(weights, factored(layer, moments), partial(_nearest, largest), scale[:, None])
     change = weights - new
     set_matrix(module, new)
@@ -112,7 +121,7 @@ def round_weights(
     return scale.float(), float(forms.row_errors(change, gram if compensate else moments.raw).sum())
 
 
-def round_table(module: nn.Module, largest: int = LARGEST) -> tuple[Tensor, float]:
+def round_table(module: nn.Module, largest: int = LARGEST, *, fixed: bool = False) -> tuple[Tensor, float]:
     """Rounds an embedding's rows onto int8 grids in place; returns the scale per row and the error (mean over rows).
 
     Nothing reads two entries of a table at once, so nothing can make up for another: each is the nearest one.
@@ -120,7 +129,8 @@ def round_table(module: nn.Module, largest: int = LARGEST) -> tuple[Tensor, floa
     weight = module.weight
     assert isinstance(weight, Tensor)
     rows = weight.detach().double()
-    scale = weight_scales(rows, torch.ones(rows.shape[1], dtype=rows.dtype), largest)
+    search = power_scales if fixed else weight_scales
+    scale = search(rows, torch.ones(rows.shape[1], dtype=rows.dtype), largest)
     new = (rows / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
     with torch.no_grad():
         weight.copy_(new)
@@ -163,15 +173,16 @@ def apply(
     `stats` must come from this graph (its norms folded). Returns each layer's weight error. `graph.meta["numbers"]` and
     `graph.meta["extra_tensors"]` record what the exporter needs.
     """
-    chosen = grids(graph, slots, stats)
+    fixed = any(one.setting.get("fixed") for one in steps)
+    chosen = grids(graph, slots, stats, fixed=fixed)
     errors: dict[str, float] = {}
     scales: dict[str, Tensor] = {}
     for one in steps:
         if one.target in layers:
             keep = one.setting.get("compensate", True)
-            scale, errors[one.target] = round_weights(graph, layers[one.target], stats, keep, largest)
+            scale, errors[one.target] = round_weights(graph, layers[one.target], stats, keep, largest, fixed=fixed)
         else:
-            scale, errors[one.target] = round_table(graph.get_submodule(one.target), largest)
+            scale, errors[one.target] = round_table(graph.get_submodule(one.target), largest, fixed=fixed)
         scales[f"{one.target}.weight_scale"] = scale
     nodes = {n.name: n for n in graph.graph.nodes}
     _round_biases(graph, layers, steps, scales, chosen, nodes)

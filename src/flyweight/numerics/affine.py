@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from flyweight.numerics.moments import BINS, Histogram
 
-__all__ = ["Grid", "activation_grid", "activation_noise", "rounded", "sampled_grid", "weight_scales"]
+__all__ = ["Grid", "activation_grid", "activation_noise", "power_scales", "rounded", "sampled_grid", "weight_scales"]
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,56 @@ def weight_scales(
     return best.to(torch.float32).to(weight.dtype)
 
 
-def activation_grid(histogram: Histogram, *, known_low: float | None = None, steps: int = 60) -> Grid:
+def power_scales(
+    weight: Float[Tensor, "out in"], importance: Float[Tensor, "*out in"], largest: int
+) -> Float[Tensor, " out"]:
+    """As `weight_scales`, of powers of two alone: of those around a row's largest weight the one of least error."""
+    peak = weight.abs().amax(1)
+    base = torch.where(peak > 0, peak, torch.full_like(peak, float(largest))) / largest
+    fine = torch.exp2(base.log2().ceil())  # nothing is clipped
+    best, lowest = fine, torch.full_like(fine, float("inf"))
+    for finer in range(3):
+        scale = fine * 0.5**finer
+        change = weight - (weight / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
+        error = (change.square() * importance).sum(1)
+        better = error < lowest
+        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
+    return best
+
+
+def activation_grid(
+    histogram: Histogram, *, known_low: float | None = None, steps: int = 60, dyadic: bool = False
+) -> Grid:
     """The 8-bit unsigned grid of least mean squared error for the values in `histogram`.
 
     Tried: the full range and `steps` clippings of each end. Zero is always representable, as padding needs it.
-    `known_low=0.0` (after a ReLU) pins the zero point to 0, without which runtimes fall back to float.
+    `known_low=0.0` (after a ReLU) pins the zero point to 0, without which runtimes fall back to float. A `dyadic` grid has a
+    power of two as scale and no offset: its zero point is 0, or 128 where values are negative as well.
     """
     low = histogram.low if known_low is None else known_low
-    return _least(low, histogram.high, 0.9, steps, lambda grid: activation_noise(histogram, grid))
+
+    def error(grid: Grid) -> float:
+        return activation_noise(histogram, grid)
+
+    return _dyadic(low, histogram.high, error) if dyadic else _least(low, histogram.high, 0.9, steps, error)
+
+
+def _dyadic(low: float, high: float, error: Callable[[Grid], float]) -> Grid:
+    """Of the grids whose scales are powers of two the one of the least error: nothing clipped, or up to seven eighths."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if high <= low:
+        return Grid(1.0, 0)
+    zero, reach = (128, max(high / 127, -low / 128)) if low < 0 else (0, high / 255)
+    widest = math.ceil(math.log2(max(reach, 1e-30)))
+    return min((Grid(2.0 ** (widest - finer), zero) for finer in range(4)), key=error)
 
 
 def sampled_grid(
-    values: Float[Tensor, "rows channels"], importance: Float[Tensor, " channels"], *, steps: int = 16
+    values: Float[Tensor, "rows channels"],
+    importance: Float[Tensor, " channels"],
+    *,
+    steps: int = 16,
+    dyadic: bool = False,
 ) -> Grid:
     """As `activation_grid`, for values of which rows are at hand: the grid that costs what reads them least.
 
@@ -75,7 +114,8 @@ def sampled_grid(
     def error(grid: Grid) -> float:
         return float((rounded(values, grid) - values).square().mean(0).to(importance.dtype) @ importance)
 
-    return _least(float(values.min()), float(values.max()), 0.6, steps, error)
+    low, high = float(values.min()), float(values.max())
+    return _dyadic(low, high, error) if dyadic else _least(low, high, 0.6, steps, error)
 
 
 def _least(low: float, high: float, clipped: float, steps: int, error: Callable[[Grid], float]) -> Grid:

@@ -173,7 +173,7 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
     per_packed = packed_overhead(menu, ready, job.example, bases[FLOAT])
     if not everything:
         return bases, Sizes(overhead, 0.0, per_split, per_packed), ready
-    graph, _ = with_numbers(ready, [int8.step(name) for name in everything], largest_integer())
+    graph, _ = with_numbers(ready, [int8.step(name, fixed=job.fixed_point) for name in everything], largest_integer())
     bases[INT8] = place / "int8.onnx"
     export(graph, job.example, bases[INT8])
     extra = bases[INT8].stat().st_size - stored(everything) - overhead

@@ -20,9 +20,10 @@ from flyweight.deploy import machine
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder
 from flyweight.deploy.formats.onnx import export, stored_name
+from flyweight.deploy.integers import Executor
 from flyweight.deploy.latency import table_hash
 from flyweight.deploy.runtimes import get
-from flyweight.errors import UsageError, VerificationError
+from flyweight.errors import ModelError, UsageError, VerificationError
 from flyweight.graph.cost import total_macs
 from flyweight.graph.measure import fingerprint
 from flyweight.graph.numbers import integer_layers, number_forms
@@ -43,7 +44,7 @@ from flyweight.stages.weigh import (
     promises,
     quality_row,
 )
-from flyweight.types import Artifact, Claim, Cost, Interval, Note, Plan, Provenance, Results, Row
+from flyweight.types import Artifact, Claim, Cost, Interval, Note, Plan, Provenance, Results, Row, Step
 
 __all__ = ["ARTIFACT_FILE", "Made", "make", "plan_of"]
 
@@ -157,6 +158,7 @@ def _results(
     notes = (
         *job.notes, *quotes.notes, *purchase.notes, *timings.notes, *folder.notes,
         *_run_notes(job, artifact, fallen, timings, plan),
+        *_fixed_notes(job, purchase.steps, folder.path / ARTIFACT_FILE),
     )  # fmt: skip
     return Results(
         title=job.title,
@@ -234,6 +236,25 @@ def _run_notes(job: Job, artifact: Artifact, fallen: Sequence[str], timings: Tim
     if job.roles.test is None:
         notes.append(Note("data.no-test", "no test data: quality was not weighed", fix="give test="))
     return tuple(notes)
+
+
+def _fixed_notes(job: Job, steps: Sequence[Step], file: Path) -> tuple[Note, ...]:
+    """Of a network in fixed point: how wide its sums are, or what in it needs floats."""
+    if not any(step.setting.get("fixed") for step in steps):
+        return ()
+    executor, (batch, *_) = Executor(file), job.judged
+    try:
+        executor.run({name: x[:1].numpy() for name, x in zip(executor.inputs, batch.inputs, strict=True)})
+    except ModelError as error:
+        text = f"a part of the artifact needs floats: {error.what}"
+        return (
+            Note(
+                "numbers.not-fixed-point", text, where=error.where, fix="rules=[fw.rule(name, bits=8)] demands integers"
+            ),
+        )
+    bits = max(executor.accumulators.values(), default=0)
+    text = f"integers alone compute the artifact; sums take at most {bits} bits, their sign included"
+    return (Note("numbers.fixed-point", text, fix="flyweight.deploy.integers.Executor computes it so"),)
 
 
 def _rows(

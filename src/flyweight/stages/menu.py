@@ -103,6 +103,7 @@ class Menu:
     rest: Mapping[str, Rest] = field(default_factory=dict)  # by the block's node
     tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # embeddings with a format: rows and columns
     depthwise: Mapping[str, Layer] = field(default_factory=dict)  # convolutions whose format alone is decided
+    fixed_point: bool = False  # whether int8 has powers of two as scales
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import fx
 
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
+from flyweight.graph.numbers import Form
 from flyweight.graph.operators import Layer
 from flyweight.methods import blocks, channels, int8, lowrank, stored
 from flyweight.methods.blocks import Price
@@ -162,8 +163,14 @@ def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float],
             site, label, layer_errors, errors = f"block:{block.name}", "left out", (0.0, layer_error), (0.0, error)
         case Format(layer=layer, layer_errors=layer_errors, errors=errors, forms=forms):
             form = forms[option]
-            site, label = f"numbers:{layer}", f"{form.bits}-bit weights" if form.packed else "int8"
+            site, label = f"numbers:{layer}", _shown(form, menu)
     return Option(site, label if option else "keep", done, layer_errors[option], errors[option], cost)
+
+
+def _shown(form: Form, menu: Menu) -> str:
+    if form.packed:
+        return f"{form.bits}-bit weights"
+    return "fixed point" if menu.fixed_point else "int8"
 
 
 def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:
@@ -179,4 +186,4 @@ def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:
             return (blocks.step(block),)
         case Format(layer=layer, forms=forms):
             form = forms[option]
-            return (stored.step(layer, form.bits) if form.packed else int8.step(layer),)
+            return (stored.step(layer, form.bits) if form.packed else int8.step(layer, fixed=menu.fixed_point),)

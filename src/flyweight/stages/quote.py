@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -109,7 +110,8 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     rest = rest_of(job.graph, [price.block for price in depth], present, beside)
     sizes = Sizes(0, 0.0)
     menu = Menu(
-        present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest, rows, passed
+        present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest, rows, passed,
+        job.fixed_point,
     )  # fmt: skip
     few = _few_samples(job, network)
     return Quotes(network, menu, frozen, refused, (*notes, *blind, *few))
@@ -219,8 +221,10 @@ def _ranks(
         else:
             job.checkpoint(f"pricing the ranks of {name}")
             one = lowrank.ranks(network.graph, network.layers[name], network.stats, offered[name], judge)
-            both = name in rounding
-            extra = meeting(network, one, rounding[name], judge, job.calib, largest_integer()) if both else 0.0
+            extra = 0.0
+            if name in rounding:
+                step = partial(int8.step, fixed=job.fixed_point)
+                extra = meeting(network, one, rounding[name], judge, job.calib, step, largest_integer())
             p = _Prices((), one.levels, one.layer_errors, one.errors, extra)
             store.save(f"ranks-{i}.json", msgspec.json.encode(p))
         made.append(Ranks(name, p.levels, p.layer_errors, p.errors))
@@ -257,7 +261,7 @@ def _kept_float(job: Job, name: str) -> str:
     fixed = job.fixed_bits(name)
     if fixed not in (None, 8):
         return f"a rule {'keeps' if fixed == 32 else 'stores'} it {'at' if fixed == 32 else 'in'} {fixed} bits"
-    return "" if "int8" in job.methods else "the method 'int8' was not asked for"
+    return "" if {"int8", "fixed"} & set(job.methods) else "the method 'int8' was not asked for"
 
 
 def _formats_of(job: Job, name: str) -> tuple[int, ...]:
@@ -298,12 +302,14 @@ def _formats(
         prices: dict[str, _Prices] = {}
         for name in allowed:
             job.checkpoint(f"pricing {name} in int8")
-            graph, errors = with_numbers(ready, [int8.step(name)], largest_integer())
+            graph, errors = with_numbers(ready, [int8.step(name, fixed=job.fixed_point)], largest_integer())
             behind = judge.behind(ready.graph, [name], quantized_values(ready, [name]))
             prices[name] = _Prices(layer_errors=(errors[name],), errors=(behind(graph),))
             advance(1)
         for lad in ladders:
-            prices[f"group {lad.group.name}"] = _Prices(combined=_meeting(network, ready, lad, prices, judge))
+            prices[f"group {lad.group.name}"] = _Prices(
+                combined=_meeting(network, ready, lad, prices, judge, job.fixed_point)
+            )
             advance(1)
         store.save("numbers.json", msgspec.json.encode(prices))
     else:
@@ -312,7 +318,9 @@ def _formats(
     return tuple(formats), {lad.group.name: prices[f"group {lad.group.name}"].combined for lad in ladders}
 
 
-def _meeting(network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str, _Prices], judge: Judge) -> float:
+def _meeting(
+    network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str, _Prices], judge: Judge, fixed: bool
+) -> float:
     """What removal and rounding of a group's readers cost together beyond both prices, as a share of the removal's.
 
     Measured once, at the middle level, where rounding is no trifle beside it: the option is rounded on the weights that
@@ -331,7 +339,7 @@ def _meeting(network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str
         channels.apply(changed, network.layers[name], new)
     alone = judge(changed)
     rounded = _transplanted(ready, changed, network)
-    graph, _ = with_numbers(rounded, [int8.step(name) for name in readers], largest_integer())
+    graph, _ = with_numbers(rounded, [int8.step(name, fixed=fixed) for name in readers], largest_integer())
     return max(-0.5, min(2.0, (judge(graph) - alone - rounding) / lad.errors[middle]))
 
 

@@ -17,12 +17,13 @@ from flyweight.graph.numbers import INT8, Form
 from flyweight.graph.operators import Layer
 from flyweight.graph.rewrite import part_before, refresh
 from flyweight.graph.surgery import folded
-from flyweight.methods import int8, lowrank
+from flyweight.methods import lowrank
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Judge
 from flyweight.search.problem import Factor, Floats
 from flyweight.stages.deliver import Network, Prepared, prepared, with_numbers
 from flyweight.stages.menu import Menu
+from flyweight.types import Step
 
 __all__ = ["meeting", "rank_factors", "split_overhead", "timed_ranks", "weights_of"]
 
@@ -120,11 +121,12 @@ def meeting(
     rounding: float,
     judge: Judge,
     calib: Callable[[], Iterable[tuple[Tensor, ...]]],
+    step_of: Callable[[str], Step],
     largest: int,
 ) -> float:
     """What low rank and int8 of one layer cost together beyond both prices, as a share of the rank's.
 
-    Measured once, at the middle rank, both parts rounded. `rounding` is the price of rounding the whole layer.
+    Measured once, at the middle rank, both parts rounded. `rounding` is the price of rounding the whole layer by `step_of` it.
     """
     middle = len(one.levels) // 2
     if middle == 0 or one.errors[middle] <= 0:
@@ -134,6 +136,6 @@ def meeting(
     refresh(graph, network.example)
     both = [one.layer, part_before(graph, one.layer)]
     ready = prepared(graph, network.example, both, lambda: first(calib(), FEW_SAMPLES))
-    rounded, _ = with_numbers(ready, [int8.step(name) for name in both], largest)
+    rounded, _ = with_numbers(ready, [step_of(name) for name in both], largest)
     share = (judge(rounded) - one.errors[middle] - rounding) / one.errors[middle]
     return float(max(-0.5, min(2.0, share)))

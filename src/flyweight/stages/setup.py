@@ -42,7 +42,7 @@ __all__ = [
     "job_of",
 ]
 
-METHODS = ("blocks", "channels", "lowrank", "int8", "weights")
+METHODS = ("blocks", "channels", "lowrank", "int8", "fixed", "weights")
 USUAL = ("channels", "int8")  # without being asked for: what the others add to them is still to be measured
 Inputs = tuple[Tensor, ...]
 
@@ -110,8 +110,13 @@ class Job:
     @property
     def rounds(self) -> bool:
         """Whether weights may be rounded: then the moments of every layer's inputs are needed."""
-        fixed = any(rule.bits in WIDTHS for rule in self.settings.rules)
-        return fixed or not {"int8", "weights"}.isdisjoint(self.methods)
+        ruled = any(rule.bits in WIDTHS for rule in self.settings.rules)
+        return ruled or not {"int8", "fixed", "weights"}.isdisjoint(self.methods)
+
+    @property
+    def fixed_point(self) -> bool:
+        """Whether what is stored in int8 has powers of two as scales."""
+        return "fixed" in self.methods
 
     def kept_reason(self, layers: Sequence[str]) -> str:
         """Why the user wants these layers left alone, "" if nothing says so."""
@@ -287,6 +292,10 @@ def _check(settings: Settings) -> None:
     unknown = [m for m in settings.methods or () if m not in METHODS]
     if unknown:
         raise UsageError(f"unknown method {unknown[0]!r}", fix=f"choose from {', '.join(METHODS)}")
+    if settings.methods is not None and {"int8", "fixed"} <= set(settings.methods):
+        raise UsageError(
+            "methods has both int8 and fixed", why="fixed is int8 with powers of two as scales", fix="name one"
+        )
     if settings.task not in ("auto", "generate", *div.TASKS):
         raise UsageError(f"unknown task {settings.task!r}", fix=f"choose from auto, {', '.join(div.TASKS)}")
     if not isinstance(settings.threads, int) or settings.threads < 1:

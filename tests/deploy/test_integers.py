@@ -1,0 +1,129 @@
+"""Fixed point: the integer executor answers what ONNX Runtime does, to the last bit where sums fit a float."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from flyweight.deploy import runtimes
+from flyweight.deploy.formats.onnx import export
+from flyweight.deploy.integers import Executor, Fixed
+from flyweight.errors import ModelError
+from flyweight.graph.operators import roundable
+from flyweight.graph.trace import trace
+from flyweight.methods import int8
+from flyweight.stages.deliver import prepared, with_numbers
+
+NAMES = ("cnn", "residual", "depthwise", "branches", "wide")
+
+
+def net(name: str):
+    """A convolutional network, its file in fixed point, its input."""
+    from torch import nn
+
+    torch.manual_seed(0)
+    parts = {
+        "cnn": lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 4, 10), nn.ReLU(),
+            nn.Linear(10, 4),
+        ),
+        "residual": Residual,
+        "depthwise": lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU6(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU6(),
+            nn.Conv2d(16, 24, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4),
+        ),
+        "branches": Branches,
+        "wide": lambda: nn.Sequential(nn.Conv2d(3, 96, 3, padding=1), nn.ReLU(), nn.Conv2d(96, 8, 3, padding=1), nn.ReLU(),
+                                      nn.Flatten(), nn.Linear(8 * 64, 4)),
+    }  # fmt: skip
+    return parts[name]().eval(), torch.randn(64, 3, 8, 8)
+
+
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.inner = torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.last = torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = (x + self.inner(x)).relu()
+        return self.last(x.mean((2, 3)))
+
+
+class Branches(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 6, 3, padding=1), torch.nn.Conv2d(3, 4, 1)
+        self.last = torch.nn.Conv2d(10, 4, 3)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.a(x).relu(), self.b(x).relu()], 1)).flatten(1)
+
+
+def made(name: str, path):
+    model, x = net(name)
+    graph = trace(model, (x[:2],)).module
+    names = list(roundable(graph))
+    ready = prepared(graph, (x[:2],), names, lambda: iter([(x,)]))
+    fixed, _ = with_numbers(ready, [int8.step(n, fixed=True) for n in names])
+    export(fixed, (x[:2],), path)
+    return fixed, x
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integers_answer_what_the_runtime_does(name: str, tmp_path):
+    graph, x = made(name, tmp_path / "fixed.onnx")
+    executor = Executor(tmp_path / "fixed.onnx")
+    (mine,) = executor.run({executor.inputs[0]: x.numpy()}).values()
+    adapter = runtimes.get("onnxruntime")
+    (theirs,) = adapter.load(tmp_path / "fixed.onnx", 1)({executor.inputs[0]: x.numpy()}).values()
+    step = 2.0**mine.finest if name != "branches" else None
+    apart = np.abs(mine.floats() - theirs)
+    # one step of a stored value moves the last layer's sums by at most its largest weight: a few of the outputs' spread
+    near = 2e-2 * np.abs(theirs).max()
+    assert (apart > (step or 1e-6)).mean() <= (1e-3 if name == "wide" else 0), (name, apart.max())
+    assert apart.max() <= near
+    with torch.no_grad():
+        assert np.abs(graph(x).numpy() - theirs).max() <= near
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accumulators_hold_every_sum(name: str, tmp_path):
+    _, x = made(name, tmp_path / "fixed.onnx")
+    executor = Executor(tmp_path / "fixed.onnx")
+    seen: dict[str, int] = {}
+    before = executor._product
+
+    def watched(node, given):
+        result = before(node, given)
+        seen[node.name] = int(np.abs(result.integers).max()).bit_length() + 1
+        return result
+
+    executor._product = watched
+    executor.run({executor.inputs[0]: (50 * x).numpy()})  # inputs that saturate
+    assert seen
+    assert all(seen[name] <= executor.accumulators[name] <= 32 for name in seen)
+
+
+def test_rounding_is_to_the_nearest_with_ties_to_even():
+    from flyweight.deploy.integers import _nearest
+
+    integers = np.arange(-40, 41)
+    for exponent, divisor in ((3, 1), (2, 3), (0, 7), (-2, 5)):
+        value = Fixed(integers, np.array(0), divisor)
+        expected = [round(Fraction(int(i), divisor) / Fraction(2) ** exponent) for i in integers]
+        assert _nearest(value, exponent).tolist() == expected  # Python's round of a fraction: ties to even
+
+
+def test_what_is_no_fixed_point_is_refused(tmp_path):
+    model, x = net("cnn")
+    graph = trace(model, (x[:2],)).module
+    export(graph, (x[:2],), tmp_path / "float.onnx")
+    with pytest.raises(ModelError, match="a product of what"):
+        Executor(tmp_path / "float.onnx").run({"input": x.numpy()})
