@@ -20,7 +20,7 @@ _HOME = {
     "FlyweightError": "flyweight.errors:FlyweightError",
     "Note": "flyweight.types:Note",
     "Plan": "flyweight.types:Plan",
-    "Result": "flyweight.compress:Result",
+    "Result": "flyweight.stages.result:Result",
     "Results": "flyweight.types:Results",
     "advise": "flyweight.compress:advise",
     "apply": "flyweight.compress:apply",
@@ -53,9 +53,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from flyweight.budget import budget as Budget
-    from flyweight.compress import Result, advise, apply, compress, inspect, load, plan, rule, verify
+    from flyweight.compress import advise, apply, compress, inspect, load, plan, rule, verify
     from flyweight.data import data
     from flyweight.errors import FlyweightError
+    from flyweight.stages.result import Result
     from flyweight.types import Note, Plan, Results
 
 

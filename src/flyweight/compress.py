@@ -6,35 +6,32 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as save_tensors
 from torch import fx, nn
 
-from flyweight.data import bind_example
-from flyweight.deploy.atomic import write_atomic
 from flyweight.deploy.folder import Folder, commit, open_folder, read_manifest
 from flyweight.deploy.inherit import inherit
 from flyweight.deploy.latency import LatencyTable
 from flyweight.errors import UsageError
 from flyweight.face.progress import Progress
 from flyweight.graph.program import load_files
-from flyweight.graph.source import source
-from flyweight.graph.transplant import transplanted
 from flyweight.stages.advise import Advice, advised
 from flyweight.stages.again import replayed, reweighed
 from flyweight.stages.buy import Purchase, buy
 from flyweight.stages.given import path_of, read_plan, read_table
+from flyweight.stages.ladder import picked, rungs, speedups
 from flyweight.stages.look import Inspection, inspected
 from flyweight.stages.make import make, plan_of
 from flyweight.stages.quote import Quotes, quote
+from flyweight.stages.result import Result
 from flyweight.stages.setup import Job, Settings, duration_s, job_of
 from flyweight.stages.target import aimed
 from flyweight.stages.watch import Stage, Watch
 from flyweight.stages.write import write_all
-from flyweight.types import Budget, Note, Plan, Results, Rule, from_json, to_json
+from flyweight.types import Budget, Plan, Results, Rule, from_json, to_json
 
 APART = {  # what runs with the same prices may differ in, and the checkpoints that do not hold then
     "budget": ("correction-",),
@@ -48,61 +45,6 @@ APART = {  # what runs with the same prices may differ in, and the checkpoints t
 }
 
 __all__ = ["Result", "advise", "apply", "compress", "inspect", "load", "plan", "rule", "verify"]
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What `compress` gives back. `model` is an ordinary fx.GraphModule of real modules; `folder` holds everything."""
-
-    results: Results
-    model: fx.GraphModule
-    plan: Plan
-    folder: Path
-
-    @property
-    def notes(self) -> tuple[Note, ...]:
-        """What the user should know."""
-        return self.results.notes
-
-    @property
-    def budget_met(self) -> bool:
-        """Whether every promise holds."""
-        return self.results.budget_met
-
-    @property
-    def exit_code(self) -> int:
-        """0 if proof and promise hold, 1 if a promise fails or is undecided."""
-        return 0 if self.budget_met else 1
-
-    def into(self, net: nn.Module, *, example: Any = None) -> nn.Module:
-        """A copy of your own network with the smaller layers in it, proven equal to `model` by running both.
-
-        `net` is the network that was compressed; it is not changed. `example`: one batch, as given to `compress`;
-        default: random inputs of the recorded sizes. Tied weights stay tied; sizes that forward reads from attributes
-        (`self.num_heads`) are set. Raises ModelError, naming the layer or line, where your class cannot say what
-        `model` computes: a size written into forward, or int8. Then use `model` itself or `save_source`.
-        """
-        call = None if example is None else bind_example(net, example)
-        return transplanted(self.model, net, None if call is None else (call.args, call.kwargs))
-
-    def save_source(self, path: str | Path) -> Path:
-        """A readable PyTorch file of `model` at `path` ("net.py"), and its weights beside it ("net.safetensors").
-
-        `load()` in the file gives the network; it needs torch and safetensors alone, and trains. Raises UsageError
-        for a path that no import could name, ModelError for what has no exact spelling.
-        """
-        place = Path(path)
-        if place.suffix != ".py" or not place.stem.isidentifier():
-            why = "it is to be imported by that name" if place.suffix == ".py" else ""
-            raise UsageError(
-                f"{place.name!r} is no Python module", where=str(place), why=why, fix='save_source("net.py")'
-            )
-        text, tensors = source(self.model, place.stem)
-        write_atomic(place.with_suffix(".safetensors"), save_tensors(tensors))
-        return write_atomic(place, text)
-
-    def __str__(self) -> str:
-        return f"{self.results.summary}\n{self.folder / 'report.html'}"
 
 
 def rule(pattern: str, *, bits: int | None = None, keep: bool = False) -> Rule:
@@ -139,6 +81,7 @@ def compress(
     seed: int = 0,
     workdir: str | Path = "out/",
     prices: str | Path | None = None,
+    ladder: str | Sequence[str] = (),
     progress: bool = True,
     fresh: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -154,8 +97,10 @@ def compress(
     with it the plan does not depend on the clock. `keep` and `rules` are patterns of layer names. `time_limit`:
     seconds or "20m". The same call in the same folder resumes; `fresh` starts over. `prices`: the folder of a run of
     the same model, data and methods whose statistics, prices and latencies hold here too: another budget then takes a
-    fraction of the time. `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that
-    cannot be met is no error: the nearest artifact is delivered with `budget_met` False.
+    fraction of the time. `ladder`: further points, each at least so much faster than the original ("1.5x,2x,4x") and
+    within the budget's other limits, verified and reported in workdir/ladder. `stop()` is asked between steps. Raises
+    the errors of `flyweight.errors`; a budget that cannot be met is no error: the nearest artifact is delivered with
+    `budget_met` False.
     """
     run = _Run.of(
         model, calib=calib, tune=tune, test=test, example=example, budget=budget, prefer=prefer, task=task,
@@ -163,6 +108,15 @@ def compress(
         shapes=shapes, table=table, methods=methods, keep=keep, rules=rules, recover=recover, time_limit=time_limit,
         seed=seed, workdir=workdir, prices=prices, progress=progress, fresh=fresh, stop=stop,
     )  # fmt: skip
+    names, further = speedups(ladder), {}
+    result = _compressed(run)
+    for name, (limits, place) in rungs(names, result.results.budget, run.workdir).items():
+        settings = replace(run.settings, budget=limits)
+        further[name] = _compressed(replace(run, settings=settings, workdir=place, prices=run.workdir))
+    return replace(result, ladder=further)
+
+
+def _compressed(run: _Run) -> Result:
     with run.open() as (job, folder, stage):
         if folder.finished:
             return _stored(folder)
@@ -219,12 +173,15 @@ def apply(
         return _delivered(job, quotes, purchase, folder, stage)
 
 
-def load(folder: str | Path) -> fx.GraphModule:
+def load(folder: str | Path, *, latency: str | None = None, threads: int = 1) -> fx.GraphModule:
     """The compressed model of a finished folder: an ordinary GraphModule in eval mode that trains and exports again.
 
-    Raises UnsafeFileError for an unfinished or damaged folder. Needs no class of the user's and runs no code.
+    `latency` ("5ms", or "50%" of the original): of the folder and its ladder the best point that takes no longer on this
+    machine, measured now. Raises UnsafeFileError for an unfinished or damaged folder, BudgetError if no point is as fast.
+    Needs no class of the user's and runs no code.
     """
     path = path_of("folder", folder)
+    path = path if latency is None else picked(path, latency, threads)
     read_manifest(path)
     return load_files(path)
 

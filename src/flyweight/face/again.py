@@ -51,7 +51,7 @@ def repeated(folder: Path, given: Mapping[str, Any], workdir: str, made: click.C
     limits = parse(given["budget"] or options["budget"], None, metrics_of(options)).limits
     texts = [format_limit(limit) for limit in limits if limit.quantity not in changed]
     options["budget"] = ", ".join([*texts, *(f"{name}<={value}" for name, value in changed.items())])
-    options |= {"prefer": given["prefer"] or options["prefer"], "prices": str(folder), "fresh": False}
+    options |= {"prefer": given["prefer"] or options["prefer"], "prices": str(folder), "ladder": "", "fresh": False}
     options |= {"quiet": given["quiet"], "as_json": given["as_json"]}
     ending = "-".join(f"{name}-{value}" for name, value in changed.items()) or "pick"
     options["workdir"] = workdir or f"{folder}-{re.sub(r'[^0-9a-zA-Z.-]', '', ending)}"

@@ -26,6 +26,7 @@ from flyweight.face.options import (
     GOAL,
     JSON,
     JUDGE,
+    LADDER,
     LIMITS,
     LOOK,
     MODEL,
@@ -138,7 +139,7 @@ def plan(session: Session, /, as_json: bool, **given: Any) -> int:
 
 
 @cli.command(short_help="Makes MODEL smaller and faster inside the budget.")
-@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, PRICES, JSON, QUIET)
+@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, PRICES, LADDER, JSON, QUIET)
 @click.pass_obj
 def compress(session: Session, /, as_json: bool, **given: Any) -> int:
     """Makes MODEL smaller and faster inside the budget, and proves it."""
@@ -147,7 +148,11 @@ def compress(session: Session, /, as_json: bool, **given: Any) -> int:
     network, arguments = _arguments(session, given)
     with exits.finishing(session):
         result = make(network, **arguments)
-    return _shown(result.results, Path(arguments["workdir"]), as_json)
+    code = _shown(result.results, Path(arguments["workdir"]), as_json)
+    for name, rung in result.ladder.items():
+        click.echo(f"{name}: {rung.results.summary} {rung.folder}", err=as_json)
+        code = code or rung.exit_code
+    return code
 
 
 @cli.command(short_help="Takes another point within a new budget, without measuring anew.")

@@ -20,6 +20,7 @@ __all__ = [
     "GOAL",
     "JSON",
     "JUDGE",
+    "LADDER",
     "LIMITS",
     "LOOK",
     "MODEL",
@@ -141,7 +142,7 @@ GOAL = (
         "--methods",
         multiple=True,
         metavar="NAMES",
-        help="Methods to use, comma separated: blocks, channels, lowrank, int8, weights.  [default: channels,int8]",
+        help="Methods to use, comma separated: blocks, channels, lowrank, int8, fixed, weights.  [default: channels,int8]",
     ),
     _KEEP,
     _option(
@@ -173,6 +174,12 @@ TARGET = (
     _THREADS,
     _SHAPES,
     _option("--table", metavar="FILE", help="A latency table made earlier: then the plan needs no clock."),
+)
+LADDER = _option(
+    "--ladder",
+    default="",
+    metavar="SPEEDUPS",
+    help="Further points, each so much faster: 1.5x,2x,4x. In FOLDER/ladder.",
 )
 PRICES = _option(
     "--prices", metavar="FOLDER", help="A run of the same model and data whose measurements are taken over."

@@ -14,10 +14,11 @@ from ..errors import FlyweightError, ModelError, TraceError, UsageError
 from .fitting import Shrinks, fitted
 from .modules import tensor_key
 from .proofs import first_line, prove_batches
+from .shapes import shown_names
 from .signature import Call, bind
 from .specs import spec_of
 
-__all__ = ["transplanted"]
+__all__ = ["stand_ins", "transplanted"]
 
 # attributes in which modules of torch keep the sizes of their tensors
 SIZES = (
@@ -153,6 +154,20 @@ def _call(graph: fx.GraphModule, net: nn.Module, example: tuple[Any, Mapping[str
             fix="give the network that was compressed; where forward needs more, say example=...",
         ) from error
     return call
+
+
+def stand_ins(graph: fx.GraphModule, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Random inputs by name, of the recorded sizes or, where they are free, of those named ("batch", "seq")."""
+    generator, shown, found = torch.Generator().manual_seed(0), shown_names(graph), {}
+    for node in (node for node in graph.graph.nodes if node.op == "placeholder"):
+        value = _stand_in(node, graph, generator)
+        free = {axis: shown[name] for axis, name in node.meta.get("free", {}).items()}
+        for axis, name in ({0: "batch"} | free).items():
+            if value.ndim:
+                size = sizes.get(name, value.shape[axis])
+                value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+        found[str(node.target)] = value
+    return found
 
 
 def _stand_in(node: fx.Node, graph: fx.GraphModule, generator: torch.Generator) -> Tensor:
