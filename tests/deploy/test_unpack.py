@@ -16,6 +16,7 @@ from flyweight.graph.operators import roundable, tables
 from flyweight.graph.trace import trace
 from flyweight.methods import stored
 from flyweight.numerics.packed import WIDTHS, packed_bytes
+from flyweight.stages.deliver import prepared, with_numbers
 
 
 class Words(nn.Module):
@@ -60,8 +61,6 @@ def made(name: str, bits: int, path, chosen=None):
     x = draw(16)
     graph = trace(build().eval(), (x[:2],)).module
     every = [*roundable(graph), *tables(graph)]
-    from flyweight.stages.deliver import prepared, with_numbers
-
     ready = prepared(graph, (x[:2],), (), lambda: iter([(x,)]), packed=roundable(graph))
     packed, _ = with_numbers(ready, [stored.step(n, bits) for n in (chosen or every)])
     export(packed, (x[:2],), path)
@@ -76,8 +75,8 @@ def test_every_runtime_computes_what_the_graph_does(name: str, bits: int, tmp_pa
         expected = graph(x).numpy()
     for runtime in ("onnxruntime", "openvino"):
         adapter = runtimes.get(runtime)
-        (names,) = [adapter.input_names(tmp_path / "packed.onnx")]
-        answer = next(iter(adapter.load(tmp_path / "packed.onnx", 1)({names[0]: x.numpy()}).values()))
+        (given,) = adapter.input_names(tmp_path / "packed.onnx")
+        (answer,) = adapter.load(tmp_path / "packed.onnx", 1)({given: x.numpy()}).values()
         # the same weights to the last bit: what is left is the order of float sums
         assert np.allclose(answer, expected, atol=1e-5 * np.abs(expected).max())
 

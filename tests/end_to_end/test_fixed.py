@@ -10,16 +10,9 @@ from onnx import numpy_helper
 from torch import nn
 
 import flyweight as fw
-from flyweight.deploy import clock, runtimes
+from flyweight.deploy import runtimes
 from flyweight.deploy.integers import Executor
 from flyweight.errors import UsageError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_clock():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock, "QUICK_S", clock.LEAST_S)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,8 @@ import torch
 from torch import nn
 
 import flyweight as fw
-from flyweight.deploy import clock
 from flyweight.errors import BudgetError, UsageError
 from flyweight.stages.ladder import speedups
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_clock():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock, "QUICK_S", clock.LEAST_S)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +55,9 @@ def test_the_best_point_that_is_fast_enough_here_is_loaded(made, given):
     assert torch.equal(slow(roles["test"]), best.model(roles["test"]))
     with pytest.raises(BudgetError, match="no point of the folder"):
         fw.load(made.folder, latency="1ns")
-    with pytest.raises(UsageError):
-        fw.load(made.folder, latency="soon")
+    for wrong in ("soon", "5 apples", "5ms, size<=3MB"):
+        with pytest.raises(UsageError):
+            fw.load(made.folder, latency=wrong)
 
 
 @pytest.mark.parametrize("ladder", ["2", "0.5x", "x", "1x", ["2x", "fast"]])

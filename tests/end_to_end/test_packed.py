@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import flyweight as fw
-from flyweight.deploy import clock
 from flyweight.errors import UsageError
 from flyweight.methods import stored
 
@@ -25,13 +24,6 @@ class Words(nn.Module):
 
     def forward(self, ids):
         return self.last(self.first(self.table(ids)).relu().mean(1))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_clock():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock, "QUICK_S", clock.LEAST_S)
-        yield
 
 
 @pytest.fixture(scope="module")

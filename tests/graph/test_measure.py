@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from flyweight.graph.measure import fingerprint, from_tensors, measure, to_tensors
+from flyweight.graph.measure import LOOKS, fingerprint, from_tensors, measure, to_tensors
 from flyweight.graph.operators import input_rows, layers
+from flyweight.graph.trace import trace
 
 from .cases import rows
 from .odd import subject
@@ -192,3 +194,38 @@ def test_peak_memory_at_ten_times_the_batches_is_within_5_percent():
     ended = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, check=True, env=environment)
     few, many = json.loads(ended.stdout)
     assert many <= 1.05 * few
+
+
+def test_kept_rows_are_those_of_the_value_and_do_not_depend_on_batches():
+    graph = trace(Tokens(), (torch.randn(2, 12, 4),)).module
+    x = torch.randn(20, 12, 4)
+    node = next(n.name for n in graph.graph.nodes if n.target == "first")
+    found = [measure(graph, [(part,) for part in x.split(size)], {}, rows=[node]).rows[node] for size in (1, 7, 20)]
+    assert all(torch.equal(one, found[0]) for one in found)
+    every = {tuple(row) for row in graph.first(x).detach().flatten(0, 1).tolist()}
+    assert {tuple(row) for row in found[0].tolist()} <= every
+    assert len({tuple(row) for row in found[0].tolist()}) == len(x) * LOOKS  # places differ within a sample
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def test_padding_is_not_among_the_kept_rows():
+    class Masked(Tokens):
+        def forward(self, x, attention_mask):
+            return self.last(self.first(x)) * attention_mask[..., None]
+
+    x, mask = torch.randn(30, 12, 4), torch.ones(30, 12)
+    x[:, 5:], mask[:, 5:] = 100.0, 0
+    graph = trace(Masked(), (x[:2], mask[:2])).module
+    node = next(n.name for n in graph.graph.nodes if n.target == "first")
+    kept = measure(graph, [(x, mask)], {}, rows=[node]).rows[node]
+    real = {tuple(row) for row in graph.first(x[:, :5]).detach().flatten(0, 1).tolist()}
+    assert len(kept) > 0
+    assert {tuple(row) for row in kept.tolist()} <= real

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from flyweight.numerics.affine import Grid, activation_grid, activation_noise, rounded, weight_scales
+from flyweight.numerics.affine import (
+    Grid,
+    activation_grid,
+    activation_noise,
+    power_scales,
+    rounded,
+    sampled_grid,
+    weight_scales,
+)
 from flyweight.numerics.moments import add_values, empty_histogram
 
 
@@ -157,3 +167,40 @@ def test_zero_is_on_every_grid_and_scales_are_floats_of_the_file():
 @pytest.mark.parametrize("values", [torch.zeros(10), torch.zeros(0)])
 def test_values_that_are_all_zero_have_a_grid_too(values: torch.Tensor):
     assert activation_grid(histogram(values)) == Grid(1.0, 0)
+
+
+def test_a_sampled_grid_spares_what_is_read_and_clips_what_is_not():
+    values = torch.randn(400, 8)
+    values[:, 3] *= 40
+    alike, blind = torch.ones(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    blind[3] = 0.0  # nothing reads the channel of outliers
+    wide, narrow = sampled_grid(values, alike), sampled_grid(values, blind)
+    assert narrow.scale < 0.5 * wide.scale
+
+    def error(grid: Grid, importance: torch.Tensor) -> float:
+        return float((rounded(values, grid) - values).square().double().mean(0) @ importance)
+
+    assert error(wide, alike) < error(narrow, alike)
+    assert error(narrow, blind) < error(wide, blind)
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_a_dyadic_grid_is_a_power_of_two_and_the_best_of_them(low: float):
+    values = torch.rand(5000) * (2.7 - low) + low
+    found = activation_grid(histogram(values), known_low=low or None, dyadic=True)
+    assert math.frexp(found.scale)[0] == 0.5
+    assert found.zero_point == (128 if low else 0)
+    others = [Grid(found.scale * 2.0**power, found.zero_point) for power in (-2, -1, 1, 2)]
+    assert mean_squared_error(values, found) <= min(mean_squared_error(values, one) for one in others)
+
+
+def test_scales_of_powers_of_two_are_the_best_around_the_largest_weight():
+    weight, importance = torch.randn(20, 32, dtype=torch.float64), torch.rand(32, dtype=torch.float64) + 0.1
+    found = power_scales(weight, importance, 127)
+    assert bool((found.log2() == found.log2().round()).all())
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        new = (weight / scale[:, None]).round().clamp(-127, 127) * scale[:, None]
+        return ((weight - new).square() * importance).sum(1)
+
+    assert all(bool((error(found) <= error(found * 2.0**power)).all()) for power in (-1, 1))

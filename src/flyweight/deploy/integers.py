@@ -8,7 +8,7 @@ and the power of two that they are counted in, so each operator is exact; what a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ __all__ = ["Executor", "Fixed"]
 
 Ints = NDArray[np.int64]
 ALIKE = ("Relu", "Flatten", "Reshape", "Transpose", "Identity", "MaxPool")
+# what a setting must say, wherever it stands; all others are computed with
+ONLY = {"auto_pad": b"NOTSET", "ceil_mode": 0, "alpha": 1.0, "beta": 1.0, "transA": 0, "block_size": 0}
 
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """Numbers `integers * 2^exponents / divisor`; `exponents` is one number, or one for each channel (axis 1)."""
+    """Numbers `integers * 2^exponents / divisor`; `exponents` is one number, or one for each channel (axis 1; of
+    weights for each output)."""
 
     integers: Ints
     exponents: Ints
@@ -106,14 +109,10 @@ class Executor:
 
     def _read(self, node: onnx.NodeProto, given: list[Any]) -> Fixed:
         stored, scale, *zero = given
-        exponents = _exponent(scale, node)
-        points = zero[0].astype(np.int64) if zero else np.zeros((), np.int64)
-        if exponents.ndim and len(set(exponents.tolist())) == 1 and len(set(points.ravel().tolist())) <= 1:
-            exponents, points = exponents[0], points.ravel()[0]  # one scale, repeated for every channel
-        points = np.asarray(points)
-        if exponents.ndim and (points != 0).any():
+        point = _single(zero[0].astype(np.int64)) if zero else np.array(0)
+        if point.ndim:
             raise ModelError("a value has a zero point for each channel", where=node.name)
-        return Fixed(stored.astype(np.int64) - (points if not points.ndim else 0), np.asarray(exponents))
+        return Fixed(stored.astype(np.int64) - point, _single(_exponent(scale, node)))
 
     def _product(self, node: onnx.NodeProto, given: list[Any]) -> Fixed:
         x, weight, bias = (*given, None)[:3]
@@ -156,11 +155,11 @@ class Executor:
 
     def _mean(self, node: onnx.NodeProto, given: list[Any]) -> Fixed:
         value, settings = given[0], _settings(node)
-        counted = value.counted(value.finest)
-        window = counted.shape[2:] if node.op_type == "GlobalAveragePool" else tuple(settings["kernel_shape"])
-        places = _windows(counted, window, settings.get("strides", [1] * len(window)), settings.get("pads"), 0)
         if any(settings.get("pads") or ()):
             raise ModelError("a mean over zeros that are put around", where=node.name)
+        counted = value.counted(value.finest)
+        window = counted.shape[2:] if node.op_type == "GlobalAveragePool" else tuple(settings["kernel_shape"])
+        places = _windows(counted, window, settings, 0)
         sums = places.sum(tuple(range(-len(window), 0)))
         return Fixed(sums, np.array(value.finest), value.divisor * math.prod(window))
 
@@ -179,15 +178,14 @@ class Executor:
             case "Flatten":
                 whole = whole.reshape(math.prod(whole.shape[: settings.get("axis", 1)]), -1)
             case "Reshape":
-                sizes = [whole.shape[i] if n == 0 else int(n) for i, n in enumerate(given[1])]
+                kept = not settings.get("allowzero", 0)  # a size of 0 stands for that of the input
+                sizes = [whole.shape[i] if kept and n == 0 else int(n) for i, n in enumerate(given[1])]
                 whole = whole.reshape(sizes)
             case "Transpose":
                 whole = whole.transpose(settings["perm"])
             case "MaxPool":
                 window, lowest = settings["kernel_shape"], int(np.iinfo(np.int64).min)
-                places = _windows(
-                    whole, window, settings.get("strides", [1] * len(window)), settings.get("pads"), lowest
-                )
+                places = _windows(whole, window, settings, lowest)
                 whole = places.max(tuple(range(-len(window), 0)))
         return Fixed(whole, np.array(value.finest), value.divisor)
 
@@ -218,32 +216,38 @@ def _whole(end: float, exponent: int, node: onnx.NodeProto) -> int:
     return int(counted)
 
 
+def _single(values: Ints) -> Ints:
+    """The number that is repeated for every channel, if it is one."""
+    return values.reshape(-1)[0] if len(np.unique(values)) == 1 else values
+
+
 def _settings(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    """A node's attributes. Raises ModelError for a setting that nothing here computes with."""
+    found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    for name, value in found.items():
+        if name in ONLY and value != ONLY[name]:
+            raise ModelError(f"{node.op_type} with {name}={value!r} has no fixed-point form here", where=node.name)
+    return found
 
 
-def _windows(x: Ints, window: Any, strides: Any, pads: Any, outside: int) -> Ints:
-    """Every place of a window over the axes from 2 on: "batch channels places… window…"."""
+def _windows(x: Ints, window: Sequence[int], settings: Mapping[str, Any], outside: int) -> Ints:
+    """Every place of a window over the axes from 2 on: "batch channels places… window…"; `outside` lies around."""
     dims = len(window)
-    beside = list(pads) if pads is not None else [0] * 2 * dims
+    strides, dilations = (settings.get(name, [1] * dims) for name in ("strides", "dilations"))
+    beside = settings.get("pads", [0] * 2 * dims)
     around = [(0, 0), (0, 0), *((beside[i], beside[dims + i]) for i in range(dims))]
     padded = np.pad(x, around, constant_values=outside)
-    every = np.lib.stride_tricks.sliding_window_view(padded, tuple(window), tuple(range(2, 2 + dims)))
-    found: Ints = every[(slice(None), slice(None), *(slice(None, None, int(s)) for s in strides))]
+    spread = tuple((size - 1) * apart + 1 for size, apart in zip(window, dilations, strict=True))
+    every = np.lib.stride_tricks.sliding_window_view(padded, spread, tuple(range(2, 2 + dims)))
+    steps = (slice(None, None, int(step)) for step in (*strides, *dilations))
+    found: Ints = every[(slice(None), slice(None), *steps)]
     return found
 
 
 def _convolved(x: Ints, weight: Ints, settings: Mapping[str, Any]) -> Ints:
     dims, groups = weight.ndim - 2, int(settings.get("group", 1))
-    if settings.get("auto_pad", b"NOTSET") != b"NOTSET":
-        raise ModelError("padding that is not written out")
-    dilations = [int(d) for d in settings.get("dilations", [1] * dims)]
-    window = [(size - 1) * d + 1 for size, d in zip(weight.shape[2:], dilations, strict=True)]
-    places = _windows(x, window, settings.get("strides", [1] * dims), settings.get("pads"), 0)
-    skipped: Any = (..., *(slice(None, None, d) for d in dilations))
-    places = places[skipped]
-    taps = "uvw"[:dims]
-    spread = "xyz"[:dims]
+    places = _windows(x, weight.shape[2:], settings, 0)
+    taps, spread = "uvw"[:dims], "xyz"[:dims]
     parts = [
         np.einsum(f"nc{spread}{taps},oc{taps}->no{spread}", a, b, optimize=True)
         for a, b in zip(np.split(places, groups, 1), np.split(weight, groups, 0), strict=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from flyweight.graph.axes import Group
-from flyweight.graph.numbers import Form
 from flyweight.graph.operators import CONVOLUTIONS, TRANSPOSED, Layer, layers, module_of, sizes
 from flyweight.graph.rewrite import part_before
 from flyweight.numerics.packed import packed_bytes
@@ -18,7 +17,6 @@ __all__ = [
     "Other",
     "layer_macs",
     "others",
-    "stored_bytes",
     "total_macs",
     "weight_bytes",
     "work_of",
@@ -109,25 +107,18 @@ def layer_macs(layer: Layer, inputs: int, outputs: int) -> int:
     return inputs * layer.taps * outputs * layer.positions
 
 
-def stored_bytes(layer: Layer, inputs: int, outputs: int, form: Form) -> int:
-    """As `weight_bytes`, in any number format."""
-    if not form.packed:
-        return weight_bytes(layer, inputs, outputs, form.bits)
-    bias = 4 * outputs if layer.bias or layer.norm else 0
-    return packed_bytes(outputs, inputs * layer.taps, form.bits) + bias
-
-
-def weight_bytes(layer: Layer, inputs: int, outputs: int, bits: int) -> int:
+def weight_bytes(layer: Layer, inputs: int, outputs: int, bits: int, packed: bool = False) -> int:
     """Bytes of the tensors that the artifact stores for a layer, its batch norm folded.
 
     32 bits: weight and, if it has one or gets one from its norm, bias. 8 bits: weights and a float32 scale per output, of a
     linear layer also an int8 zero point; an int32 bias with a float32 scale of its own per output (on sequences a float32
-    bias).
+    bias). `packed` weights of 2 to 8 bits: `numerics.packed`, and a float32 bias.
     """
     weights = inputs * layer.taps * outputs
     has_bias = layer.bias or bool(layer.norm)
-    if bits == 32:
-        return 4 * weights + (4 * outputs if has_bias else 0)
+    if packed or bits == 32:
+        matrix = packed_bytes(outputs, inputs * layer.taps, bits) if packed else 4 * weights
+        return matrix + (4 * outputs if has_bias else 0)
     bias = 4 if layer.sequences else 4 + 4
     per_output = 4 + (1 if layer.kind == "Linear" else 0) + (bias if has_bias else 0)
     return weights + outputs * per_output

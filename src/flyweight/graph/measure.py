@@ -184,19 +184,18 @@ class _Recorder(fx.Interpreter):
             self.histograms[n.name] = add_values(self.histograms[n.name], _spread(value), value)
         if n.name in self.rows and sum(map(len, self.rows[n.name])) < KEPT:
             assert isinstance(value, Tensor)
-            self.rows[n.name].append(self.some(value.flatten(1, -2)))
+            self.rows[n.name].append(self.sampled(value.flatten(1, -2)))
         return value
 
-    def some(self, value: Tensor) -> Tensor:
+    def sampled(self, value: Tensor) -> Tensor:
         """LOOKS rows of every sample, spread over it, without padding: the same ones however samples are batched."""
         length = value.shape[1]
         number = (self.samples + torch.arange(len(value)))[:, None] * LOOKS + torch.arange(min(LOOKS, length))
         at = number * STRIDE % length
         sample = torch.arange(len(value))[:, None].expand(at.shape)
-        found = value[sample, at]
-        fits = self.tokens is not None and self.tokens.shape == value.shape[:2]
-        real = self.tokens[sample, at] if self.tokens is not None and fits else torch.ones(at.shape, dtype=torch.bool)
-        return found[real].float().clone()
+        if self.tokens is None or self.tokens.shape != value.shape[:2]:
+            return value[sample, at].flatten(0, 1).float()
+        return value[sample, at][self.tokens[sample, at]].float()
 
     def look(self, n: fx.Node, layer: str, x: Tensor) -> None:
         """What one call adds to the layer's moments."""

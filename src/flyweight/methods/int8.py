@@ -14,9 +14,8 @@ Source            Frantar et al. 2022, arXiv:2210.17323, algorithm 1 (GPTQ); Jac
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +25,7 @@ from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, on_sequences, set_matrix, value_read
 from flyweight.methods.channels import gram_of
 from flyweight.numerics import forms
-from flyweight.numerics.affine import Grid, activation_grid, power_scales, sampled_grid, weight_scales
+from flyweight.numerics.affine import Grid, activation_grid, nearest, power_scales, sampled_grid, weight_scales
 from flyweight.numerics.forms import Rounding
 from flyweight.numerics.moments import Moments, shrunk
 from flyweight.types import Step
@@ -104,15 +103,16 @@ def round_weights(
     """
     module, moments = graph.get_submodule(layer.name), stats.inputs[layer.name]
     weights, gram = matrix(module), gram_of(layer, moments)
+    to_grid = partial(nearest, low=-largest, high=largest)
     if not compensate:
         peak = weights.abs().amax(1)
         scale = (torch.where(peak > 0, peak, torch.ones_like(peak)) / largest).float().double()
         scale = torch.exp2(scale.log2().ceil()) if fixed else scale
-        new = (weights / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
+        new = to_grid(weights, scale[:, None])
     else:
         search = power_scales if fixed else weight_scales
         scale = search(weights, seen_by(weights, forms.diagonal(gram).to(weights.dtype)), largest)
-        new = forms.rounded(weights, factored(layer, moments), partial(_nearest, largest), scale[:, None])
+        new = forms.rounded(weights, factored(layer, moments), to_grid, scale[:, None])
     change = weights - new
     set_matrix(module, new)
     if module.bias is not None and compensate:
@@ -131,14 +131,10 @@ def round_table(module: nn.Module, largest: int = LARGEST, *, fixed: bool = Fals
     rows = weight.detach().double()
     search = power_scales if fixed else weight_scales
     scale = search(rows, torch.ones(rows.shape[1], dtype=rows.dtype), largest)
-    new = (rows / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
+    new = nearest(rows, scale[:, None], -largest, largest)
     with torch.no_grad():
         weight.copy_(new)
     return scale.float(), float((rows - new).square().sum(1).mean())
-
-
-def _nearest(largest: int, column: Tensor, scale: Tensor) -> Tensor:
-    return (column / scale).round().clamp(-largest, largest) * scale
 
 
 def seen_by(weights: Tensor, power: Tensor) -> Tensor:
@@ -156,7 +152,7 @@ def _factor(layer: Layer, moments: Moments) -> Rounding:
     return forms.rounding(shrunk(gram_of(layer, moments), moments.count, FLOOR))
 
 
-_remembered_factor = functools.lru_cache(maxsize=1)(_factor)  # half a gigabyte for the widest
+_remembered_factor = lru_cache(maxsize=1)(_factor)  # half a gigabyte for the widest
 
 
 def apply(

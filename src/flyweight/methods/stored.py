@@ -14,6 +14,7 @@ Source            Frantar et al. 2022, arXiv:2210.17323, algorithm 1 (GPTQ) with
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +24,8 @@ from flyweight.graph.operators import Layer, matrix, set_matrix
 from flyweight.methods.channels import gram_of
 from flyweight.methods.int8 import factored, seen_by
 from flyweight.numerics import forms
-from flyweight.numerics.packed import Scales, integers, scales, values
+from flyweight.numerics.affine import nearest
+from flyweight.numerics.packed import Scales, ends, integers, scales, values
 from flyweight.types import Step
 
 __all__ = ["NAME", "OFFERED", "apply", "scales_of", "step"]
@@ -71,12 +73,9 @@ def _round(graph: fx.GraphModule, layer: Layer, stats: Stats, bits: int, compens
     weights, gram = matrix(module), gram_of(layer, moments)
     grid = scales(weights, seen_by(weights, forms.diagonal(gram).to(weights.dtype)), bits)
     full = grid.full(weights.shape[1]).to(weights.dtype)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-    def nearest(column: Tensor, scale: Tensor) -> Tensor:
-        return (column / scale).round().clamp(low, high) * scale
-
-    new = forms.rounded(weights, factored(layer, moments), nearest, full) if compensate else nearest(weights, full)
+    low, high = ends(bits)
+    to_grid = partial(nearest, low=low, high=high)
+    new = forms.rounded(weights, factored(layer, moments), to_grid, full) if compensate else to_grid(weights, full)
     change = weights - new
     set_matrix(module, values(integers(new, grid, bits), grid))
     if module.bias is not None and compensate:

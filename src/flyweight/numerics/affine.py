@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,17 @@ from torch import Tensor
 
 from flyweight.numerics.moments import BINS, Histogram
 
-__all__ = ["Grid", "activation_grid", "activation_noise", "power_scales", "rounded", "sampled_grid", "weight_scales"]
+__all__ = [
+    "Grid",
+    "activation_grid",
+    "activation_noise",
+    "least_error",
+    "nearest",
+    "power_scales",
+    "rounded",
+    "sampled_grid",
+    "weight_scales",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,26 @@ def rounded(values: Float[Tensor, "..."], grid: Grid) -> Float[Tensor, "..."]:
     return (integers.clamp(grid.low, grid.high) - grid.zero_point) * grid.scale
 
 
+def nearest(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """`values` moved to the nearest of the integers low..high (ties to even) times `scale`, which broadcasts."""
+    return (values / scale).round().clamp(low, high) * scale
+
+
+def least_error(
+    weight: Float[Tensor, "*rows columns"], importance: Tensor, tried: Iterable[Tensor], low: int, high: int
+) -> Float[Tensor, "*rows 1"]:
+    """Of the scales `tried` ("*rows 1") each row's one of least sum of importance (w - nearest w)^2, the first of equals."""
+    best: Tensor | None = None
+    for scale in tried:
+        error = ((weight - nearest(weight, scale, low, high)).square() * importance).sum(-1, keepdim=True)
+        if best is None:
+            best, lowest = scale, error
+        better = error < lowest
+        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
+    assert best is not None
+    return best
+
+
 def weight_scales(
     weight: Float[Tensor, "out in"], importance: Float[Tensor, "*out in"], largest: int, steps: int = 40
 ) -> Float[Tensor, " out"]:
@@ -40,16 +70,9 @@ def weight_scales(
     integer (127 for int8). Rows of zeros get scale 1. Source: Frantar et al. 2022, arXiv:2208.11580, the grid search of
     section 6, with the diagonal of the second moment as weight.
     """
-    peak = weight.abs().amax(1)
-    base = torch.where(peak > 0, peak, torch.full_like(peak, float(largest))) / largest
-    best = base.clone()
-    lowest = torch.full_like(base, float("inf"))
-    for step in range(steps):
-        scale = base * (1 - 0.5 * step / steps)
-        change = weight - (weight / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
-        error = (change.square() * importance).sum(1)
-        better = error < lowest
-        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
+    base = _unclipped(weight, largest)
+    shrunk = (base * (1 - 0.5 * step / steps) for step in range(steps))
+    best = least_error(weight, importance, shrunk, -largest, largest)[:, 0]
     # float32 is what the file holds: the grid must be the one the runtime sees
     return best.to(torch.float32).to(weight.dtype)
 
@@ -58,17 +81,14 @@ def power_scales(
     weight: Float[Tensor, "out in"], importance: Float[Tensor, "*out in"], largest: int
 ) -> Float[Tensor, " out"]:
     """As `weight_scales`, of powers of two alone: of those around a row's largest weight the one of least error."""
-    peak = weight.abs().amax(1)
-    base = torch.where(peak > 0, peak, torch.full_like(peak, float(largest))) / largest
-    fine = torch.exp2(base.log2().ceil())  # nothing is clipped
-    best, lowest = fine, torch.full_like(fine, float("inf"))
-    for finer in range(3):
-        scale = fine * 0.5**finer
-        change = weight - (weight / scale[:, None]).round().clamp(-largest, largest) * scale[:, None]
-        error = (change.square() * importance).sum(1)
-        better = error < lowest
-        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
-    return best
+    coarsest = torch.exp2(_unclipped(weight, largest).log2().ceil())
+    return least_error(weight, importance, (coarsest * 0.5**finer for finer in range(3)), -largest, largest)[:, 0]
+
+
+def _unclipped(weight: Tensor, largest: int) -> Tensor:
+    """The scale per row, "out 1", that puts its largest weight on the largest integer; 1 for rows of zeros."""
+    peak = weight.abs().amax(1, keepdim=True)
+    return torch.where(peak > 0, peak, torch.full_like(peak, float(largest))) / largest
 
 
 def activation_grid(

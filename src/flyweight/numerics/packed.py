@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-__all__ = ["WIDTHS", "Scales", "group_size", "integers", "packed", "packed_bytes", "planes", "scales", "values"]
+from flyweight.numerics.affine import least_error
+
+__all__ = ["WIDTHS", "Scales", "ends", "group_size", "integers", "packed", "packed_bytes", "planes", "scales", "values"]
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 GROUP = 64  # columns that share a scale of 16 bits, about: a quarter of a bit a weight
@@ -53,7 +55,8 @@ def scales(weight: Float[Tensor, "out in"], importance: Float[Tensor, "*out in"]
         rows = weight[start : start + at_once].float()
         weighed = importance if importance.ndim == 1 else importance[start : start + at_once]
         grouped = rows.reshape(-1, groups, group)
-        parts.append(_best(grouped, weighed.float().expand(rows.shape).reshape(grouped.shape), bits))
+        weighed = weighed.float().expand(rows.shape).reshape(grouped.shape)
+        parts.append(least_error(grouped, weighed, _tried(grouped, bits), *ends(bits))[..., 0])
     best = torch.cat(parts)
     unit = float(best.abs().max()) or 1.0
     least = torch.finfo(torch.float16).smallest_normal
@@ -61,26 +64,25 @@ def scales(weight: Float[Tensor, "out in"], importance: Float[Tensor, "*out in"]
     return Scales(ratios.half(), unit)
 
 
-def _best(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+def ends(bits: int) -> tuple[int, int]:
+    """The least and the largest integer of so many bits."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def _tried(weight: Tensor, bits: int) -> Iterator[Tensor]:
+    low, high = ends(bits)
     at = weight.abs().argmax(2, keepdim=True)
     base = weight.gather(2, at) / low  # the largest weight lies at the longer end
     base = torch.where(base == 0, torch.full_like(base, 1e-30), base)
-    best, lowest = base, torch.full_like(base, math.inf)
     for step in range(SHRINKS):
         for sign in (1.0, -1.0):
-            scale = base * sign * ((1 + 1 / high) if sign < 0 else 1.0) * (1 - CLIPPED * step / SHRINKS)
-            change = weight - (weight / scale).round().clamp(low, high) * scale
-            error = (change.square() * importance).sum(2, keepdim=True)
-            better = error < lowest
-            best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
-    return best[..., 0]
+            yield base * sign * ((1 + 1 / high) if sign < 0 else 1.0) * (1 - CLIPPED * step / SHRINKS)
 
 
 def integers(weight: Float[Tensor, "out in"], grid: Scales, bits: int) -> Int64[Tensor, "out in"]:
     """The integers that stand for `weight`, which may lie off the grid."""
     full = grid.full(weight.shape[1]).to(weight.dtype)
-    return (weight / full).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).long()
+    return (weight / full).round().clamp(*ends(bits)).long()
 
 
 def values(stored: Int64[Tensor, "out in"], grid: Scales) -> Float[Tensor, "out in"]:

@@ -353,6 +353,5 @@ def _overhead(choice: Choice) -> float:
 
 def _refused(quotes: Quotes, menu: Menu) -> dict[str, str]:
     """Layers without an int8 option and why; all of them where the all-float model won."""
-    lost = {} if menu.integers else {f.layer: "the all-float model is better here" for f in quotes.menu.integers}
-    lost = {name: reason for name, reason in lost.items() if name not in menu.format_index()}
-    return {**quotes.refused, **lost}
+    lost = [] if menu.integers else [f.layer for f in quotes.menu.integers if f.layer not in menu.format_index()]
+    return {**quotes.refused, **dict.fromkeys(lost, "the all-float model is better here")}

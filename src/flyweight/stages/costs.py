@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 
 from flyweight.deploy.latency import COPIES, FLOAT, INT8, LatencyTable
 from flyweight.graph.axes import Group, rows_of
-from flyweight.graph.cost import Other, layer_macs, stored_bytes
+from flyweight.graph.cost import Other, layer_macs, weight_bytes
 from flyweight.graph.numbers import INT8 as INT8_WEIGHTS
 from flyweight.graph.numbers import Form
 from flyweight.graph.operators import Layer
@@ -48,7 +48,7 @@ def _joined_factors(
     Savings of time add up, each split over the group's layers; what two cuts of one layer save twice stays unpriced.
     """
     form, offered = menu.format_index().get(layer.name), menu.forms(layer.name)
-    each = {one: stored_bytes(layer, 0, 1, one) for one in offered}
+    each = {one: weight_bytes(layer, 0, 1, *one) for one in offered}
     unit = {one: _per_weight(layer, one) for one in offered}
     parts_in = _parts(layer.inputs, {i: _input_counts(menu.ladders[i], layer) for i in into})
     parts_out = _parts(layer.outputs, {o: _output_counts(menu.ladders[o], layer) for o in out})
@@ -75,8 +75,8 @@ def _joined_factors(
 
 def _per_weight(layer: Layer, form: Form) -> float:
     """Bytes of one input channel's weights in one output, at full width (packed groups need not divide others)."""
-    bare = stored_bytes(layer, 0, layer.outputs, form)
-    return (stored_bytes(layer, layer.inputs, layer.outputs, form) - bare) / (layer.inputs * layer.outputs)
+    bare = weight_bytes(layer, 0, layer.outputs, *form)
+    return (weight_bytes(layer, layer.inputs, layer.outputs, *form) - bare) / (layer.inputs * layer.outputs)
 
 
 def _in_float(offered: Sequence[Form], extra: float) -> Floats:
@@ -177,7 +177,7 @@ def _layer_factor(
     costs: dict[str, Floats] = {"macs": np.zeros(shape), "size": np.zeros(shape)}
     for (i, a), (o, b), (k, one) in product(enumerate(inputs), enumerate(outputs), enumerate(offered)):
         costs["macs"][i, o, k] = layer_macs(layer, a, b)
-        costs["size"][i, o, k] = stored_bytes(layer, a, b, one) + menu.sizes.of(one)
+        costs["size"][i, o, k] = weight_bytes(layer, a, b, *one) + menu.sizes.of(one)
     if table is not None:
         for name, times in own.items():
             saved = _latency(menu, layer, table, name, into, out, times)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flyweight.budget import format_limit, is_quality, is_time, parse, shape_sizes
+from flyweight.budget import format_limit, is_time, parse, shape_sizes
 from flyweight.deploy.clock import compare
 from flyweight.deploy.folder import read_manifest
 from flyweight.errors import BudgetError, UsageError
@@ -45,7 +45,9 @@ def picked(folder: Path, latency: str, threads: int) -> Path:
     Timed in the runtime that the folder was made for, at its first shape. Raises BudgetError if none does, UsageError for
     what is no latency, UnsafeFileError for a damaged folder.
     """
-    (limit,) = [one for one in parse(f"latency<={latency}", None).limits if not is_quality(one)]
+    limit, *more = parse(f"latency<={latency}", None).limits
+    if more:
+        raise UsageError(f"{latency!r} is not one latency", where="latency", fix='write latency="5ms" or latency="50%"')
     places = [folder, *sorted((folder / PLACE).glob("*/"))]
     for place in places:
         read_manifest(place)

@@ -16,6 +16,7 @@ import msgspec
 from torch import fx
 
 from flyweight.budget import is_time
+from flyweight.data import first_batch
 from flyweight.deploy import machine
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder
@@ -242,7 +243,7 @@ def _fixed_notes(job: Job, steps: Sequence[Step], file: Path) -> tuple[Note, ...
     """Of a network in fixed point: how wide its sums are, or what in it needs floats."""
     if not any(step.setting.get("fixed") for step in steps):
         return ()
-    executor, (batch, *_) = Executor(file), job.judged
+    executor, batch = Executor(file), first_batch(job.judged)
     try:
         executor.run({name: x[:1].numpy() for name, x in zip(executor.inputs, batch.inputs, strict=True)})
     except ModelError as error:

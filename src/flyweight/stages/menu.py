@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flyweight.graph.axes import Group
-from flyweight.graph.cost import Other, stored_bytes
+from flyweight.graph.cost import Other, weight_bytes
 from flyweight.graph.numbers import FLOAT32, INT8, Form
 from flyweight.graph.operators import Layer
 from flyweight.methods.blocks import Price
@@ -122,15 +122,14 @@ class Menu:
 
     def saving(self, name: str, form: Form = INT8) -> int:
         """The bytes that a number format saves at a layer or an embedding of full width."""
+        if form == FLOAT32:
+            return 0
         if name in self.tables:
             rows, columns = self.tables[name]
-            if form == FLOAT32:
-                return 0
-            return 4 * rows * columns - (
-                packed_bytes(rows, columns, form.bits) if form.packed else rows * columns + 4 * rows
-            )
+            stored = packed_bytes(rows, columns, form.bits) if form.packed else rows * columns + 4 * rows
+            return 4 * rows * columns - stored
         one = self.layers.get(name) or self.depthwise[name]
-        return stored_bytes(one, one.inputs, one.outputs, FLOAT32) - stored_bytes(one, one.inputs, one.outputs, form)
+        return weight_bytes(one, one.inputs, one.outputs, *FLOAT32) - weight_bytes(one, one.inputs, one.outputs, *form)
 
     def format_index(self) -> dict[str, int]:
         """Layer name -> variable of its number format."""

@@ -259,8 +259,10 @@ def _kept_float(job: Job, name: str) -> str:
     if job.kept_reason([name]):
         return job.kept_reason([name])
     fixed = job.fixed_bits(name)
+    if fixed == 32:
+        return "a rule keeps it at 32 bits"
     if fixed not in (None, 8):
-        return f"a rule {'keeps' if fixed == 32 else 'stores'} it {'at' if fixed == 32 else 'in'} {fixed} bits"
+        return f"a rule stores it in {fixed} bits"
     return "" if {"int8", "fixed"} & set(job.methods) else "the method 'int8' was not asked for"
 
 

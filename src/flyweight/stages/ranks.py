@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import LatencyTable, Weights
 from flyweight.graph.axes import Group
-from flyweight.graph.cost import layer_macs, stored_bytes, weight_bytes
+from flyweight.graph.cost import layer_macs, weight_bytes
 from flyweight.graph.flow import first
 from flyweight.graph.numbers import INT8, Form
 from flyweight.graph.operators import Layer
@@ -112,7 +112,7 @@ def _macs(parts: Iterable[Layer]) -> int:
 
 
 def _bytes(parts: Iterable[Layer], form: Form) -> int:
-    return sum(stored_bytes(part, part.inputs, part.outputs, form) for part in parts)
+    return sum(weight_bytes(part, part.inputs, part.outputs, *form) for part in parts)
 
 
 def meeting(

@@ -311,7 +311,7 @@ def _check(settings: Settings) -> None:
     for rule in settings.rules:
         if not isinstance(rule, Rule):
             raise UsageError(f"{rule!r} is no rule", fix='write rules=[fw.rule("encoder.*", bits=8)]')
-        if rule.bits not in (None, 32, *WIDTHS) or isinstance(rule.bits, float):
+        if rule.bits is not None and not (isinstance(rule.bits, int) and rule.bits in (32, *WIDTHS)):
             widths = "2 to 7 (weights alone), 8 (int8) or 32 (float)"
             raise UsageError(f"rule {rule.pattern!r}: there are no weights of {rule.bits!r} bits", fix=f"use {widths}")
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from flyweight.deploy.clock import Timings
 from flyweight.graph.axes import Group
-from flyweight.graph.cost import layer_macs, stored_bytes, weight_bytes
+from flyweight.graph.cost import layer_macs, weight_bytes
 from flyweight.graph.numbers import FLOAT32, Form
 from flyweight.graph.operators import Layer
 from flyweight.graph.rewrite import part_before
@@ -63,7 +63,7 @@ def layer_rows(
                 bits_before=32,
                 bits_after=form.bits,
                 weight_bytes_before=weight_bytes(layer, layer.inputs, layer.outputs, 32),
-                weight_bytes_after=sum(stored_bytes(part, part.inputs, part.outputs, form) for part in parts),
+                weight_bytes_after=sum(weight_bytes(part, part.inputs, part.outputs, *form) for part in parts),
                 macs_before=layer.macs,
                 macs_after=sum(layer_macs(part, part.inputs, part.outputs) for part in parts),
                 histogram_before=_histogram(old) if changed else None,

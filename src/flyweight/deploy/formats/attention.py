@@ -28,9 +28,7 @@ def unguarded(model: onnx.ModelProto) -> onnx.ModelProto:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     answers = {value.name for value in graph.output}
-    masks: dict[
-        tuple[str, ...], tuple[str, str]
-    ] = {}  # what a mask is made from -> the finite mask, the rows that count
+    masks: dict[tuple[str, ...], tuple[str, str]] = {}  # what makes a mask -> the finite mask, the rows that count
     for guard in [node for node in graph.node if node.op_type == "Where"]:
         softmax = _guarded(guard, made)
         products = readers.get(guard.output[0], [])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions
@@ -67,6 +66,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
                 program, input_names=names, output_names=output_names(graph), dynamo=True, verbose=False, optimize=False
             )
             assert made is not None
+            # the two passes that the exporter runs with optimize=True, told what to leave alone
             optimizer.optimize_ir(made.model, should_fold=_stays)
             onnx_fusions.fuse(made.model)
     except Exception as error:
@@ -82,7 +82,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
     onnx.save(_named(_stripped(_lean(model)), graph), path)
 
 
-def _stays(node: ir.Node) -> bool | None:
+def _stays(node: Any) -> bool | None:
     """False of what reads packed weights: computed here already, they would be stored as the floats that they stand for."""
     names = (value.name or "" for value in node.inputs if value is not None)
     return False if any(is_packed(name) for name in names) else None
@@ -111,8 +111,8 @@ def _overload(node: fx.Node) -> str:
 
 
 class _silent:
-    """Keeps a logger quiet inside a `with`: the exporter warns about what is not needed: packages, or
-    constants that it could not fold."""
+    """Keeps a logger quiet inside a `with`: the exporter warns about packages that are not needed, and constants that it could
+    not fold."""
 
     def __init__(self, name: str) -> None:
         self.logger = logging.getLogger(name)
@@ -216,9 +216,8 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     for node in list(lowered.graph.nodes):
         if node.target == FAKE_QUANTIZE:
             _lower_quantizer(lowered, node)
-    for node in list(
-        lowered.graph.nodes
-    ):  # after the quantizers, which treat a float layer's input in a way of its own
+    # after the quantizers, which treat a float layer's input in a way of its own
+    for node in list(lowered.graph.nodes):
         if node.op == "call_module" and node.target in forms:
             _unpack_layer(lowered, node, scales_of(scales, str(node.target)), forms[str(node.target)].bits)
     lowered.graph.eliminate_dead_code()
