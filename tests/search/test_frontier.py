@@ -107,9 +107,14 @@ def test_when_the_time_is_over_the_answer_holds_the_limits_and_says_its_gap():
 
 
 def test_when_the_time_is_over_an_unproven_miss_says_that_it_is_unproven():
-    """Only both sites changed holds the limit, and no single change leads there; with no time nobody can know."""
-    table = np.array([[5.0, 9.0], [9.0, 1.0]])
-    problem = Problem((2, 2), (Factor((0, 1), table, {"size": table}),))
-    hasty = solve(problem, {"size": 1.5}, time_limit_s=0)
-    assert (hasty.choices, hasty.feasible, hasty.binding) == ((0, 0), False, "size")
+    """Limits that the exact search holds and no descent comes to; with no time nobody can know."""
+    problem = random_menu(42, variables=6, options=4, holes=True)
+    limits = {}
+    for cost in ("latency", "size"):
+        least = minimum(problem, cost)
+        limits[cost] = least + 0.15 * max(problem.base[cost] - least, 0.1 * abs(least))
+    hasty = solve(problem, limits, time_limit_s=0)
+    assert not hasty.feasible
+    assert hasty.excess > 0
     assert (hasty.bound, hasty.gap) == (0.0, 1.0)
+    assert solve(problem, limits).feasible

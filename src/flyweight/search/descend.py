@@ -17,23 +17,26 @@ __all__ = ["Score", "start"]
 
 Score = Callable[[Floats], Floats]  # totals [quantities, candidates] -> what to minimise [candidates]
 
+NEAREST = 2
 # One forbidden cell must outweigh any sum of errors and costs, and be far from overflow when counted.
 FORBIDDEN = 1e100
 # A decade apart, around the price at which all options' errors and all options' costs weigh the same.
 WEIGHTS = (0.0, *(10.0**k for k in range(-5, 5)))
 
 
-def start(terms: Terms, score: Score, known: Iterable[tuple[int, ...]] = ()) -> tuple[tuple[int, ...], bool]:
-    """The best by `score` of the known choices and of descents under a range of prices, and whether it is allowed.
+def start(
+    terms: Terms, score: Score, known: Iterable[tuple[int, ...]] = (), near: Sequence[tuple[int, ...]] = ()
+) -> tuple[tuple[int, ...], bool]:
+    """The best by `score` of the known choices and of descents, and whether it is allowed. Descents start from the choices
+    `near` the best; where tables couple variables, those may be far from it, and a range of prices is gone through as well.
 
     Deterministic: variables in order, first option at a tie.
     """
     graph = _Graph(terms)
     keep = tuple(int(np.argmax(term.allowed)) for term in terms.unary)
-    scale = np.maximum(magnitude(terms), np.finfo(float).tiny)
-    candidates = [*known, graph.descend(keep, score)]
-    current = keep
-    for weight in WEIGHTS:
+    candidates = [*known, graph.descend(keep, score), *(graph.descend(one, score) for one in near[:NEAREST])]
+    current, scale = keep, np.maximum(magnitude(terms), np.finfo(float).tiny)
+    for weight in WEIGHTS if terms.tables or not near else ():
         current = graph.descend(current, _priced(weight, scale))
         candidates.append(graph.descend(current, score))
     ranks = [graph.rank(graph.total(choices)[:, None], score)[0] for choices in candidates]

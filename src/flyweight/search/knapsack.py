@@ -6,6 +6,7 @@ than HiGHS can see is cut off and the program is solved again. Deterministic as 
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from flyweight.search.problem import (
     excesses,
     slack,
 )
+from flyweight.search.relaxed import Relaxed, priced, relax, unpriced
 from flyweight.search.terms import Terms, gather, grounded, magnitude, prune
 
 __all__ = ["Found", "minimum", "optimum", "relative_gap", "solve"]
@@ -105,24 +107,39 @@ def optimum(
     names = (goal, *(name for name in bounds if name != goal))
     terms = gather(problem, names)
     limits = np.array([bounds.get(name, np.inf) for name in names])
-    best = start(terms, _least_within(limits), known)[0]
+    ceilings, rounding = np.array([limit + slack(limit) for limit in limits]), ROUNDING * magnitude(terms)
+    shrunk = prune(terms, ceilings + rounding)
+    relaxed = None if shrunk is None else relax(shrunk, ceilings)
+    best = start(terms, _least_within(limits), known, () if relaxed is None else relaxed.choices)[0]
     best_known = best if _holds(problem, best, bounds) else None
-    ceilings = np.array([limit + slack(limit) for limit in limits])
     if best_known is not None:
         ceilings[0] = min(ceilings[0], _value(problem, goal, best_known))
-    ceilings += ROUNDING * magnitude(terms)
-    shrunk = prune(terms, ceilings)
+    ceilings += rounding
+    if shrunk is not None and relaxed is not None:
+        shrunk = _within_price(shrunk, relaxed, ceilings)
     if shrunk is None:
         bound = np.inf if best_known is None else _value(problem, goal, best_known)
         return Found(best_known, bound)
-    found = _exact(problem, goal, bounds, grounded(shrunk), ceilings, best_known, deadline=deadline, gap=gap)
+    assert relaxed is not None
+    found = Found(best_known, relaxed.bound)
+    if best_known is None or gap == 0 or relative_gap(_value(problem, goal, best_known), relaxed.bound) > gap:
+        found = _exact(problem, goal, bounds, grounded(shrunk), ceilings, best_known, deadline=deadline, gap=gap)
+        found = Found(found.choices, max(found.bound, relaxed.bound))
     if found.choices is None:
         return found
     choices = _tidy(problem, goal, bounds, found.choices)
     value = _value(problem, goal, choices)
     # a bound that differs only by rounding is the value itself: an optimum of 0 would else have a gap of 100 %
-    rounding = ROUNDING * float(magnitude(terms)[0])
-    return Found(choices, value if value - found.bound <= rounding else found.bound)
+    return Found(choices, value if value - found.bound <= rounding[0] else found.bound)
+
+
+def _within_price(terms: Terms, relaxed: Relaxed, ceilings: Floats) -> Terms | None:
+    """The terms without what costs too much at the prices of the limits to be better than what is known."""
+    more = priced(terms, relaxed.prices)
+    weighed = [price * ceiling for price, ceiling in zip(relaxed.prices, ceilings[1:], strict=True) if price]
+    most = ceilings[0] + math.fsum(weighed)
+    kept = prune(more, np.append(ceilings, most + ROUNDING * magnitude(more)[-1]))
+    return None if kept is None else unpriced(kept)
 
 
 def _exact(
