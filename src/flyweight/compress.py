@@ -25,6 +25,7 @@ from flyweight.stages.given import path_of, read_plan, read_table
 from flyweight.stages.ladder import picked, rungs, speedups
 from flyweight.stages.look import Inspection, inspected
 from flyweight.stages.make import make, plan_of
+from flyweight.stages.memory import kept_memory
 from flyweight.stages.quote import Quotes, quote
 from flyweight.stages.result import Result
 from flyweight.stages.setup import Job, Settings, duration_s, job_of
@@ -338,7 +339,7 @@ def _stored(folder: Folder) -> Result:
 
 @contextmanager
 def _progress(shown: bool) -> Iterator[Stage]:
-    with Progress(enabled=shown) as progress:
+    with kept_memory(), Progress(enabled=shown) as progress:
 
         def stage(name: str, total: int) -> Callable[[int], None]:
             return progress.stage(name, total=total).advance
