@@ -281,7 +281,7 @@ def _trial(
             files = {ORIGINAL: folder.path / REFERENCE_FILE, COMPRESSED: file}
             timings: Timings = clocked(
                 job.graph, files, job.judged, job.shapes, job.settings.target, job.settings.threads,
-                processes=4, seconds_per_shape=0.2,
+                processes=8, seconds_per_shape=0.15,
             )  # fmt: skip
             # the upper end of the interval: the promise will be weighed by that of a measurement to come
             measured |= {f"latency@{s}": timing.share.high for s, timing in timings.times[COMPRESSED].items()}
