@@ -127,9 +127,10 @@ def measure_table(
     model with that group cut to a level); in int8 it is taken to save the same share of the whole.
 
     `bases` maps a number format ("float", "int8") to the exported model with all layers in it; `levels` are the channel
-    counts to price per group, those of plain groups in the formats of `widths_in`; `float_layers` are priced one by one
-    as float inside the int8 model; `without` makes, for a number format, the model that lacks a block; `ranks` are those
-    to price per layer, beside its weight "out in" (a layer that no node of the file computes gets no price).
+    counts to price per group, those of plain groups in the formats of `widths_in`, as are blocks and ranks; `float_layers`
+    are priced one by one as float inside the int8 model; `without` makes, for a number format, the model that lacks a
+    block; `ranks` are those to price per layer, beside its weight "out in" (a layer that no node of the file computes gets
+    no price).
     """
     ranks, without = ranks or {}, without or {}
     with tempfile.TemporaryDirectory(prefix="flyweight-table-") as folder:
@@ -151,9 +152,9 @@ def measure_table(
                         keep(f"{regime}|{group.name}|{level}", patched(model, cut))
                     elif not is_plain(group, layers) and regime == FLOAT and narrowed is not None:
                         keep(f"{regime}|{group.name}|{level}", narrowed(group, level))
-            for block, make in without.items():
+            for block, make in without.items() if regime in widths_in else ():
                 keep(f"{regime}|without|{block}", make(regime))
-            for layer, rank, split in _splits(model, ranks):
+            for layer, rank, split in _splits(model, ranks if regime in widths_in else {}):
                 keep(f"{regime}||{layer}|{rank}", split)
             for layer in float_layers if regime == INT8 else ():
                 keep(f"extra|{layer}", with_float_layer(model, layer))
@@ -161,7 +162,7 @@ def measure_table(
     regimes = [regime for regime in bases if regime in widths_in]
     table = _table(timings, bases, regimes, groups, levels, float_layers, list(without))
     offered = {layer: some for layer, (_, some) in ranks.items()}
-    return msgspec.structs.replace(table, split={regime: _split(timings, regime, offered) for regime in bases})
+    return msgspec.structs.replace(table, split={regime: _split(timings, regime, offered) for regime in regimes})
 
 
 def _splits(
@@ -246,7 +247,7 @@ def _table(
         },
         without={
             regime: {b: {s: _difference(share, regime, f"without|{b}", s) for s in shapes} for b in blocks}
-            for regime in bases
+            for regime in regimes
         },
         noise=timings.noise,
         spread={regime: _spread(timings, regime) for regime in bases} if COPIES > 1 else {},

@@ -9,6 +9,7 @@ the channels of one position to (output channel, tap); what overlaps is added ou
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -284,10 +285,15 @@ def _chosen(spatial: Sequence[int], samples: int, first_sample: int, positions: 
     """Output positions "samples positions" that each sample looks at, one index tensor a dimension."""
     total = math.prod(spatial)
     count = min(total, positions)
-    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(total))
+    shuffled = _shuffled(total)
     number = first_sample + torch.arange(samples)
     chosen = shuffled[(number[:, None] * count + torch.arange(count)) % total]
     return torch.unravel_index(chosen, tuple(spatial))
+
+
+@functools.lru_cache(maxsize=64)
+def _shuffled(total: int) -> Int64[Tensor, " positions"]:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(total))
 
 
 def windows(

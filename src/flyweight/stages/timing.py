@@ -66,10 +66,10 @@ def measured_table(
     alone = INT8 in bases and all(
         first.times[INT8][s].share.value <= CLEAR * first.times[FLOAT][s].share.value for s in feeds
     )
-    float_layers, levels = _worth_timing(menu, affordable, len(bases), alone)
     regimes = 1 if alone else len(bases)
+    float_layers, levels = _worth_timing(menu, affordable - len(bases) * COPIES, regimes, alone)
     variants = 1 + len(bases) * COPIES + regimes * sum(map(len, levels.values())) + len(float_layers)
-    variants += len(bases) * (len(menu.blocks) + sum(len(one.levels) - 1 for one in menu.ranks))
+    variants += regimes * _fixed(menu)
     advance = stage("measure latencies", variants)
     table = measure_table(
         bases, reference, roundable(job.graph), menu.groups, levels, feeds, runtime=target, threads=threads,
@@ -83,12 +83,11 @@ def measured_table(
 
 
 def _worth_timing(
-    menu: Menu, affordable: int, bases: int, int8_alone: bool
+    menu: Menu, affordable: int, regimes: int, int8_alone: bool
 ) -> tuple[list[str], dict[str, tuple[int, ...]]]:
-    """The layers to time as float among int8 ones, in the menu's order, and the levels of every group."""
+    """The layers to time as float among int8 ones, in the menu's order, and the levels of every group: so many variants."""
     every, levels = timed_formats(menu), {lad.group.name: lad.levels[1:] for lad in menu.ladders}
-    left = affordable - bases * (COPIES + len(menu.blocks) + sum(len(one.levels) - 1 for one in menu.ranks))
-    regimes = 1 if int8_alone else bases
+    left = affordable - regimes * _fixed(menu)
     if len(every) + regimes * sum(map(len, levels.values())) <= left:
         return every, levels
     if int8_alone:
@@ -97,6 +96,11 @@ def _worth_timing(
         every = [name for name in every if name in dearest]
     each = max(2, (left - len(every)) // max(1, regimes * len(levels)))
     return every, {name: _spread(some, each) for name, some in levels.items()}
+
+
+def _fixed(menu: Menu) -> int:
+    """The variants of a number format that are timed in any case: without each block, at each lower rank."""
+    return len(menu.blocks) + sum(len(one.levels) - 1 for one in menu.ranks)
 
 
 def _spread(levels: Sequence[int], count: int) -> tuple[int, ...]:
