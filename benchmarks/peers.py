@@ -57,8 +57,8 @@ def answers(case: Case, one: Rival, float_file: Path, threads: int) -> Tensor:
 
 
 def ours(case: Case, first: clock.Timings, made: Mapping[str, Rival], folder: Path) -> dict[str, Rival]:
-    """What flyweight makes within its goals: as fast as a part of the fastest rival's time, in each of its targets; and as
-    small as its budgets of bytes say."""
+    """What flyweight makes within its goals: as fast as a part of the fastest rival's time, in each of its targets; all in
+    int8, as rivals do it; and as small as its budgets of bytes say."""
     found: dict[str, Rival] = {}
     known = [name for name in made if not name.startswith(FLOAT)]
     for target in case.targets:
@@ -76,6 +76,10 @@ def ours(case: Case, first: clock.Timings, made: Mapping[str, Rival], folder: Pa
                 case, budget, target, place, shapes=shapes, prices=prices
             )
             prices = prices or place
+        place, everything = folder / f"{target}-int8", [fw.rule("*", bits=8)]
+        found[f"flyweight, all int8{several}"] = _compressed(
+            case, "size<=100%, divergence<=1e9", target, place, methods=["int8"], rules=everything
+        )
         for goal, budget in case.sizes.items():
             place = folder / f"{target}-{goal}"
             methods = ["int8", "weights"]
