@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -168,6 +169,30 @@ def test_models_that_cannot_become_a_graph(world, tmp_path, name):
         world, tmp_path, TraceError, *words, model=kind(), calib=x, tune=None, test=None, budget="size<=99%"
     )
     assert error.fix
+
+
+def quantized_dynamically():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces its successor
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), {nn.Linear})
+
+
+class Rounded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(torch.fake_quantize_per_tensor_affine(x.mean((1, 2)), 0.1, 0, -128, 127))
+
+
+@pytest.mark.parametrize("make", [quantized_dynamically, Rounded])
+def test_models_that_are_quantized_already(world, tmp_path, make):
+    error = refused(
+        world, tmp_path, ModelError, "quantized already", "float model", model=make(), calib=torch.randn(64, 1, 8, 8),
+        tune=None, test=None, budget="size<=99%",
+    )  # fmt: skip
+    assert error.why
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

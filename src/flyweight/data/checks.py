@@ -46,6 +46,7 @@ class Survey:
     shapes: tuple[Shape, ...]  # the distinct ones, in the order seen
     shape_of: list[int]  # every sample's, by its number in `shapes`
     notes: tuple[Note, ...] = ()
+    zeros: tuple[str, ...] = ()  # the floating inputs that are nothing else
 
 
 @dataclass
@@ -55,6 +56,7 @@ class _Tally:
     hashes: list[bytes] = field(default_factory=list)
     squares: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Note] = field(default_factory=dict)
     shapes: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = field(default_factory=dict)  # number, first batch
     shape_of: list[int] = field(default_factory=list)
@@ -100,7 +102,8 @@ def survey(role: str, walk: Iterator[Noted], signature: Signature, form: Form | 
         form = form or form_of(batch, signature)
         _check_form(batch, names, form, where)
         _check_finite(batch, names, where)
-        _check_size(batch, names, where)
+        for name, largest in _check_size(batch, names, where).items():
+            tally.largest[name] = max(tally.largest.get(name, 0.0), largest)
         _check_labels(batch, tally, where)
         _weigh(batch, names, tally, index)
         tally.seen(batch, index)
@@ -116,6 +119,7 @@ def survey(role: str, walk: Iterator[Noted], signature: Signature, form: Form | 
         labelled=bool(tally.labelled),
         form=form,
         scales={name: (total / tally.counts[name]) ** 0.5 for name, total in tally.squares.items()},
+        zeros=tuple(name for name, largest in tally.largest.items() if largest == 0.0),
         shapes=tuple(Shape(sizes, counts[number], first) for sizes, (number, first) in tally.shapes.items()),
         shape_of=tally.shape_of,
         notes=tuple(tally.notes.values()),
@@ -149,11 +153,18 @@ def check_overlap(surveys: list[Survey]) -> None:
 
 
 def check_scales(surveys: list[Survey]) -> None:
-    """Raises DataError if one role's inputs are more than ten times another's: a forgotten normalisation."""
+    """Raises DataError if one role's inputs are more than ten times another's: a forgotten normalisation; or if the first
+    role's are nothing but zeros, and another's are not."""
     first = surveys[0]
     for other in surveys[1:]:
         for name, scale in first.scales.items():
             found = other.scales.get(name, 0.0)
+            if name in first.zeros and name not in other.zeros:
+                raise DataError(
+                    f"{name} is zero in every sample of {first.role}, and not in {other.role}",
+                    why="inputs that were allocated and never filled look like this",
+                    fix=f"look at what {first.role} reads",
+                )
             if min(scale, found) > 0.0 and max(scale / found, found / scale) > SCALE_RATIO:
                 raise DataError(
                     f"{name} has another scale in {other.role} (root mean square {found:.3g}) than in {first.role} "
@@ -251,15 +262,21 @@ def _check_finite(batch: Batch, names: tuple[str, ...], where: str) -> None:
             )
 
 
-def _check_size(batch: Batch, names: tuple[str, ...], where: str) -> None:
+def _check_size(batch: Batch, names: tuple[str, ...], where: str) -> dict[str, float]:
+    """The largest size of a number by input, of those in floats. Raises DataError where it is no number to compute with."""
+    found = {}
     for name, tensor in zip(names, batch.inputs, strict=True):
-        if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > LARGEST:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        found[name] = float(tensor.abs().max())
+        if found[name] > LARGEST:
             raise DataError(
-                f"{name} holds {float(tensor.abs().max()):.3g}",
+                f"{name} holds {found[name]:.3g}",
                 where=where,
                 why="its square is no float32 number; such values often stand for missing ones",
                 fix="drop or replace them, or scale the inputs",
             )
+    return found
 
 
 def _check_labels(batch: Batch, tally: _Tally, where: str) -> None:

@@ -18,6 +18,7 @@ from .signature import Call, batch_rows, leaves_in, plain, tensors_in, with_rows
 __all__ = [
     "alike",
     "check_batch_axis",
+    "check_unrounded",
     "check_weights",
     "first_line",
     "in_batch",
@@ -30,8 +31,17 @@ __all__ = [
 ]
 
 
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+LOST = "what its rounding lost cannot be chosen again"
+FLOAT_FIRST = "compress the float model that it was made from"
+
+
 def check_weights(model: nn.Module) -> None:
-    """Raises ModelError with the names of the tensors that hold NaN or infinity, or that were never initialised."""
+    """Raises ModelError with the names of the tensors that hold NaN or infinity, that were never initialised, or that are
+    integers already."""
+    rounded = [name for name, one in model.named_modules() if type(one).__module__.startswith(QUANTIZED)]
+    if rounded:
+        raise ModelError(f"the model is quantized already: {_some(rounded)}", why=LOST, fix=FLOAT_FIRST)
     named = [*model.named_parameters(), *model.named_buffers()]
     lazy = [name for name, tensor in named if isinstance(tensor, (UninitializedParameter, UninitializedBuffer))]
     if lazy:
@@ -47,6 +57,18 @@ def check_weights(model: nn.Module) -> None:
             f"weights hold NaN or infinity: {_some(broken)}",
             why="nothing computed from them means anything",
             fix="train again from the last good checkpoint",
+        )
+
+
+def check_unrounded(graph: fx.GraphModule) -> None:
+    """Raises ModelError for a graph whose values are rounded already, by flyweight's int8 or in a training for int8."""
+    rounded = [node for node in graph.graph.nodes if "fake_quantize" in str(node.target)]
+    if rounded:
+        raise ModelError(
+            "the model is quantized already: its values are rounded",
+            where=source_line(rounded[0]) or rounded[0].name,
+            why=LOST,
+            fix=f"{FLOAT_FIRST}; of a finished folder `flyweight pick` takes another point",
         )
 
 

@@ -331,7 +331,7 @@ def _meeting(
     readers = [use.layer for use in lad.group.consumers if use.layer in prices]
     middle = len(lad.levels) // 2
     rounding = sum(prices[name].errors[0] for name in readers)
-    if not readers or middle == 0 or rounding <= LITTLE * lad.errors[middle]:
+    if not readers or middle == 0 or lad.errors[middle] <= 0 or rounding <= LITTLE * lad.errors[middle]:
         return 0.0
     changed = copy.deepcopy(network.graph)
     refits = channels.refit_readers(

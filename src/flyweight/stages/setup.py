@@ -22,7 +22,7 @@ from flyweight.deploy import runtimes
 from flyweight.deploy.latency import LatencyTable, table_hash
 from flyweight.errors import DataError, Interrupted, ResourceError, UsageError
 from flyweight.graph.places import user_line
-from flyweight.graph.proofs import check_weights, first_line
+from flyweight.graph.proofs import check_unrounded, check_weights, first_line
 from flyweight.graph.trace import own_copy, trace
 from flyweight.numerics import divergence as div
 from flyweight.numerics.packed import WIDTHS
@@ -199,6 +199,7 @@ def job_of(
     (call, _), *others = calls
     traced = trace(model, call.args, call.kwargs, [(other.args, other.kwargs) for other, _ in others])
     tidy(traced.module)
+    check_unrounded(traced.module)
     rows = _two_rows(call.inputs)
     with torch.no_grad():
         outputs = traced.module(*rows)
