@@ -109,20 +109,20 @@ def optimum(
     limits = np.array([bounds.get(name, np.inf) for name in names])
     ceilings, rounding = np.array([limit + slack(limit) for limit in limits]), ROUNDING * magnitude(terms)
     shrunk = prune(terms, ceilings + rounding)
-    relaxed = None if shrunk is None else relax(shrunk, ceilings)
-    best = start(terms, _least_within(limits), known, () if relaxed is None else relaxed.choices)[0]
-    best_known = best if _holds(problem, best, bounds) else None
-    if best_known is not None:
-        ceilings[0] = min(ceilings[0], _value(problem, goal, best_known))
+    if shrunk is None:  # no choice that holds the bounds is ever pruned
+        return Found(None, np.inf)
+    relaxed = relax(shrunk, ceilings)
+    best = start(terms, _least_within(limits), known, relaxed.choices)[0]
+    best_known, worth = None, np.inf
+    if _holds(problem, best, bounds):
+        best_known, worth = best, _value(problem, goal, best)
+    ceilings[0] = min(ceilings[0], worth)
     ceilings += rounding
-    if shrunk is not None and relaxed is not None:
-        shrunk = _within_price(shrunk, relaxed, ceilings)
+    shrunk = _within_price(shrunk, relaxed, ceilings)
     if shrunk is None:
-        bound = np.inf if best_known is None else _value(problem, goal, best_known)
-        return Found(best_known, bound)
-    assert relaxed is not None
+        return Found(best_known, worth)
     found = Found(best_known, relaxed.bound)
-    if best_known is None or gap == 0 or relative_gap(_value(problem, goal, best_known), relaxed.bound) > gap:
+    if best_known is None or gap == 0 or relative_gap(worth, relaxed.bound) > gap:
         found = _exact(problem, goal, bounds, grounded(shrunk), ceilings, best_known, deadline=deadline, gap=gap)
         found = Found(found.choices, max(found.bound, relaxed.bound))
     if found.choices is None:

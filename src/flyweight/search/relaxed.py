@@ -40,27 +40,26 @@ def relax(terms: Terms, ceilings: Floats) -> Relaxed:
     cells = _Cells(terms)
     limited = [q for q in range(1, len(ceilings)) if np.isfinite(ceilings[q])]
     prices = np.zeros(len(ceilings) - 1)
-    units = cells.spread[0] / np.where(cells.spread[1:] > 0, cells.spread[1:], 1.0) if limited else prices
+    units = cells.spread[0] / np.where(cells.spread[1:] > 0, cells.spread[1:], 1.0)
     cuts: list[Floats] = []  # goal, then how far each limited quantity is beyond its ceiling, in units of price
-    tried: list[tuple[float, int, Floats, tuple[int, ...]]] = []
-    for number in range(ROUNDS):
+    tried: list[Relaxed] = []
+    for _ in range(ROUNDS):
         totals, choices = cells.least(prices)
         beyond = np.array([(totals[q] - ceilings[q]) * units[q - 1] for q in limited])
         bound = float(totals[0] + sum(prices[q - 1] * (totals[q] - ceilings[q]) for q in limited))
-        tried.append((-bound, number, prices, choices))
+        tried.append(Relaxed(prices, bound, (choices,)))
         cuts.append(np.array([totals[0], *beyond]))
         if not limited or cells.spread[0] <= 0:
             break
         hoped, new = _best_prices(cuts)
-        if hoped - max(-one[0] for one in tried) <= CLOSE * max(abs(hoped), 1e-300):
+        if hoped - max(one.bound for one in tried) <= CLOSE * max(abs(hoped), 1e-300):
             break
         prices = np.zeros(len(ceilings) - 1)
         for q, price in zip(limited, new, strict=True):
             prices[q - 1] = price * units[q - 1]
-    tried.sort(key=lambda one: one[:2])
-    best = tried[0]
-    held = _held(cells, best[2], ceilings)
-    return Relaxed(best[2], -best[0], tuple(dict.fromkeys([*held, *(one[3] for one in tried)])))
+    tried.sort(key=lambda one: one.bound, reverse=True)
+    seen = [*_held(cells, tried[0].prices, ceilings), *(one.choices[0] for one in tried)]
+    return replace(tried[0], choices=tuple(dict.fromkeys(seen)))
 
 
 def _held(cells: _Cells, prices: Floats, ceilings: Floats) -> list[tuple[int, ...]]:
