@@ -56,7 +56,7 @@ class _Tally:
     hashes: list[bytes] = field(default_factory=list)
     squares: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    largest: dict[str, float] = field(default_factory=dict)
+    zero: dict[str, bool] = field(default_factory=dict)
     notes: dict[str, Note] = field(default_factory=dict)
     shapes: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = field(default_factory=dict)  # number, first batch
     shape_of: list[int] = field(default_factory=list)
@@ -102,8 +102,7 @@ def survey(role: str, walk: Iterator[Noted], signature: Signature, form: Form | 
         form = form or form_of(batch, signature)
         _check_form(batch, names, form, where)
         _check_finite(batch, names, where)
-        for name, largest in _check_size(batch, names, where).items():
-            tally.largest[name] = max(tally.largest.get(name, 0.0), largest)
+        _check_size(batch, names, where)
         _check_labels(batch, tally, where)
         _weigh(batch, names, tally, index)
         tally.seen(batch, index)
@@ -119,7 +118,7 @@ def survey(role: str, walk: Iterator[Noted], signature: Signature, form: Form | 
         labelled=bool(tally.labelled),
         form=form,
         scales={name: (total / tally.counts[name]) ** 0.5 for name, total in tally.squares.items()},
-        zeros=tuple(name for name, largest in tally.largest.items() if largest == 0.0),
+        zeros=tuple(name for name, zero in tally.zero.items() if zero),
         shapes=tuple(Shape(sizes, counts[number], first) for sizes, (number, first) in tally.shapes.items()),
         shape_of=tally.shape_of,
         notes=tuple(tally.notes.values()),
@@ -262,21 +261,16 @@ def _check_finite(batch: Batch, names: tuple[str, ...], where: str) -> None:
             )
 
 
-def _check_size(batch: Batch, names: tuple[str, ...], where: str) -> dict[str, float]:
-    """The largest size of a number by input, of those in floats. Raises DataError where it is no number to compute with."""
-    found = {}
+def _check_size(batch: Batch, names: tuple[str, ...], where: str) -> None:
     for name, tensor in zip(names, batch.inputs, strict=True):
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        found[name] = float(tensor.abs().max())
-        if found[name] > LARGEST:
+        largest = float(tensor.abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
+        if largest > LARGEST:
             raise DataError(
-                f"{name} holds {found[name]:.3g}",
+                f"{name} holds {largest:.3g}",
                 where=where,
                 why="its square is no float32 number; such values often stand for missing ones",
                 fix="drop or replace them, or scale the inputs",
             )
-    return found
 
 
 def _check_labels(batch: Batch, tally: _Tally, where: str) -> None:
@@ -288,10 +282,11 @@ def _check_labels(batch: Batch, tally: _Tally, where: str) -> None:
 
 
 def _weigh(batch: Batch, names: tuple[str, ...], tally: _Tally, index: int) -> None:
-    if index >= SCALE_BATCHES:
-        return
     for name, tensor in zip(names, batch.inputs, strict=True):
-        if tensor.is_floating_point():
+        if not tensor.is_floating_point():
+            continue
+        tally.zero[name] = tally.zero.get(name, True) and not tensor.any()
+        if index < SCALE_BATCHES:
             tally.squares[name] = tally.squares.get(name, 0.0) + float(tensor.double().square().sum())
             tally.counts[name] = tally.counts.get(name, 0) + tensor.numel()
 
