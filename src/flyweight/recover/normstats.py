@@ -88,10 +88,8 @@ class _Match:
 def _moments(x: Tensor) -> Moments:
     rows = x.reshape(len(x), x.shape[1], -1)
     mean = rows.mean(2).mean(0)
-    power = (
-        torch.linalg.vector_norm(rows - mean[:, None], dim=2).double().square().sum(0)
-    )  # a quarter of var_mean's time
-    return mean.double(), power / (x.numel() // x.shape[1])
+    lengths = torch.linalg.vector_norm(rows - mean[:, None], dim=2)  # much faster on a CPU than var_mean
+    return mean.double(), lengths.double().square().sum(0) / (x.numel() // x.shape[1])
 
 
 def matched(stated: Moments, theirs: Moments, mine: Moments, eps: float) -> Moments:

@@ -1,7 +1,7 @@
 """Freed memory stays with the process while a run lasts.
 
 glibc returns a large block to the system when it is freed, and gets the next one zeroed, page by page. Running a network frees
-and asks for each activation, so where these are large (pictures) half of the time is the system's.
+and asks for each activation, so where these are large (pictures) much of the time is the system's.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def measured_table(
     regimes = 1 if alone else len(bases)
     float_layers, levels = _worth_timing(menu, affordable - len(bases) * COPIES, regimes, alone)
     variants = 1 + len(bases) * COPIES + regimes * sum(map(len, levels.values())) + len(float_layers)
-    variants += regimes * _fixed(menu)
+    variants += regimes * _always_timed(menu)
     advance = stage("measure latencies", variants)
     table = measure_table(
         bases, reference, roundable(job.graph), menu.groups, levels, feeds, runtime=target, threads=threads,
@@ -87,7 +87,7 @@ def _worth_timing(
 ) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """The layers to time as float among int8 ones, in the menu's order, and the levels of every group: so many variants."""
     every, levels = timed_formats(menu), {lad.group.name: lad.levels[1:] for lad in menu.ladders}
-    left = affordable - regimes * _fixed(menu)
+    left = affordable - regimes * _always_timed(menu)
     if len(every) + regimes * sum(map(len, levels.values())) <= left:
         return every, levels
     if int8_alone:
@@ -98,7 +98,7 @@ def _worth_timing(
     return every, {name: _spread(some, each) for name, some in levels.items()}
 
 
-def _fixed(menu: Menu) -> int:
+def _always_timed(menu: Menu) -> int:
     """The variants of a number format that are timed in any case: without each block, at each lower rank."""
     return len(menu.blocks) + sum(len(one.levels) - 1 for one in menu.ranks)
 
