@@ -102,7 +102,7 @@ def flyweight_variants(subject: Subject, folder: Path) -> list[Variant]:
     with open_folder(folder / f"run-{subject.name}", fresh=False, run_key={"ablation": subject.name}) as store:
         quotes = quote(job, store, lambda name, total: lambda done: None)
         reference = reference_of(job, store)
-        menu, table = priced(job, quotes, store, lambda name, total: lambda done: None, reference)
+        menu, table, _ = priced(job, quotes, store, lambda name, total: lambda done: None)
         assert table is not None
         for name, steps in _recipes(quotes, menu, table, cost_limits(job.budget, reference, table)).items():
             graph, _ = delivered(job, quotes, steps)

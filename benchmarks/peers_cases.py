@@ -120,6 +120,7 @@ def pitch(folder: Path, rows: int | None) -> Case:
         figures=lambda answers, reference: {"within": within(answers, frames["test"][1])},
         rivals=("ort static", "nncf", "bf16"),
         goals={"faster": (0.32, "size<=8MB, divergence<=10")},
+        targets=("onnxruntime", "openvino"),
         task="multilabel",
     )
 

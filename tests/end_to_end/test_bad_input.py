@@ -293,7 +293,7 @@ NAMES = {
     "an empty budget": ({"budget": ""}, BudgetError, ["names no limit"]),
     "a budget of another quantity": ({"budget": "flops<=50%"}, BudgetError, ["no quantity or metric 'flops'"]),
     "a budget that contradicts itself": ({"budget": "size<=50%, size<=40%"}, BudgetError, ["contradicts"]),
-    "a quantity to come": ({"budget": "memory<=1MB"}, UsageError, ["memory comes with a later version"]),
+    "a quantity to come": ({"budget": "saliency>=90%"}, UsageError, ["saliency comes with a later version"]),
     "a table that is not there": ({"table": "none.json"}, UsageError, ["latency table cannot be read", "none.json"]),
 }  # fmt: skip
 

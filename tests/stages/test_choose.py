@@ -143,6 +143,17 @@ def test_a_budget_out_of_reach_gives_the_nearest_point_and_the_limit_that_binds(
     assert found.solution.costs["macs"] == least
 
 
+def test_the_nearest_point_to_a_time_out_of_reach_is_the_best_of_those_that_take_hardly_longer():
+    offers, limits = markets(bare(), table()), {f"latency@{SHAPE}": 0.001}
+    found = choose(offers, limits, "error", Trials()).solution
+    every = [evaluate(market.problem, plan) for market in offers for plan in product(*map(range, market.problem.sizes))]
+    time = {(error, costs[f"latency@{SHAPE}"]) for error, costs in every}
+    least = min(seconds for _, seconds in time)
+    assert found.error == pytest.approx(min(error for error, seconds in time if seconds <= choosing.AS_NEAR * least))
+    assert not found.feasible
+    assert found.excess == pytest.approx(found.costs[f"latency@{SHAPE}"] / 0.001 - 1)
+
+
 @pytest.mark.parametrize("allowed", [0, 3, 7, 12])
 def test_the_smallest_whose_quality_holds_is_taken(allowed: int):
     offers = markets(bare(), None)

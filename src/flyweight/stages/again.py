@@ -37,11 +37,12 @@ from flyweight.stages.weigh import (
     clocked_until_decided,
     evidence,
     parity,
+    peaks_of,
     promises,
     quality_row,
 )
 from flyweight.stages.weighing import sensitivities
-from flyweight.types import Decision, Plan, Results, Site, Step, from_json
+from flyweight.types import Decision, Interval, Plan, Results, Site, Step, from_json
 
 __all__ = ["replayed", "reweighed"]
 
@@ -125,17 +126,19 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
     files = {ORIGINAL: reference, COMPRESSED: folder / ARTIFACT_FILE}
     timings = clocked_until_decided(graph, files, data, results.shapes, results.target, count, results.budget)
     advance(1)
-    return _updated(results, proofs, found, timings)
+    limited = any(limit.quantity == "memory" for limit in results.budget.limits)
+    peaks = peaks_of(graph, files, data, results.shapes, results.target, count) if limited else {}
+    return _updated(results, proofs, found, timings, peaks)
 
 
-def _updated(results: Results, proofs: Any, found: Any, timings: Timings) -> Results:
+def _updated(results: Results, proofs: Any, found: Any, timings: Timings, peaks: Mapping[str, Interval]) -> Results:
     yardstick = Yardstick(results.task, results.metric or None)
     before, after = results.rows[0], results.rows[-1]
     costs = {
         "size": (float(before.file_bytes), float(after.file_bytes)),
         "macs": (float(before.macs), float(after.macs)),
     }
-    promised = promises(results.budget, costs, timings, found, yardstick)
+    promised = promises(results.budget, costs, timings, found, yardstick, peaks)
     rows = tuple(
         msgspec.structs.replace(
             row,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import onnx
 import torch
 from torch import fx
 
@@ -18,6 +19,7 @@ from flyweight.audit.quality import measured
 from flyweight.budget import is_quality
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder
+from flyweight.deploy.formats.columns import laid
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.errors import UsageError
@@ -29,6 +31,7 @@ from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
 from flyweight.stages.choose import Choice, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
+from flyweight.stages.footprint import Footprint, measured_footprint, with_memory
 from flyweight.stages.packing import packed_overhead
 from flyweight.stages.price import Market, Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes, largest_integer
@@ -37,7 +40,7 @@ from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.timing import measured_table, offered, timed_formats
 from flyweight.stages.watch import Stage
-from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked
+from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, peaks_of
 from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Step, from_json, to_json
 
 __all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "priced", "reference_of"]
@@ -69,8 +72,11 @@ class Purchase:
 def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     """The choice under the budget, corrected by measurement where a limit on latency or size was missed."""
     reference = reference_of(job, folder)
-    menu, table = priced(job, quotes, folder, stage, reference)
+    menu, table, footprint = priced(job, quotes, folder, stage)
     offers = markets(menu, table)
+    if footprint is not None:
+        reference = replace(reference, peak_bytes=footprint.reference)
+        offers = tuple(replace(one, problem=with_memory(one.problem, one.menu, footprint)) for one in offers)
     limits = cost_limits(job.budget, reference, table)
     aim = goal(job.budget, table)
     # where the error decides, nothing is tried: what is chosen is made once, when its costs have been measured
@@ -94,33 +100,39 @@ def reference_of(job: Job, folder: Folder) -> Reference:
     """The float original exported plainly: what every share is a share of."""
     path = folder.path / REFERENCE_FILE
     if not path.is_file():
-        folder.write(REFERENCE_FILE, lambda part: export(job.graph, job.example, part))
+        folder.write(REFERENCE_FILE, lambda part: export(job.graph, job.example, part, plain=True))
     return Reference(path.stat().st_size, total_macs(job.graph))
 
 
 def priced(
-    job: Job, quotes: Quotes, folder: Folder, stage: Stage, reference: Reference
-) -> tuple[Menu, LatencyTable | None]:
-    """The menu with file sizes, and the latency table: given, kept from before, or measured now."""
+    job: Job, quotes: Quotes, folder: Folder, stage: Stage
+) -> tuple[Menu, LatencyTable | None, Footprint | None]:
+    """The menu with file sizes; the latency table: given, kept from before, or measured now; and, where memory is limited, what
+    the whole models take of it."""
     menu, table = quotes.menu, job.settings.table
-    kept = folder.load("sizes.json")
-    kept_table = folder.load("table.json")
+    kept, kept_table, kept_footprint = (folder.load(f"{name}.json") for name in ("sizes", "table", "footprint"))
     if table is None and kept_table is not None:
         table = from_json(kept_table, LatencyTable)
     if table is not None:
         _check_table(table, menu)
+    footprint = None if kept_footprint is None else from_json(kept_footprint, Footprint)
     timed = table is not None or not job.times_matter
-    if kept is not None and timed:
-        return _timed(replace(menu, sizes=msgspec.json.decode(kept, type=Sizes)), table), table
+    weighed = footprint is not None or not job.memory_matters
+    if kept is not None and timed and weighed:
+        return _timed(replace(menu, sizes=msgspec.json.decode(kept, type=Sizes)), table), table, footprint
     with tempfile.TemporaryDirectory(prefix="flyweight-bases-") as place:
         bases, sizes, ready = _bases(job, quotes, folder, Path(place))
         folder.save("sizes.json", msgspec.json.encode(asdict(sizes)))
         menu = replace(menu, sizes=sizes)
+        if not weighed:
+            job.checkpoint("measuring memory")
+            footprint = measured_footprint(job, folder.path / REFERENCE_FILE, bases)
+            folder.save("footprint.json", to_json(footprint).encode())
         if not timed:
             job.checkpoint("measuring latencies")
             table = measured_table(job, menu, folder.path / REFERENCE_FILE, bases, ready, stage, Path(place))
             folder.save("table.json", to_json(table).encode())
-    return _timed(menu, table), table
+    return _timed(menu, table), table, footprint
 
 
 def _timed(menu: Menu, table: LatencyTable | None) -> Menu:
@@ -157,8 +169,8 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
     everything = [f.layer for f in menu.integers]
     ready = prepared(network.graph, network.example, everything, job.calib, network.stats)
     bases = {FLOAT: place / "float.onnx"}
-    if ready.graph.code == job.graph.code:  # nothing was folded: the reference is that file
-        bases[FLOAT].write_bytes((folder.path / REFERENCE_FILE).read_bytes())
+    if ready.graph.code == job.graph.code:  # nothing was folded: the reference is that file, but for its columns
+        onnx.save(laid(onnx.load(folder.path / REFERENCE_FILE)), bases[FLOAT])
     else:
         export(ready.graph, job.example, bases[FLOAT])
 
@@ -244,12 +256,12 @@ def _corrected(
     """
     clock = table is not None and job.settings.table is None
     found = cost_limits(job.budget, reference, table)
-    limits = {name: v for name, v in found.items() if name == "size" or (clock and name.startswith("latency@"))}
-    timed = any(name != "size" for name in limits)
+    limits = {n: v for n, v in found.items() if n in ("size", "memory") or (clock and n.startswith("latency@"))}
+    timed = any(name.startswith("latency@") for name in limits)
     tried: list[tuple[Choice, bytes | None]] = []
 
     def trial(offered: Choice, turn: int) -> dict[str, float]:
-        measured, file = _trial(job, quotes, offered, folder, turn, timed)
+        measured, file = _trial(job, quotes, offered, folder, turn, timed, reference.peak_bytes)
         tried.append((offered, file))
         return measured
 
@@ -261,10 +273,10 @@ def _corrected(
 
 
 def _trial(
-    job: Job, quotes: Quotes, choice: Choice, folder: Folder, turn: int, timed: bool
+    job: Job, quotes: Quotes, choice: Choice, folder: Folder, turn: int, timed: bool, peak_bytes: float
 ) -> tuple[dict[str, float], bytes | None]:
-    """The file's bytes and, if `timed`, the most that its shares of the original's time may be; the file, if it is the one to
-    deliver.
+    """The file's bytes and, if `timed`, the most that its shares of the original's time may be; its peak memory, if that of the
+    original is known; the file, if it is the one to deliver.
 
     They are kept: a resumed run decides alike.
     """
@@ -277,8 +289,11 @@ def _trial(
         made = choice.outcome is not None
         export(choice.outcome[0] if made else _rough(job, quotes, choice), job.example, file)
         measured = {"size": float(file.stat().st_size)}
+        files = {ORIGINAL: folder.path / REFERENCE_FILE, COMPRESSED: file}
+        if peak_bytes:
+            peaks = peaks_of(job.graph, files, job.judged, job.shapes, job.settings.target, job.settings.threads)
+            measured["memory"] = peaks[COMPRESSED].high / max(peaks[ORIGINAL].low, 1.0) * peak_bytes
         if timed:
-            files = {ORIGINAL: folder.path / REFERENCE_FILE, COMPRESSED: file}
             timings: Timings = clocked(
                 job.graph, files, job.judged, job.shapes, job.settings.target, job.settings.threads,
                 processes=8, seconds_per_shape=0.15,

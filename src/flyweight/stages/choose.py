@@ -10,7 +10,7 @@ from flyweight.budget import is_quality, is_time, judge_limit, shape_sizes
 from flyweight.deploy.latency import LatencyTable
 from flyweight.search.knapsack import solve
 from flyweight.search.pareto import frontier
-from flyweight.search.problem import Solution
+from flyweight.search.problem import Solution, excesses
 from flyweight.stages.price import Market, Menu, steps
 from flyweight.types import Budget, Interval, Limit, Step
 
@@ -21,15 +21,17 @@ MARGIN = 0.985  # a corrected limit on time aims a little lower, so that the int
 USED = 0.985  # of what is allowed: nearer to the limit than this the next measurement may say otherwise
 LITTLE = 1.003  # a limit moved by less is taken to be where it was
 TAIL = 1.1
+AS_NEAR = 1.02  # of the time of the nearest point to a limit that cannot be met
 TRIES = 8  # points of the frontier among which the cheapest good one is looked for
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The float original's costs: what shares are shares of."""
+    """The float original's costs: what shares are shares of. `peak_bytes` is known where memory is limited."""
 
     file_bytes: int
     macs: int
+    peak_bytes: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ Attempt = Callable[[Sequence[Step]], tuple[Any, Sequence[tuple[Limit, Interval]]
 def cost_limits(
     budget: Budget, reference: Reference, table: LatencyTable | None, tighter: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """The search's limits: latency in shares of the reference at each shape, size in bytes, macs in numbers.
+    """The search's limits: latency in shares of the reference at each shape, size and memory in bytes, macs in numbers.
 
     `tighter` multiplies limits by what an earlier round was off (a name as in the result -> factor below 1).
     """
@@ -74,6 +76,8 @@ def cost_limits(
             add("size", limit.value * (reference.file_bytes if limit.unit == "share" else 1))
         elif limit.quantity == "macs":
             add("macs", limit.value * (reference.macs if limit.unit == "share" else 1))
+        elif limit.quantity == "memory":
+            add("memory", limit.value * (reference.peak_bytes if limit.unit == "share" else 1))
     return limits
 
 
@@ -161,11 +165,23 @@ def choose(offers: Sequence[Market], limits: Mapping[str, float], aim: str, atte
     found = [(market, solve(market.problem, limits)) for market in offers]
     feasible = [pair for pair in found if pair[1].feasible]
     if not feasible:
-        return _attempted(min(found, key=lambda pair: pair[1].excess), attempt, 1)
+        market, nearest = min(found, key=lambda pair: pair[1].excess)
+        return _attempted((market, _as_near(market, limits, nearest)), attempt, 1)
     if aim == "error":
         return _attempted(min(feasible, key=lambda pair: pair[1].error), attempt, 1)
     points = [(m, p) for m, _ in feasible for p in frontier(m.problem, aim, points=TRIES, limits=limits)]
     return _cheapest_good(_undominated(points, aim) or feasible, attempt)
+
+
+def _as_near(market: Market, limits: Mapping[str, float], nearest: Solution) -> Solution:
+    """The least error of what is as near as times can be told: the very fastest point gives up all quality for nothing."""
+    passed = {name: nearest.costs[name] for name, limit in limits.items() if nearest.costs[name] > limit}
+    room = {name: cost * (AS_NEAR if name.startswith("latency@") else 1.0) for name, cost in passed.items()}
+    better = solve(market.problem, {**limits, **room})
+    if not better.feasible or better.error >= nearest.error:
+        return nearest
+    excess = max(excesses(market.problem, better.choices, limits).values())
+    return replace(nearest, choices=better.choices, error=better.error, costs=better.costs, excess=excess)
 
 
 Offer = tuple[Market, Solution]

@@ -42,6 +42,7 @@ from flyweight.stages.weigh import (
     clocked_until_decided,
     evidence,
     parity,
+    peaks_of,
     promises,
     quality_row,
 )
@@ -111,7 +112,11 @@ def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Wa
         ARTIFACT_FILE, job.settings.target, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest(),
         len(planned), len(planned) - len(fallen),
     )  # fmt: skip
-    results = _results(job, quotes, purchase, artifact, fallen, proofs, found, timings, folder)
+    peaks = {}
+    if job.memory_matters:
+        files = {ORIGINAL: reference, COMPRESSED: file}
+        peaks = peaks_of(job.graph, files, data, job.shapes, job.settings.target, job.settings.threads)
+    results = _results(job, quotes, purchase, artifact, fallen, proofs, found, timings, peaks, folder)
     return Made(purchase.graph, msgspec.structs.replace(results, seconds=stage.seconds()))
 
 
@@ -148,10 +153,11 @@ def _results(
     proofs: Sequence[Claim],
     found: Evidence | None,
     timings: Timings,
+    peaks: Mapping[str, Interval],
     folder: Folder,
 ) -> Results:
     costs = _costs(job, purchase, artifact)
-    promised = promises(job.budget, costs, timings, found, job.yardstick)
+    promised = promises(job.budget, costs, timings, found, job.yardstick, peaks)
     moved = behaviour_of(found, job.yardstick) if found else None
     forecast = forecasts(purchase.solution, timings, artifact.file_bytes, moved.divergence if moved else None)
     met = all(claim.state == "holds" for claim in promised)

@@ -108,6 +108,11 @@ class Job:
         return self.budget.prefer == "latency" or any(map(budgets.is_time, self.budget.limits))
 
     @property
+    def memory_matters(self) -> bool:
+        """Whether peak memory is limited: then it is measured."""
+        return any(limit.quantity == "memory" for limit in self.budget.limits)
+
+    @property
     def rounds(self) -> bool:
         """Whether weights may be rounded: then the moments of every layer's inputs are needed."""
         ruled = any(rule.bits in WIDTHS for rule in self.settings.rules)

@@ -63,7 +63,7 @@ def whole_files(
 ) -> tuple[dict[str, Path], fx.GraphModule]:
     """The float original and, if there are `int8_layers`, the model with all of them in int8; and that model's graph."""
     files, graph = {FLOAT: place / "float.onnx"}, job.graph
-    export(graph, job.example, files[FLOAT])
+    export(graph, job.example, files[FLOAT], plain=True)
     if int8_layers:
         ready = prepared(graph, job.example, int8_layers, calib)
         steps = [int8.step(name, compensate=compensate) for name in int8_layers]

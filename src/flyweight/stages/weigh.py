@@ -21,6 +21,7 @@ from flyweight.budget import format_limit, is_quality, is_time, judge_limit, sha
 from flyweight.data import Batch, Batches, first_batch
 from flyweight.deploy.answers import ask_each, distance, tolerance
 from flyweight.deploy.clock import Timing, Timings, compare
+from flyweight.deploy.footprint import peak_bytes
 from flyweight.deploy.formats.onnx import output_names
 from flyweight.deploy.runtimes import get
 from flyweight.numerics.intervals import items_to_decide, mean_interval
@@ -37,6 +38,7 @@ __all__ = [
     "feeds_of",
     "in_units",
     "parity",
+    "peaks_of",
     "promises",
     "size_claim",
 ]
@@ -218,6 +220,20 @@ def clocked(
         )  # fmt: skip
 
 
+def peaks_of(
+    graph: fx.GraphModule,
+    files: Mapping[str, Path],
+    data: Batches,
+    shapes: Sequence[str],
+    runtime: str,
+    threads: int,
+) -> dict[str, Interval]:
+    """The most memory that loading and running every file adds, in bytes (see `deploy.footprint`)."""
+    with tempfile.TemporaryDirectory(prefix="flyweight-feeds-") as place:
+        feeds = feeds_of(graph, data, shapes, Path(place))
+        return peak_bytes(files, feeds, runtime=runtime, threads=threads)
+
+
 def clocked_until_decided(
     graph: fx.GraphModule,
     files: Mapping[str, Path],
@@ -258,14 +274,18 @@ def promises(
     timings: Timings | None,
     found: Evidence | None,
     yardstick: Yardstick,
+    peaks: Mapping[str, Interval],
 ) -> tuple[Claim, ...]:
-    """One claim for each limit (and shape). `costs` maps size and macs to (before, after)."""
+    """One claim for each limit (and shape). `costs` maps size and macs to (before, after), `peaks` are the files' peak memory
+    in bytes, where it is limited."""
     claims: list[Claim] = []
     for limit in budget.limits:
         if is_quality(limit):
             claims.append(_quality_claim(limit, found, yardstick))
         elif is_time(limit):
             claims += _latency_claims(limit, timings)
+        elif limit.quantity == "memory":
+            claims.append(_memory_claim(limit, peaks))
         else:
             before, after = costs[limit.quantity]
             value = after if limit.unit != "share" else after / before if before else 1.0  # nothing of nothing: all
@@ -287,6 +307,18 @@ def _latency_claims(limit: Limit, timings: Timings | None) -> list[Claim]:
             how += "; the limit lies inside the interval: an idle machine decides, or a limit a few per cent away"
         claims.append(Claim(name, "promise", state, interval.value, limit.unit, interval, None, limit, how))
     return claims
+
+
+def _memory_claim(limit: Limit, peaks: Mapping[str, Interval]) -> Claim:
+    before, interval = peaks[ORIGINAL], peaks[COMPRESSED]
+    if limit.unit == "share":
+        low, high = max(before.low, 1.0), max(before.high, 1.0)
+        interval = Interval(interval.value / max(before.value, 1.0), interval.low / high, interval.high / low)
+    how = (
+        "resident memory that loading and running adds at most, in processes of its own; the interval is least to most"
+    )
+    state = judge_limit(limit, interval)
+    return Claim(format_limit(limit), "promise", state, interval.value, limit.unit, interval, None, limit, how)
 
 
 def in_units(limit: Limit, shape: str, timing: Timing, original: Timing) -> Interval:

@@ -19,6 +19,7 @@ from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, fx, nn
 
 from flyweight.deploy.formats.attention import unguarded
+from flyweight.deploy.formats.columns import laid
 from flyweight.deploy.formats.pads import merged_pads
 from flyweight.deploy.formats.unpack import is_packed, unpacked_rows, unpacked_weight
 from flyweight.errors import ModelError
@@ -43,8 +44,9 @@ def stored_name(layer: str) -> str:
     return f"{layer}.weight_integer"
 
 
-def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
-    """Writes the ONNX file of `graph` to `path`: dynamic batch, no metadata, deterministic bytes.
+def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path, *, plain: bool = False) -> None:
+    """Writes the ONNX file of `graph` to `path`: dynamic batch, no metadata, deterministic bytes; unless `plain`, columns laid
+    on their side (`columns.laid`).
 
     `inputs` is an example with at least two rows. `graph.meta["numbers"]`, if present, names the layers stored in
     integers (`methods.int8`). Raises ModelError when an operator has no ONNX form.
@@ -79,6 +81,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
             fix="replace the operator named, or report it with the model",
         ) from error
     model = unguarded(merged_pads(made.model_proto))
+    model = model if plain else laid(model)
     onnx.save(_named(_stripped(_lean(model)), graph), path)
 
 
