@@ -19,6 +19,7 @@ from flyweight.search.problem import Factor, Floats
 from flyweight.stages.menu import Menu
 
 DOUBT = 0.5  # of a layer's time as its multiply-accumulates tell it
+MOST_TOGETHER = 1.5  # times what float layers add alone, for all of them together
 UNEVEN = 0.5  # of a saving as the layers' times tell it: kernels work in blocks
 
 __all__ = ["float_extra", "layer_factors", "number_factors", "other_factors", "own_times"]
@@ -50,6 +51,7 @@ def _joined_factors(
     form, offered = menu.format_index().get(layer.name), menu.forms(layer.name)
     each = {one: weight_bytes(layer, 0, 1, *one) for one in offered}
     unit = {one: _per_weight(layer, one) for one in offered}
+    extra = {s: _float_parts(menu, table, layer.name, s) for s in own} if table is not None and form is not None else {}
     parts_in = _parts(layer.inputs, {i: _input_counts(menu.ladders[i], layer) for i in into})
     parts_out = _parts(layer.outputs, {o: _output_counts(menu.ladders[o], layer) for o in out})
     tail = () if form is None else (form,)
@@ -59,16 +61,18 @@ def _joined_factors(
             pairs = np.multiply.outer(np.array(inputs, dtype=float), np.array(outputs, dtype=float))
             size = np.stack([pairs * unit[one] for one in offered], -1)
             macs = np.stack([pairs * layer_macs(layer, 1, 1) for _ in offered], -1)
-            factors.append(_squeezed((a, b), tail, {"size": size, "macs": macs}))
+            left = (pairs / (layer.inputs * layer.outputs))[..., None]
+            times = {f"latency@{s}": left * _in_float(offered, computed) for s, (_, computed) in extra.items()}
+            factors.append(_squeezed((a, b), tail, {"size": size, "macs": macs} | times))
     for b, outputs in parts_out:
-        extra = {one: menu.sizes.of(one) if b is None else 0.0 for one in offered}
-        size = np.stack([np.array(outputs, dtype=float) * each[one] + extra[one] for one in offered], -1)
+        more = {one: menu.sizes.of(one) if b is None else 0.0 for one in offered}
+        size = np.stack([np.array(outputs, dtype=float) * each[one] + more[one] for one in offered], -1)
         factors.append(_squeezed((None, b), tail, {"size": size[None]}))
     if table is not None:
         for i in (*into, *out):
             factors.append(_saving_factor(menu, layer, table, own, i))
         if form is not None:
-            stays = {f"latency@{s}": _in_float(offered, float_extra(menu, table, layer.name, s)) for s in own}
+            stays = {f"latency@{s}": _in_float(offered, fixed) for s, (fixed, _) in extra.items()}
             factors.append(Factor((form,), np.zeros(len(offered)), stays))
     return factors
 
@@ -147,12 +151,13 @@ def number_factors(menu: Menu, name: str, table: LatencyTable | None) -> list[Fa
         if group in where
     }
     costs = {"size": np.array([menu.sizes.of(one) for one in offered])}
-    if table is not None:
-        costs |= {f"latency@{s}": _in_float(offered, float_extra(menu, table, name, s)) for s in table.reference_s}
+    extra = {s: _float_parts(menu, table, name, s) for s in table.reference_s} if table is not None else {}
+    costs |= {f"latency@{s}": _in_float(offered, fixed) for s, (fixed, _) in extra.items()}
     factors = [Factor((form,), np.zeros(len(offered)), costs)]
     for group, left in _shares(lost):
-        size = -np.multiply.outer(np.array(left), saved)
-        factors.append(_squeezed((group, None), (form,), {"size": size[:, None]}))
+        more = {f"latency@{s}": np.multiply.outer(left, _in_float(offered, both[1])) for s, both in extra.items()}
+        more |= {"size": -np.multiply.outer(np.array(left), saved)}
+        factors.append(_squeezed((group, None), (form,), {name: each[:, None] for name, each in more.items()}))
     return factors
 
 
@@ -181,8 +186,9 @@ def _layer_factor(
     if table is not None:
         for name, times in own.items():
             saved = _latency(menu, layer, table, name, into, out, times)
-            extra = _in_float(offered, float_extra(menu, table, layer.name, name) if form is not None else 0.0)
-            costs[f"latency@{name}"] = saved[..., None] + extra
+            fixed, computed = _float_parts(menu, table, layer.name, name) if form is not None else (0.0, 0.0)
+            left = np.multiply.outer(np.array(inputs) / layer.inputs, np.array(outputs) / layer.outputs)
+            costs[f"latency@{name}"] = saved[..., None] + (fixed + computed * left)[..., None] * _in_float(offered, 1.0)
     variables = [v for v in (into, out, form) if v is not None]
     present = tuple(size for size, v in zip(shape, (into, out, form), strict=True) if v is not None)
     if into is not None and into == out:  # a layer that reads the group it writes: only equal counts exist
@@ -225,8 +231,9 @@ def _latency(
 
     A group's measured saving is split over its layers by their own times (`own_times`). Where both widths of a layer
     shrink, the second cut saves only on what the first has left: t (1 - (1 - s_in / t)(1 - s_out / t)), t the layer's
-    own time. A layer that stays float among int8 ones saves what its int8 form would: conversions around it hide the
-    rest, and a price from the all-float model promised times that no mixed model kept.
+    own time. A layer that stays float among int8 ones saves what its int8 form would, and of what float adds the part that
+    is computing: conversions around it hide the rest, and a price from the all-float model promised times that no mixed
+    model kept.
     """
     regime = INT8 if menu.integers else FLOAT
     own = max(times[layer.name], 1e-9)
@@ -263,14 +270,36 @@ def own_times(menu: Menu, table: LatencyTable, shape: str, regime: str) -> Mappi
 
 def float_extra(menu: Menu, table: LatencyTable, name: str, shape: str) -> float:
     """What a layer adds that stays float among int8 ones; 0 where that is not offered."""
-    measured = table.extra.get(name, {}).get(shape)
-    if measured is None:
-        return 0.0
-    one = menu.layers.get(name) or menu.depthwise.get(name)
-    gained = table.whole[FLOAT][shape] - table.whole[INT8][shape]
-    total = sum(layer.macs for layer in (*menu.layers.values(), *menu.depthwise.values()))
-    expected = max(gained, 0.0) * (one.macs / total if one and total else 0.0)
-    return _believed(measured, expected, table.spread.get(INT8, {}).get(shape, 0.0))
+    return sum(_float_parts(menu, table, name, shape))
+
+
+def _float_parts(menu: Menu, table: LatencyTable, name: str, shape: str) -> tuple[float, float]:
+    """What a layer adds that stays float among int8 ones: at any width, and by what it computes at full width."""
+    if shape not in table.extra.get(name, {}):
+        return 0.0, 0.0
+    expected = _computing_in_float(menu, table, shape)
+    added = {
+        one: _believed(by[shape], expected.get(one, 0.0), _scatter(table, shape)) for one, by in table.extra.items()
+    }
+    scale = 1.0
+    if table.fixed:  # nothing prices pairs of neighbours in float: together they take more than each of them alone
+        told = sum(added.values()) + sum(expected.get(one, 0.0) for one in table.fixed)
+        scale = min(MOST_TOGETHER, max(1.0, sum(expected.values()) / told)) if told > 0 else 1.0
+    whole = scale * added[name]
+    computed = min(max(whole, 0.0), expected.get(name, 0.0))
+    return whole - computed, computed
+
+
+def _computing_in_float(menu: Menu, table: LatencyTable, shape: str) -> dict[str, float]:
+    """What each layer would add in float if all that int8 gains were computing."""
+    gained = max(table.whole[FLOAT][shape] - table.whole[INT8][shape], 0.0)
+    layers = {**menu.layers, **menu.depthwise}
+    total = sum(one.macs for one in layers.values())
+    return {name: gained * one.macs / max(total, 1) for name, one in layers.items()}
+
+
+def _scatter(table: LatencyTable, shape: str) -> float:
+    return table.spread.get(INT8, {}).get(shape, 0.0)
 
 
 def _by_work(menu: Menu, whole: float) -> Floats:
