@@ -11,6 +11,7 @@ import torch
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.placement import slots
 from flyweight.graph.operators import matrix
+from flyweight.graph.trace import trace
 from flyweight.methods import channels, int8
 from flyweight.methods.pricing import Judge, outputs_of
 from flyweight.stages.deliver import Network, Prepared, deliver, prepared, quantized_values, with_numbers
@@ -177,6 +178,18 @@ def test_a_rough_network_has_the_operators_and_the_shapes_of_the_delivered_one(t
     assert shapes[0] == shapes[1]
     assert files[0].stat().st_size == files[1].stat().st_size
     assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_the_bias_of_a_row_of_zeros_stays():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)).eval()
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[0].bias[1] = 0.3
+    rows = [(40 * torch.randn(64, 6),) for _ in range(4)]  # on a grid with steps of about a whole
+    made = prepared(trace(model, rows[0]).module, rows[0], ["0", "2"], lambda: iter(rows))
+    graph, _ = with_numbers(made, [int8.step("0"), int8.step("2")])
+    assert graph.get_submodule("0").bias[1].item() == pytest.approx(0.3, rel=0.05)
 
 
 def test_folding_is_noted():

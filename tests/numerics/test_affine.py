@@ -95,11 +95,11 @@ def test_weights_on_a_grid_find_it():
     assert torch.equal(found, scale)
 
 
-def test_rows_of_zeros_get_scale_one_and_all_scales_are_floats_of_the_file():
+def test_rows_of_zeros_get_a_fine_scale_and_all_scales_are_floats_of_the_file():
     weight = torch.randn(3, 10, dtype=torch.float64)
     weight[1] = 0
     found = weight_scales(weight, torch.ones(10, dtype=torch.float64), 127)
-    assert float(found[1]) == 1
+    assert float(found[1]) <= 1 / 127  # the grid of the row's bias is the finer for it
     assert torch.equal(found, found.float().double())
     assert bool((found > 0).all())
 

@@ -25,7 +25,15 @@ from flyweight.graph.measure import Stats
 from flyweight.graph.operators import Layer, matrix, on_sequences, set_matrix, value_read
 from flyweight.methods.channels import gram_of
 from flyweight.numerics import forms
-from flyweight.numerics.affine import Grid, activation_grid, nearest, power_scales, sampled_grid, weight_scales
+from flyweight.numerics.affine import (
+    Grid,
+    activation_grid,
+    nearest,
+    power_scales,
+    sampled_grid,
+    unclipped,
+    weight_scales,
+)
 from flyweight.numerics.forms import Rounding
 from flyweight.numerics.moments import Moments, shrunk
 from flyweight.types import Step
@@ -105,8 +113,7 @@ def round_weights(
     weights, gram = matrix(module), gram_of(layer, moments)
     to_grid = partial(nearest, low=-largest, high=largest)
     if not compensate:
-        peak = weights.abs().amax(1)
-        scale = (torch.where(peak > 0, peak, torch.ones_like(peak)) / largest).float().double()
+        scale = unclipped(weights, largest)[:, 0].float().double()
         scale = torch.exp2(scale.log2().ceil()) if fixed else scale
         new = to_grid(weights, scale[:, None])
     else:

@@ -21,6 +21,7 @@ __all__ = [
     "power_scales",
     "rounded",
     "sampled_grid",
+    "unclipped",
     "weight_scales",
 ]
 
@@ -67,10 +68,10 @@ def weight_scales(
     """Symmetric scale per row minimising sum_j importance_j (w_j - rounded w_j)^2 over `steps` shrinkages of max|w|.
 
     `importance` is the diagonal of the layer's second moment (one for each row, where they differ), `largest` the largest
-    integer (127 for int8). Rows of zeros get scale 1. Source: Frantar et al. 2022, arXiv:2208.11580, the grid search of
+    integer (127 for int8). Rows of zeros get a fine scale. Source: Frantar et al. 2022, arXiv:2208.11580, the grid search of
     section 6, with the diagonal of the second moment as weight.
     """
-    base = _unclipped(weight, largest)
+    base = unclipped(weight, largest)
     shrunk = (base * (1 - 0.5 * step / steps) for step in range(steps))
     best = least_error(weight, importance, shrunk, -largest, largest)[:, 0]
     # float32 is what the file holds: the grid must be the one the runtime sees
@@ -81,14 +82,15 @@ def power_scales(
     weight: Float[Tensor, "out in"], importance: Float[Tensor, "*out in"], largest: int
 ) -> Float[Tensor, " out"]:
     """As `weight_scales`, of powers of two alone: of those around a row's largest weight the one of least error."""
-    coarsest = torch.exp2(_unclipped(weight, largest).log2().ceil())
+    coarsest = torch.exp2(unclipped(weight, largest).log2().ceil())
     return least_error(weight, importance, (coarsest * 0.5**finer for finer in range(3)), -largest, largest)[:, 0]
 
 
-def _unclipped(weight: Tensor, largest: int) -> Tensor:
-    """The scale per row, "out 1", that puts its largest weight on the largest integer; 1 for rows of zeros."""
+def unclipped(weight: Tensor, largest: int) -> Tensor:
+    """The scale per row, "out 1", that puts its largest weight on the largest integer; a fine one for rows of zeros, as their
+    biases are rounded to it."""
     peak = weight.abs().amax(1, keepdim=True)
-    return torch.where(peak > 0, peak, torch.full_like(peak, float(largest))) / largest
+    return torch.where(peak > 0, peak, torch.ones_like(peak)) / largest
 
 
 def activation_grid(
