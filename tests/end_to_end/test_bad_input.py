@@ -12,6 +12,7 @@ from torch import nn
 import flyweight as fw
 from flyweight.errors import BudgetError, DataError, ModelError, TraceError, UnsafeFileError, UsageError
 
+from .conftest import TIMED
 from .nets import Reader, SmallNet
 
 EXIT = {BudgetError: 2, UsageError: 2, UnsafeFileError: 3, ModelError: 4, TraceError: 4, DataError: 5}
@@ -332,6 +333,14 @@ def test_a_table_of_other_circumstances(world, tmp_path, table, changes, argumen
     (tmp_path / "table.json").write_text(other(table, **changes))
     arguments = {"budget": "latency<=90%", **arguments}
     refused(world, tmp_path, UsageError, *words, "measure a table", table=tmp_path / "table.json", **arguments)
+
+
+@pytest.mark.parametrize("fingerprint", ["", "0" * 12])
+def test_a_table_of_another_machine_is_taken_at_its_word_and_that_is_said(world, tmp_path, table, fingerprint):
+    (tmp_path / "table.json").write_text(other(table, **({"fingerprint": fingerprint} if fingerprint else {})))
+    arguments = {**world.roles, **TIMED, "table": tmp_path / "table.json", "workdir": tmp_path / "o", "progress": False}
+    made = fw.compress(world.net(), **arguments)
+    assert ("latency.other-machine" in {note.code for note in made.notes}) == bool(fingerprint)
 
 
 def test_a_table_of_another_model(table, tmp_path):

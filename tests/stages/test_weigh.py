@@ -10,10 +10,10 @@ from torch import nn
 from flyweight.budget import parse
 from flyweight.data import roles
 from flyweight.deploy import clock
-from flyweight.deploy.clock import Timing
+from flyweight.deploy.clock import Timing, Timings
 from flyweight.deploy.formats.onnx import export
 from flyweight.graph.trace import trace
-from flyweight.stages.weigh import AGAIN, COMPRESSED, ORIGINAL, clocked_until_decided, in_units
+from flyweight.stages.weigh import AGAIN, COMPRESSED, ORIGINAL, clocked_until_decided, in_units, noise_notes
 from flyweight.types import Interval
 
 
@@ -26,6 +26,15 @@ def work(tmp_path_factory):
     file = tmp_path_factory.mktemp("weigh") / "model.onnx"
     export(graph, (x,), file)
     return graph, {ORIGINAL: file, COMPRESSED: file}, roles(net, calib=x).calib
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(0.97, 1.03, []), (0.8, 1.0, ["clock.noisy"]), (0.99, 1.2, ["clock.noisy"])]
+)
+def test_a_machine_too_loud_to_tell_is_said(low, high, said):
+    timings = Timings(ORIGINAL, "onnxruntime", 1, 3, {}, {"batch=1": Interval(1.0, low, high)}, "a machine")
+    assert [note.code for note in noise_notes(timings)] == said
+    assert all(note.where == "batch=1" for note in noise_notes(timings))
 
 
 @pytest.mark.parametrize(("text", "longer"), [("latency<=100%", True), ("latency<=1000%", False), ("size<=1%", False)])

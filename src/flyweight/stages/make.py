@@ -41,6 +41,7 @@ from flyweight.stages.weigh import (
     behaviour_of,
     clocked_until_decided,
     evidence,
+    noise_notes,
     parity,
     peaks_of,
     promises,
@@ -163,7 +164,7 @@ def _results(
     met = all(claim.state == "holds" for claim in promised)
     plan = plan_of(job, quotes, purchase)
     notes = (
-        *job.notes, *quotes.notes, *purchase.notes, *timings.notes, *folder.notes,
+        *job.notes, *quotes.notes, *purchase.notes, *timings.notes, *noise_notes(timings), *folder.notes,
         *_run_notes(job, artifact, fallen, timings, plan),
         *_fixed_notes(job, purchase.steps, folder.path / ARTIFACT_FILE),
     )  # fmt: skip
@@ -237,6 +238,10 @@ def _run_notes(job: Job, artifact: Artifact, fallen: Sequence[str], timings: Tim
             text = f"the artifact is slower than the original at {shape}"
             fix = 'put a limit on latency into the budget, or methods=["channels"]'
             notes.append(Note("latency.slower", text, where=shape, fix=fix))
+    if job.settings.table is not None and job.settings.table.fingerprint != timings.fingerprint:
+        text = "the latency table was measured on another machine, or with another version of the runtime: what was chosen is"
+        text += " meant for that one, what was delivered was timed here"
+        notes.append(Note("latency.other-machine", text, fix="without table= one is measured here"))
     if not plan.feasible:
         text = "the limits on costs cannot be met together: this is the nearest point found"
         notes.append(Note("budget.unreachable", text, where=plan.binding, fix="raise the limit that binds"))

@@ -37,6 +37,7 @@ __all__ = [
     "evidence",
     "feeds_of",
     "in_units",
+    "noise_notes",
     "parity",
     "peaks_of",
     "promises",
@@ -46,6 +47,7 @@ __all__ = [
 PARITY_ROWS = 30
 ORIGINAL, COMPRESSED = "float original", "flyweight"
 MOST_ROWS = 100_000
+NOISY = 1.15  # the upper end of the original beside itself over the lower one
 AGAIN = 3  # times as many processes where the first ones do not decide
 
 
@@ -260,6 +262,21 @@ def clocked_until_decided(
     again = clocked(graph, files, data, shapes, runtime, threads, processes=AGAIN * found.processes)
     text = f"{found.processes} processes left a limit on latency undecided: timed anew in {again.processes}"
     return msgspec.structs.replace(again, notes=(*again.notes, Note("clock.longer", text)))
+
+
+def noise_notes(timings: Timings) -> tuple[Note, ...]:
+    """A note for every shape at which the original beside itself scatters so much that small differences are not told."""
+    loud = {shape: found for shape, found in timings.noise.items() if found.high > NOISY * found.low}
+    fix = "time on an idle machine, with fewer threads than it has cores"
+    return tuple(
+        Note(
+            "clock.noisy",
+            f"the original beside itself took from {a.low:.0%} to {a.high:.0%} of its time",
+            where=shape,
+            fix=fix,
+        )
+        for shape, a in loud.items()
+    )
 
 
 def size_claim(limit: Limit, value: float, how: str) -> Claim:
