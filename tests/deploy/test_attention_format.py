@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flyweight.deploy import runtimes
+from flyweight.deploy.formats.attention import turned_once
 from flyweight.deploy.formats.onnx import export
 from flyweight.graph.trace import trace
 
@@ -76,3 +77,64 @@ def test_weights_that_are_given_back_keep_their_guard(tmp_path):
     feeds = dict(zip(adapter.input_names(tmp_path / "one.onnx"), (x.numpy(), real.numpy()), strict=True))
     for answer, expected in zip(adapter.load(tmp_path / "one.onnx", 1)(feeds).values(), graph(x, real), strict=True):
         assert np.allclose(answer, expected.numpy(), atol=1e-5)
+
+
+class Crosses(nn.Module):
+    """Queries of one sequence and keys of another, of a length of their own; no mask."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.q, self.kv = nn.Linear(16, 16), nn.Linear(6, 32)
+
+    def forward(self, x, y):
+        k, v = (z.unflatten(2, (4, 4)).transpose(1, 2) for z in self.kv(y).chunk(2, 2))
+        q = self.q(x).unflatten(2, (4, 4)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_keys_are_turned_by_one_operator_and_scores_scaled_by_one(scale: float | None, tmp_path):
+    torch.manual_seed(0)
+    model = Crosses(scale).eval()
+    calls = [(torch.randn(3, rows, 16), torch.randn(3, 4, 6)) for rows in (5, 9)]
+    graph = trace(model, calls[0], {}, [(calls[1], {})]).module
+    export(graph, calls[0], tmp_path / "one.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "one.onnx").graph.node]
+    assert kinds.count("Transpose") == 4  # queries, keys, values, answers
+    assert kinds.count("Mul") == 1
+    x, y = torch.randn(2, 7, 16), torch.randn(2, 4, 6)
+    for name in ("onnxruntime", "openvino"):
+        adapter = runtimes.get(name)
+        feeds = dict(zip(adapter.input_names(tmp_path / "one.onnx"), (x.numpy(), y.numpy()), strict=True))
+        (answer,) = adapter.load(tmp_path / "one.onnx", 1)(feeds).values()
+        np.testing.assert_allclose(answer, model(x, y).detach().numpy(), atol=1e-5)
+
+
+def test_keys_that_something_else_reads_stay_for_it(tmp_path):
+    """The turned keys are an answer as well, in the form that the exporter gave them."""
+    made = onnx.helper.make_node
+    sizes = {"whole": [-1], "low": [-9], "two": [-2], "one": [-1], "high": [9]}
+    nodes = [
+        made("Transpose", ["x"], ["k"], perm=[0, 2, 1, 3]), made("Shape", ["k"], ["s"]),
+        made("Slice", ["s", "low", "two"], ["first"]), made("Slice", ["s", "two", "one"], ["length"]),
+        made("Slice", ["s", "one", "high"], ["width"]), made("Concat", ["whole", "length", "width"], ["into"], axis=0),
+        made("Concat", ["first", "width", "length"], ["back"], axis=0), made("Reshape", ["k", "into"], ["three"]),
+        made("Transpose", ["three"], ["swapped"], perm=[0, 2, 1]), made("Reshape", ["swapped", "back"], ["turned"]),
+    ]  # fmt: skip
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes, "keys", [onnx.helper.make_tensor_value_info("x", kind, ["b", 5, 2, 3])],
+        [onnx.helper.make_tensor_value_info(name, kind, None) for name in ("turned", "three")],
+        [onnx.numpy_helper.from_array(np.array(value, dtype=np.int64), name) for name, value in sizes.items()],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    x = np.random.default_rng(0).standard_normal((4, 5, 2, 3)).astype(np.float32)
+    onnx.save(model, tmp_path / "before.onnx")
+    after = turned_once(onnx.load(tmp_path / "before.onnx"))
+    onnx.save(after, tmp_path / "after.onnx")
+    assert sum(node.op_type == "Reshape" for node in after.graph.node) == 1  # for the other answer
+    load = runtimes.get("onnxruntime").load
+    before, now = (load(tmp_path / f"{name}.onnx", 1)({"x": x}) for name in ("before", "after"))
+    for name in ("turned", "three"):
+        np.testing.assert_array_equal(now[name], before[name])

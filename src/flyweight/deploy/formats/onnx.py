@@ -18,7 +18,7 @@ from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, fx, nn
 
-from flyweight.deploy.formats.attention import unguarded
+from flyweight.deploy.formats.attention import turned_once, unguarded
 from flyweight.deploy.formats.columns import laid
 from flyweight.deploy.formats.pads import merged_pads
 from flyweight.deploy.formats.unpack import is_packed, unpacked_rows, unpacked_weight
@@ -80,7 +80,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path, *, plain
             why=reason,
             fix="replace the operator named, or report it with the model",
         ) from error
-    model = unguarded(merged_pads(made.model_proto))
+    model = turned_once(unguarded(merged_pads(made.model_proto)))
     model = model if plain else laid(model)
     onnx.save(_named(_stripped(_lean(model)), graph), path)
 
