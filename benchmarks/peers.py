@@ -13,10 +13,12 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ from peers_cases import CASES, Case
 from peers_rivals import Rival, rivals
 from rivals import float_onnx
 
-FLOAT = "float"
+FLOAT, OURS = "float", "flyweight"
 COLUMNS = ("artifact", "runtime", "MB", "seconds", "note")
 AHEAD = ("flyweight", "rival", "time", "time low", "time high", "figure", "ahead", "low", "high")
 
@@ -57,35 +59,48 @@ def answers(case: Case, one: Rival, float_file: Path, threads: int) -> Tensor:
     return torch.cat([torch.from_numpy(next(iter(predict(_feed(case, x, float_file)).values()))) for x in case.test])
 
 
-def ours(case: Case, first: clock.Timings, made: Mapping[str, Rival], folder: Path) -> dict[str, Rival]:
-    """What flyweight makes within its goals: as fast as a part of the fastest rival's time, in each of its targets; all in
+def ours(case: Case, made: _Made, folder: Path, clocked: Callable[[], clock.Timings]) -> None:
+    """Adds what flyweight makes within its goals: as fast as a part of the fastest rival's time, in each of its targets; all in
     int8, as rivals do it; and as small as its budgets of bytes say."""
-    found: dict[str, Rival] = {}
-    known = [name for name in made if not name.startswith(FLOAT)]
+    known = [name for name in made if not name.startswith((FLOAT, OURS))]
+    first: clock.Timings | None = None
     for target in case.targets:
         several = f", {target}" if len(case.targets) > 1 else ""
         prices = None
         for goal, (part, others) in case.goals.items():
-            limits = []
+            if f"{OURS}, {goal}{several}" in made:
+                continue
+            first, limits = first or clocked(), []
             for shape in first.noise:
                 fastest = min(first.times[name][shape].share.value for name in known)
                 allowed = part * fastest / first.times[_own(target)][shape].share.value
                 limits.append(f"latency@{shape}<={100 * allowed:.1f}%")
             place = folder / f"{target}-{goal}".replace(" ", "-")
             budget, shapes = ", ".join([*limits, others]), list(first.noise)
-            found[f"flyweight, {goal}{several}"] = _compressed(
-                case, budget, target, place, shapes=shapes, prices=prices
-            )
+            asked = {"shapes": shapes, "prices": prices}
+            made.add(f"{OURS}, {goal}{several}", partial(_compressed, case, budget, target, place, **asked))
             prices = prices or place
-        place, everything = folder / f"{target}-int8", [fw.rule("*", bits=8)]
-        found[f"flyweight, all int8{several}"] = _compressed(
-            case, "size<=100%, divergence<=1e9", target, place, methods=["int8"], rules=everything
-        )
+        asked = {"methods": ["int8"], "rules": [fw.rule("*", bits=8)]}
+        budget, place = "size<=100%, divergence<=1e9", folder / f"{target}-int8"
+        made.add(f"{OURS}, all int8{several}", partial(_compressed, case, budget, target, place, **asked))
         for goal, budget in case.sizes.items():
-            place = folder / f"{target}-{goal}"
-            methods = ["int8", "weights"]
-            found[f"flyweight, {goal}{several}"] = _compressed(case, budget, target, place, methods=methods)
-    return found
+            asked, place = {"methods": ["int8", "weights"]}, folder / f"{target}-{goal}"
+            made.add(f"{OURS}, {goal}{several}", partial(_compressed, case, budget, target, place, **asked))
+
+
+class _Made(dict[str, Rival]):
+    """What was made, by name, and kept in a file: a benchmark that was cut off goes on where it was."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "made.json"
+        kept = self.file.read_bytes() if self.file.is_file() else b"{}"
+        super().__init__(msgspec.json.decode(kept, type=dict[str, Rival], dec_hook=lambda kind, text: kind(text)))
+
+    def add(self, name: str, make: Callable[[], Rival]) -> None:
+        """Makes what was not made before."""
+        if name not in self:
+            self[name] = make()
+            self.file.write_bytes(msgspec.json.encode(self, enc_hook=str))
 
 
 def _own(target: str) -> str:
@@ -147,30 +162,32 @@ def compared(name: str, options: Any) -> None:
     print(f"\n{name}", flush=True)
     case = CASES[name](options.data, 64 if options.quick else None)
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        file = folder / "float.onnx"
+        folder = Path(options.workdir or place) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        file, made = folder / "float.onnx", _Made(folder)
         example = tuple(x[:2] for x in case.calib[0])
         float_onnx(case.model, example, file)
         feeds = [_feed(case, [x[i : i + 1] for x in batch], file) for batch in case.calib for i in range(len(batch[0]))]
         size = file.stat().st_size
-        made = {FLOAT: Rival(file, "onnxruntime", size, 0.0, "torch.onnx.export")}
+        made.add(FLOAT, partial(Rival, file, "onnxruntime", size, 0.0, "torch.onnx.export"))
         for runtime in ("onnxruntime", "openvino", "openvino_bf16"):
-            made[f"{FLOAT}, {runtime}"] = Rival(file, runtime, size, 0.0, "the same file")
-        export(trace(case.model, example).module, example, folder / "own.onnx")
+            made.add(f"{FLOAT}, {runtime}", partial(Rival, file, runtime, size, 0.0, "the same file"))
+        export(trace(case.model, example).module, example, folder / "own.onnx", plain=True)
         for target in case.targets:  # what flyweight's budgets are shares of
-            made[_own(target)] = Rival(folder / "own.onnx", target, size, 0.0, "exported by flyweight")
+            made.add(_own(target), partial(Rival, folder / "own.onnx", target, size, 0.0, "exported by flyweight"))
         failed = []
-        for rival, one in rivals([r for r in case.rivals if r != "bf16"], file, feeds[:300], folder):
+        for rival, one in rivals([r for r in case.rivals if r != "bf16"], file, feeds[:300], folder, known=made):
             if isinstance(one, Rival):
-                made[rival] = one
+                made.add(rival, partial(lambda x: x, one))
             else:
                 failed.append({"artifact": rival, "note": f"fails: {one}"})
             print(f"  {rival}: {one}", flush=True)
         if not options.rivals_only:
-            first = measured(case, made, folder, options.threads, max(3, options.processes - 2))
-            made |= ours(case, first, made, folder)
+            ours(
+                case, made, folder,
+                lambda: measured(case, made, folder, options.threads, max(3, options.processes - 2)),
+            )  # fmt: skip
         timings = measured(case, made, folder, options.threads, options.processes)
-        torch.set_num_threads(options.threads)
         with torch.inference_mode():
             reference = torch.cat([case.model(*batch) for batch in case.test])
         figures = {}
@@ -206,6 +223,7 @@ def runtimes_version(package: str) -> str:
 def main() -> None:
     parser = arguments("Flyweight beside ONNX Runtime's own int8, NNCF and OpenVINO")
     parser.add_argument("--network", action="append", choices=list(CASES), help="default: all four")
+    parser.add_argument("--workdir", help="where files are kept; what was made there before is not made again")
     parser.add_argument("--quick", action="store_true", help="few rows; nothing is written")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes of the clock")
     parser.set_defaults(threads=1)

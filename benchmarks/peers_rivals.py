@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,10 @@ class Rival:
     how: str
 
 
-def rivals(kinds: Sequence[str], file: Path, feeds: Sequence[Feed], folder: Path) -> Iterator[tuple[str, Rival | str]]:
-    """Name -> what was made, or why it failed: a rival's failure is a result."""
+def rivals(
+    kinds: Sequence[str], file: Path, feeds: Sequence[Feed], folder: Path, known: Mapping[str, Rival]
+) -> Iterator[tuple[str, Rival | str]]:
+    """Name -> what was made, or why it failed: a rival's failure is a result. Those `known` are not made again."""
     makers = {
         "ort static": [(name, "onnxruntime", _static) for name in STATIC],
         "ort dynamic": [(name, "onnxruntime", _dynamic) for name in DYNAMIC],
@@ -44,6 +46,8 @@ def rivals(kinds: Sequence[str], file: Path, feeds: Sequence[Feed], folder: Path
     }
     for kind in kinds:
         for name, runtime, make in makers[kind]:
+            if name in known:
+                continue
             started, place = time.perf_counter(), folder / name.replace(" ", "-")
             try:
                 path, how = make(name, file, feeds, place)
