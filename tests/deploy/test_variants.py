@@ -16,10 +16,11 @@ from onnx import TensorProto, numpy_helper
 from flyweight.deploy import runtimes
 from flyweight.deploy.formats.onnx import export, stored_name
 from flyweight.deploy.latency import touched, widths_of
-from flyweight.deploy.variants import Width, patched, with_float_layer
+from flyweight.deploy.variants import Width, patched, products, with_float_layer
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.rewrite import refresh
 from flyweight.graph.surgery import cut
+from flyweight.stages.ranks import weights_of
 
 from ..graph.cases import rows
 from .int8_nets import NETS, delivered, ready
@@ -50,8 +51,12 @@ def group_of(name: str, key: str) -> Group:
 
 def variant(folder: Path, name: str, regime: str, key: str, level: int) -> onnx.ModelProto:
     group = group_of(name, key)
-    widths = widths_of(delivered(name).layers, {key: level}, [group])
-    return patched(base(folder, name, regime), {n: widths[n] for n in touched(group, delivered(name).layers)})
+    widths, whole = widths_of(delivered(name).layers, {key: level}, [group]), base(folder, name, regime)
+    _, _, made, _, _ = ready(name)
+    weights = {n: weights_of(made.graph, one) for n, one in delivered(name).layers.items() if one.sequences}
+    turned = products(whole, weights)
+    assert set(turned.values()) == set(weights)
+    return patched(whole, {n: widths[n] for n in touched(group, delivered(name).layers)}, turned)
 
 
 def shapes(model: onnx.ModelProto) -> Counter[tuple[int, ...]]:
@@ -65,6 +70,7 @@ def operators(model: onnx.ModelProto) -> list[str]:
 CUTS = {
     "cnn": [("a", 5), ("b", 4), ("fc1", 7)],
     "depthwise behind zeros": [("a", 5), ("b", 6)],
+    "tokens": [("a", 7)],
     "residual": [("conv", 4), ("layers.0.conv1", 3), ("layers.1.conv1", 8), ("layers.1.conv2", 5)],
 }
 
@@ -99,7 +105,8 @@ def stored(model: onnx.ModelProto) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "level"), [("cnn", "b", 4), ("residual", "conv", 4), ("depthwise behind zeros", "b", 6)]
+    ("name", "key", "level"),
+    [("cnn", "b", 4), ("residual", "conv", 4), ("depthwise behind zeros", "b", 6), ("tokens", "a", 7)],
 )
 def test_a_variant_has_the_shapes_of_a_real_cut(folder: Path, name: str, key: str, level: int):
     _, _, prepared_graph, example, _ = ready(name)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from flyweight.deploy.clock import Timings, compare
 from flyweight.deploy.splits import with_split_layer
-from flyweight.deploy.variants import Width, patched, with_float_layer
+from flyweight.deploy.variants import Width, patched, products, with_float_layer
 from flyweight.graph.axes import Group, Numbers, rows_of
 from flyweight.graph.operators import Layer
 from flyweight.types import Interval, Note, to_json
@@ -118,13 +118,15 @@ def measure_table(
     seconds_per_shape: float | None = None,
     advance: Callable[[int], None] = lambda variants: None,
     narrowed: Callable[[Group, int], onnx.ModelProto] | None = None,
+    sequences: Mapping[str, Weights] | None = None,
     without: Mapping[str, Callable[[str], onnx.ModelProto]] | None = None,
     ranks: Mapping[str, tuple[Weights, Sequence[int]]] | None = None,
 ) -> LatencyTable:
     """Times every variant against `reference` and takes differences.
 
     A group of plain layers is narrowed in the exported files. Any other (`is_plain`) is made by `narrowed` (the float
-    model with that group cut to a level); in int8 it is taken to save the same share of the whole.
+    model with that group cut to a level); in int8 it is taken to save the same share of the whole. `sequences`: the weights
+    "out in" of linear layers on sequences, by which they are found in a file.
 
     `bases` maps a number format ("float", "int8") to the exported model with all layers in it; `levels` are the channel
     counts to price per group, those of plain groups in the formats of `widths_in`, as are blocks and ranks; `float_layers`
@@ -144,13 +146,15 @@ def measure_table(
             files[regime] = base
             files |= {f"{regime}|copy|{number}": base for number in range(1, COPIES)}
             model = onnx.load(base)
+            turned = products(model, sequences or {})
             for group in groups:
+                plain = is_plain(group, layers, turned.values())
                 for level in levels.get(group.name, ()):
-                    if is_plain(group, layers) and regime in widths_in:
+                    if plain and regime in widths_in:
                         widths = widths_of(layers, {group.name: level}, groups)
                         cut = {name: widths[name] for name in touched(group, layers)}
-                        keep(f"{regime}|{group.name}|{level}", patched(model, cut))
-                    elif not is_plain(group, layers) and regime == FLOAT and narrowed is not None:
+                        keep(f"{regime}|{group.name}|{level}", patched(model, cut, turned))
+                    elif not plain and regime == FLOAT and narrowed is not None:
                         keep(f"{regime}|{group.name}|{level}", narrowed(group, level))
             for block, make in without.items() if regime in widths_in else ():
                 keep(f"{regime}|without|{block}", make(regime))
@@ -188,14 +192,14 @@ def _split(timings: Timings, regime: str, ranks: Mapping[str, Sequence[int]]) ->
     }
 
 
-def is_plain(group: Group, layers: Mapping[str, Layer]) -> bool:
-    """Whether narrowing the named layers in an exported file is all that cutting the group takes."""
+def is_plain(group: Group, layers: Mapping[str, Layer], found: Collection[str] = ()) -> bool:
+    """Whether narrowing the named layers in an exported file is all that cutting the group takes. `found`: the linear layers
+    on sequences whose weights are known in the file, where they are turned round and under no name."""
     folded = {layer.norm for layer in layers.values()}
     known = all(s.owner in layers or s.owner in folded for s in group.slices)
     members = [layers[s.owner] for s in group.slices if s.owner in layers]
     known = known and all(one.output_taps == 1 for one in members)
-    # of a linear layer on sequences the file keeps the weight turned round, under no name
-    known = known and not any(one.sequences for one in members)
+    known = known and not any(one.sequences and one.name not in found for one in members)
     return known and all(len(one.path) == 2 and one.path[1] == 1 for one in group.literals) and group.kind != "heads"
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from flyweight.deploy.formats.onnx import stored_name
 
-__all__ = ["Width", "patched", "with_float_layer"]
+__all__ = ["Width", "patched", "products", "with_float_layer"]
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,34 @@ class Width:
     groups: int = 1
 
 
-def patched(model: onnx.ModelProto, widths: Mapping[str, Width]) -> onnx.ModelProto:
+def products(model: onnx.ModelProto, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
+    """The tensors that hold the weights of linear layers on sequences, "in out", and whose they are: `weights` by layer, "out
+    in". In float the exporter turns and renames them, so they are found by their values."""
+    tensors = {t.name: t for t in model.graph.initializer}
+    found = {stored_name(layer): layer for layer in weights if stored_name(layer) in tensors}
+    for name in [n.input[1] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in tensors]:
+        values = numpy_helper.to_array(tensors[name])
+        owner = next((layer for layer, weight in weights.items() if np.array_equal(values, weight.T)), None)
+        if owner is not None:
+            found[name] = owner
+    return found
+
+
+def patched(
+    model: onnx.ModelProto, widths: Mapping[str, Width], turned: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
     """A copy of an exported `model` in which every layer named has the given width.
 
-    Layers are found by the names of their weights, float ("conv.weight") or stored in integers; what reads the weights
-    through DequantizeLinear has its scales and zero points cut too. Reshapes to (batch, rest) take any width.
+    Layers are found by the names of their weights, float ("conv.weight") or stored in integers, those in `turned` (see
+    `products`) by theirs; what reads the weights through DequantizeLinear has its scales and zero points cut too, and what
+    scales a product's input its factors. Reshapes to (batch, rest) take any width.
     """
+    turned = turned or {}
     result = onnx.ModelProto()
     result.CopyFrom(model)
     tensors = {t.name: t for t in result.graph.initializer}
     new: dict[str, onnx.TensorProto] = {}
-    owners = [_first_owner(node.input, widths) for node in result.graph.node]
+    owners = [_first_owner(node.input, widths, turned) for node in result.graph.node]
     reader = {node.input[0]: owner for node, owner in zip(result.graph.node, owners, strict=True) if owner}
     read_back = {node.output[0]: owner for node, owner in zip(result.graph.node, owners, strict=True) if owner}
     for node, named in zip(result.graph.node, owners, strict=True):
@@ -47,8 +65,10 @@ def patched(model: onnx.ModelProto, widths: Mapping[str, Width]) -> onnx.ModelPr
         whose = (named or read_back.get(node.input[1])) if convolves else None
         if whose and widths[whose].groups > 1:
             _set_groups(node, widths[whose].groups)
+        if node.op_type == "MatMul" and (whose := named or read_back.get(node.input[1])):
+            _cut_factors(result, node, widths[whose], tensors, new)
         if owner is not None:
-            _cut_inputs(node, owner, widths[owner], tensors, new)
+            _cut_inputs(node, owner, widths[owner], tensors, new, turned)
         elif node.op_type == "Reshape" and node.input[1] in tensors:
             _any_width(node, tensors, new)
     result.graph.initializer.extend(new.values())
@@ -59,15 +79,37 @@ def patched(model: onnx.ModelProto, widths: Mapping[str, Width]) -> onnx.ModelPr
     return result
 
 
-def _first_owner(names: Iterable[str], widths: Mapping[str, Width]) -> str | None:
-    return next((owner for name in names if (owner := _owner(name, widths))), None)
+def _first_owner(names: Iterable[str], widths: Mapping[str, Width], turned: Mapping[str, str]) -> str | None:
+    return next((owner for name in names if (owner := _owner(name, widths, turned))), None)
 
 
-def _owner(name: str, widths: Mapping[str, Width]) -> str | None:
+def _owner(name: str, widths: Mapping[str, Width], turned: Mapping[str, str]) -> str | None:
     for layer in widths:
-        if name in (f"{layer}.weight", f"{layer}.bias", stored_name(layer)) or name.startswith(f"{layer}.bias_integer"):
+        own = (f"{layer}.weight", f"{layer}.bias", f"{layer}.bias_float", stored_name(layer))
+        if name in own or name.startswith(f"{layer}.bias_integer"):
             return layer
-    return None
+    return turned[name] if turned.get(name) in widths else None
+
+
+def _cut_factors(
+    model: onnx.ModelProto,
+    product: onnx.NodeProto,
+    width: Width,
+    tensors: Mapping[str, onnx.TensorProto],
+    new: dict[str, onnx.TensorProto],
+) -> None:
+    """The factors by which outlier channels were moved from a product's input into its weights, one for each input."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    maker = makers.get(product.input[0])
+    while maker is not None and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        maker = makers.get(maker.input[0])
+    if maker is None or maker.op_type != "Mul":
+        return
+    for i, name in enumerate(maker.input):
+        if name in tensors and len(tensors[name].dims) == 1 and tensors[name].dims[0] > width.inputs:
+            fresh = f"{name}/{product.name}"
+            new[fresh] = numpy_helper.from_array(numpy_helper.to_array(tensors[name])[: width.inputs], fresh)
+            maker.input[i] = fresh
 
 
 def _cut_inputs(
@@ -76,6 +118,7 @@ def _cut_inputs(
     width: Width,
     tensors: Mapping[str, onnx.TensorProto],
     new: dict[str, onnx.TensorProto],
+    turned: Mapping[str, str],
 ) -> None:
     """Cuts every stored tensor that a layer's node (or the DequantizeLinear of its weight, bias or input) reads."""
     of_input = node.op_type == "DequantizeLinear" and node.input[0] not in tensors
@@ -85,9 +128,11 @@ def _cut_inputs(
         values = numpy_helper.to_array(tensors[name])
         if values.ndim == 0 or (values.size == 1 and node.op_type != "DequantizeLinear"):
             continue
-        cut = values[: width.inputs * width.groups if of_input else width.outputs]
-        if values.ndim > 1:
-            cut = cut[:, : width.inputs]
+        if name in turned:
+            cut = values[: width.inputs, : width.outputs]
+        else:
+            cut = values[: width.inputs * width.groups if of_input else width.outputs]
+            cut = cut[:, : width.inputs] if values.ndim > 1 else cut
         # named by layer: equal tensors of several layers may be stored once
         fresh = f"{name}/{layer}"
         new[fresh] = numpy_helper.from_array(np.ascontiguousarray(cut), fresh)

@@ -76,6 +76,7 @@ def measured_table(
         float_layers=float_layers, widths_in=(INT8,) if alone else (FLOAT, INT8),
         deadline_s=None if left is None else left / 3, advance=advance,
         narrowed=lambda group, level: _narrowed(job, group, level, place),
+        sequences={n: weights_of(job.graph, one) for n, one in menu.layers.items() if one.sequences},
         without={p.block.node: partial(_without, job, ready, p.block, timed_formats(menu), place) for p in menu.blocks},
         ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
     )  # fmt: skip
