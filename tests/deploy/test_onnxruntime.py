@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,27 @@ def test_a_runtime_that_is_not_installed_names_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # how Python itself marks a module as not importable
     with pytest.raises(RuntimeMissing, match="pip install"):
         runtimes.get("onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("1.9.3", True), ("1.23.2", True), ("1.24", False), ("1.24.0rc1", False), ("2.0", False)]
+)
+def test_a_runtime_that_is_too_old_names_the_install_line(monkeypatch, version, refused):
+    monkeypatch.setattr(metadata, "version", {"onnxruntime": version}.__getitem__)
+    if not refused:
+        assert runtimes.get("onnxruntime") is adapter.RUNTIME
+        return
+    with pytest.raises(RuntimeMissing, match="too old here") as caught:
+        runtimes.get("onnxruntime")
+    assert "pip install 'onnxruntime>=1.24'" in caught.value.fix
+    assert version in caught.value.what
+
+
+def test_the_oldest_versions_are_those_that_the_project_asks_for():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for name in runtimes.names():
+        runtime = runtimes.known(name)
+        assert f'"{runtime.package}>={runtime.oldest}"' in text
 
 
 def test_asking_for_a_runtime_imports_neither_torch_nor_the_runtime():

@@ -6,10 +6,13 @@ the timing worker and `--help` read it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +37,11 @@ class ExecutedOp(NamedTuple):
 
 
 class Runtime(NamedTuple):
-    """What flyweight asks of a runtime. `package` is the import name, `install` the line that gets it."""
+    """What flyweight asks of a runtime. `package` is the import name, `oldest` the first version that does what is asked."""
 
     name: str
     package: str
-    install: str
+    oldest: str
     load: Callable[[Path, int], Predict]  # (path, threads) -> feeds by name -> outputs by name
     input_names: Callable[[Path], tuple[str, ...]]
     executed_ops: Callable[[Path], list[ExecutedOp]]
@@ -46,6 +49,11 @@ class Runtime(NamedTuple):
     preferred_multiple: Callable[[], int]  # widths that the kernels like
     skips_roundings: bool  # whether a value between two integer operators may stay unrounded
     snippet: str  # how a user loads {file}, a quoted name
+
+    @property
+    def install(self) -> str:
+        """The line that gets it."""
+        return f"pip install '{self.package}>={self.oldest}'"
 
 
 def names() -> tuple[str, ...]:
@@ -62,8 +70,22 @@ def known(name: str) -> Runtime:
 
 
 def get(name: str) -> Runtime:
-    """As `known`. Raises RuntimeMissing (with the install line) where its library is not installed."""
+    """As `known`. Raises RuntimeMissing (with the install line) where its library is not installed, or too old."""
     runtime = known(name)
     if importlib.util.find_spec(runtime.package) is None:
         raise RuntimeMissing(f"the runtime {name!r} is not installed here", fix=runtime.install)
+    with contextlib.suppress(metadata.PackageNotFoundError):  # builds of another name, as onnxruntime-gpu
+        version = metadata.version(runtime.package)
+        if _release(version) < _release(runtime.oldest):
+            raise RuntimeMissing(
+                f"the runtime {name!r} is too old here: {version}",
+                why=f"what flyweight relies on came with {runtime.oldest}",
+                fix=runtime.install,
+            )
     return runtime
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (2026, 4, 1) of "2026.4.1rc2"."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()

@@ -243,7 +243,7 @@ def _integer_tensors(nodes: Sequence[Any]) -> set[str]:
 RUNTIME = Runtime(
     name="onnxruntime",
     package="onnxruntime",
-    install="pip install 'onnxruntime>=1.24'",
+    oldest="1.24",
     load=load,
     input_names=input_names,
     executed_ops=executed_ops,

@@ -160,7 +160,7 @@ def _last_line(error: Exception) -> str:
 RUNTIME = Runtime(
     name="openvino",
     package="openvino",
-    install="pip install 'openvino>=2026.2'",
+    oldest="2026.2",
     load=load,
     input_names=input_names,
     executed_ops=executed_ops,
