@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from flyweight.deploy.formats.proto import attributes
 from flyweight.errors import ModelError, UsageError
 
 __all__ = ["Executor", "Fixed"]
@@ -223,7 +224,7 @@ def _single(values: Ints) -> Ints:
 
 def _settings(node: onnx.NodeProto) -> dict[str, Any]:
     """A node's attributes. Raises ModelError for a setting that nothing here computes with."""
-    found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    found = attributes(node)
     for name, value in found.items():
         if name in ONLY and value != ONLY[name]:
             raise ModelError(f"{node.op_type} with {name}={value!r} has no fixed-point form here", where=node.name)

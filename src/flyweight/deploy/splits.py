@@ -5,7 +5,7 @@ Time does not depend on what the weights are, so both parts hold weights of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from flyweight.deploy.formats.onnx import stored_name
+from flyweight.deploy.formats.proto import without_unread
+from flyweight.deploy.variants import products
 
 __all__ = ["with_split_layer"]
 
@@ -30,11 +32,12 @@ def with_split_layer(model: onnx.ModelProto, layer: str, rank: int, weight: Arra
     result.CopyFrom(model)
     tensors = {t.name: t for t in result.graph.initializer}
     makers = {output: node for node in result.graph.node for output in node.output}
+    turned = products(result, {layer: weight})
     nodes: list[onnx.NodeProto] = []
     fresh: dict[str, onnx.TensorProto] = {}  # by name: a layer that is called twice has its weights once
     count = len(result.graph.node)
     for node in result.graph.node:
-        name = _weights_of(node, layer, weight, tensors, makers)
+        name = _weights_of(node, layer, turned, makers)
         if not name:
             nodes.append(node)
             continue
@@ -49,27 +52,13 @@ def with_split_layer(model: onnx.ModelProto, layer: str, rank: int, weight: Arra
     del result.graph.node[:]
     result.graph.node.extend(kept)
     result.graph.initializer.extend(fresh.values())
-    return _without_unread(result)
-
-
-def _without_unread(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without dequantizers and tensors that nothing reads any more."""
-    used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    nodes = [node for node in model.graph.node if set(node.output) & used]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    used = {name for node in kept for name in node.input}
-    stored = [onnx.TensorProto.FromString(t.SerializeToString()) for t in model.graph.initializer if t.name in used]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(kept)
-    model.graph.initializer.extend(stored)
-    return model
+    return without_unread(result)
 
 
 def _weights_of(
     node: onnx.NodeProto,
     layer: str,
-    weight: Array,
-    tensors: Mapping[str, onnx.TensorProto],
+    turned: Collection[str],
     makers: Mapping[str, onnx.NodeProto],
 ) -> str:
     """The name under which a node reads the layer's weights, "" if it is not that layer."""
@@ -80,10 +69,7 @@ def _weights_of(
     if maker is not None:
         integer = maker.op_type == "DequantizeLinear" and maker.input[0] == stored_name(layer)
         return str(name) if integer else ""
-    if name == f"{layer}.weight":
-        return str(name)
-    turned = node.op_type == "MatMul" and name in tensors and list(tensors[name].dims) == list(weight.shape[::-1])
-    return str(name) if turned and np.array_equal(numpy_helper.to_array(tensors[name]), weight.T) else ""
+    return str(name) if name == f"{layer}.weight" or name in turned else ""
 
 
 def _shapes(node: onnx.NodeProto, values: Array, rank: int) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from flyweight.deploy.formats.onnx import stored_name
+from flyweight.deploy.formats.proto import without_unread
 
 __all__ = ["Width", "patched", "products", "with_float_layer"]
 
@@ -57,26 +58,22 @@ def patched(
     new: dict[str, onnx.TensorProto] = {}
     owners = [_first_owner(node.input, widths, turned) for node in result.graph.node]
     reader = {node.input[0]: owner for node, owner in zip(result.graph.node, owners, strict=True) if owner}
+    makers = {output: node for node in result.graph.node for output in node.output}
     read_back = {node.output[0]: owner for node, owner in zip(result.graph.node, owners, strict=True) if owner}
     for node, named in zip(result.graph.node, owners, strict=True):
         # a float layer among int8 ones reads its input with a scale for every channel, whose name says nothing
         owner = named or (reader.get(node.output[0]) if node.op_type == "DequantizeLinear" else None)
-        convolves = node.op_type == "Conv"
-        whose = (named or read_back.get(node.input[1])) if convolves else None
+        whose = (named or read_back.get(node.input[1])) if node.op_type in ("Conv", "MatMul") else None
         if whose and widths[whose].groups > 1:
             _set_groups(node, widths[whose].groups)
-        if node.op_type == "MatMul" and (whose := named or read_back.get(node.input[1])):
-            _cut_factors(result, node, widths[whose], tensors, new)
+        if whose and node.op_type == "MatMul":
+            _cut_factors(node, widths[whose], makers, tensors, new)
         if owner is not None:
             _cut_inputs(node, owner, widths[owner], tensors, new, turned)
         elif node.op_type == "Reshape" and node.input[1] in tensors:
             _any_width(node, tensors, new)
     result.graph.initializer.extend(new.values())
-    used = {name for node in result.graph.node for name in node.input}
-    kept = [t for t in result.graph.initializer if t.name in used]
-    del result.graph.initializer[:]
-    result.graph.initializer.extend(kept)
-    return result
+    return without_unread(result)
 
 
 def _first_owner(names: Iterable[str], widths: Mapping[str, Width], turned: Mapping[str, str]) -> str | None:
@@ -92,14 +89,13 @@ def _owner(name: str, widths: Mapping[str, Width], turned: Mapping[str, str]) ->
 
 
 def _cut_factors(
-    model: onnx.ModelProto,
     product: onnx.NodeProto,
     width: Width,
+    makers: Mapping[str, onnx.NodeProto],
     tensors: Mapping[str, onnx.TensorProto],
     new: dict[str, onnx.TensorProto],
 ) -> None:
     """The factors by which outlier channels were moved from a product's input into its weights, one for each input."""
-    makers = {output: node for node in model.graph.node for output in node.output}
     maker = makers.get(product.input[0])
     while maker is not None and maker.op_type in ("QuantizeLinear", "DequantizeLinear"):
         maker = makers.get(maker.input[0])

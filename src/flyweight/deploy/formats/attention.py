@@ -18,6 +18,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from flyweight.deploy.formats.proto import without_unread
+
 __all__ = ["turned_once", "unguarded"]
 
 FLOOR = np.float32(-1e30)  # what is masked is below it (finite or not); its exponential is zero
@@ -49,7 +51,7 @@ def turned_once(model: onnx.ModelProto) -> onnx.ModelProto:
         product.input[:] = [queries.input[0], keys.input[0]]
         product.output[0] = bare
         graph.node.insert(list(graph.node).index(product) + 1, scaled)
-    return _without_dead(model)
+    return without_unread(model)
 
 
 def _turned_by_three(
@@ -95,18 +97,6 @@ def _scale(node: onnx.NodeProto | None, tensors: Mapping[str, np.ndarray]) -> fl
     """The number that a Mul multiplies its first input by."""
     known = tensors.get(node.input[1]) if node is not None and node.op_type == "Mul" else None
     return float(known.reshape(-1)[0]) if known is not None and known.size == 1 else None
-
-
-def _without_dead(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without nodes that nothing reads."""
-    answers = {value.name for value in model.graph.output}
-    while True:
-        read = answers | {name for node in model.graph.node for name in node.input}
-        dead = [node for node in model.graph.node if not read.intersection(node.output)]
-        if not dead:
-            return model
-        for node in dead:
-            model.graph.node.remove(node)
 
 
 def unguarded(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -7,11 +7,12 @@ multiple of the time, in OpenVINO more so than in ONNX Runtime (networks on soun
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
+
+from flyweight.deploy.formats.proto import attributes, without_unread
 
 __all__ = ["laid"]
 
@@ -96,27 +97,23 @@ def _able(
 
     if len(node.output) != 1 or not column(node.output[0]):
         return False
-    settings = _settings(node)
+    given = attributes(node)
     match node.op_type:
         case kind if kind in BROADCAST:
             return all(column(name) or flat(name) for name in node.input)
         case "Concat":
-            return settings["axis"] in (0, 1) and all(map(column, node.input))
+            return given["axis"] in (0, 1) and all(map(column, node.input))
         case "QuantizeLinear" | "DequantizeLinear":
-            scalar = not weights.get(node.input[1], (2,)) or settings.get("axis", 1) == 1
-            return scalar and column(node.input[0]) and not settings.get("block_size")
+            scalar = not weights.get(node.input[1], (2,)) or given.get("axis", 1) == 1
+            return scalar and column(node.input[0]) and not given.get("block_size")
         case "Pad":
             known = len(node.input) < 4 and node.input[1] in weights
             return known and column(node.input[0])
         case "Conv" | "ConvTranspose":
             stored = len(_stored(model, node.input[1], weights) or ()) == 4
-            return stored and column(node.input[0]) and "output_shape" not in settings
+            return stored and column(node.input[0]) and "output_shape" not in given
         case kind:
             return (kind in ALIKE or kind in WINDOWS) and column(node.input[0])
-
-
-def _settings(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 class _Turning:
@@ -124,41 +121,28 @@ class _Turning:
 
     def __init__(self, model: onnx.ModelProto, part: set[int]) -> None:
         self.model = model
-        self.tensors = {t.name: t for t in model.graph.initializer}
-        nodes = list(model.graph.node)
-        self.inner = [nodes[i] for i in sorted(part)]
-        self.outer = [node for i, node in enumerate(nodes) if i not in part]
-        self.turned = {name for node in self.inner for name in node.output}  # that the part makes
-        self.order = nodes
+        self.tensors = {t.name: onnx.TensorProto.FromString(t.SerializeToString()) for t in model.graph.initializer}
+        self.nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
+        self.part = part
+        self.turned = {name for i in part for name in self.nodes[i].output}  # that the part makes
 
     def turn(self) -> None:
-        inner = {id(node) for node in self.inner}
-        entering = self._entering()
-        left = {name for node in self.outer for name in node.input} | {value.name for value in self.model.graph.output}
+        entered: set[str] = set()
         made: list[onnx.NodeProto] = []
-        for node in self.order:
-            if id(node) not in inner:
+        for i, node in enumerate(self.nodes):
+            if i not in self.part:
                 made.append(self._composed(node))
                 continue
-            for name in dict.fromkeys(node.input):
-                if entering.pop(name, False):
-                    made.append(_transpose(name, _within(name)))
-            made += self._turned(node)
-        read = {name for node in made for name in node.input} | {value.name for value in self.model.graph.output}
-        back = [_transpose(_within(name), name) for name in self.turned if name in left and name in read]
-        for one in back:
-            at = next(i for i, node in enumerate(made) if one.input[0] in node.output)
-            made.insert(at + 1, one)
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(made)
-        used = {name for node in made for name in node.input}
-        kept = [t for t in self.tensors.values() if t.name in used]
-        del self.model.graph.initializer[:]
-        self.model.graph.initializer.extend(kept)
-
-    def _entering(self) -> dict[str, bool]:
-        """The values that come into the part from outside."""
-        return {name: True for node in self.inner for name in self._values(node) if name not in self.turned}
+            entering = {name: None for name in self._values(node) if name not in self.turned | entered}
+            entered |= entering.keys()
+            made += [_transpose(name, _within(name)) for name in entering]
+            answer = node.output[0]
+            made += [*self._turned(node), _transpose(_within(answer), answer)]  # back, where something outside reads it
+        graph = self.model.graph
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(made)
+        graph.initializer.extend(self.tensors.values())
+        without_unread(self.model)
 
     def _values(self, node: onnx.NodeProto) -> Iterator[str]:
         """What a node reads on its side: not its weights, scales and other constants."""
@@ -196,11 +180,11 @@ class _Turning:
     def _turned_weight(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """The stored weight on its side if no other node reads it, else a Transpose, which runtimes compute once."""
         name = node.input[1]
-        stored, readers = name, [n for n in self.order if name in n.input]
+        stored, readers = name, [n for n in self.nodes if name in n.input]
         if name not in self.tensors:
-            read = next(n for n in self.order if name in n.output)
+            read = next(n for n in self.nodes if name in n.output)
             stored = read.input[0]
-            readers += [n for n in self.order if stored in n.input and n is not read]
+            readers += [n for n in self.nodes if stored in n.input and n is not read]
         if len(readers) == 1:
             self.tensors[stored] = _on_its_side(self.tensors[stored])
             return []

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from flyweight.deploy.formats.attention import turned_once, unguarded
 from flyweight.deploy.formats.columns import laid
 from flyweight.deploy.formats.pads import merged_pads
+from flyweight.deploy.formats.proto import without_unread
 from flyweight.deploy.formats.unpack import is_packed, unpacked_rows, unpacked_weight
 from flyweight.errors import ModelError
 from flyweight.graph.numbers import number_forms
@@ -164,11 +165,7 @@ def _lean(model: onnx.ModelProto) -> onnx.ModelProto:
         own.name = node.input[2] = f"{stored.name}_zero_point"
         if own.name not in tensors:
             model.graph.initializer.append(own)
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [t for t in model.graph.initializer if t.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    return model
+    return without_unread(model)
 
 
 def _stripped(model: onnx.ModelProto) -> onnx.ModelProto:
