@@ -107,6 +107,11 @@ def is_time(limit: Limit) -> bool:
     return limit.quantity in TIMES
 
 
+def limits_memory(budget: Budget) -> bool:
+    """True where peak memory is limited: then it is measured."""
+    return any(limit.quantity == "memory" for limit in budget.limits)
+
+
 def with_guard(budget: Budget, task: str, has_labels: bool, metric: str = "accuracy") -> tuple[Budget, Note | None]:
     """The budget with the task's default guard if it has no limit on quality, and the Note that says so (else None).
 

@@ -34,12 +34,13 @@ from flyweight.stages.watch import Stage, Watch
 from flyweight.stages.write import write_all
 from flyweight.types import Budget, Plan, Results, Rule, from_json, to_json
 
+CLOCKED = ("correction-", "table.", "target.", "footprint.")  # measured in one runtime, at some shapes, by some threads
 APART = {  # what runs with the same prices may differ in, and the checkpoints that do not hold then
     "budget": ("correction-",),
     "prefer": ("correction-",),
-    "shapes": ("correction-", "table.", "target."),
-    "target": ("correction-", "table.", "target."),
-    "threads": ("correction-", "table.", "target."),
+    "shapes": CLOCKED,
+    "target": CLOCKED,
+    "threads": CLOCKED,
     "table": ("correction-", "table."),
     "test": ("correction-",),
     "evaluate": (),

@@ -29,7 +29,7 @@ def fed(x: torch.Tensor, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_weights_and_activations_are_in_what_a_file_adds(tmp_path: Path, runtime: str):
+def test_weights_are_in_what_a_file_adds(tmp_path: Path, runtime: str):
     pytest.importorskip(runtime)
     wide = nn.Sequential(nn.Linear(2_000, 4_000), nn.ReLU(), nn.Linear(4_000, 500))  # 40 MB of weights
     (tmp_path / "wide").mkdir()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from flyweight.audit.quality import Yardstick
+from flyweight.budget import limits_memory
 from flyweight.data import role
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder, read_manifest
@@ -126,8 +127,9 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
     files = {ORIGINAL: reference, COMPRESSED: folder / ARTIFACT_FILE}
     timings = clocked_until_decided(graph, files, data, results.shapes, results.target, count, results.budget)
     advance(1)
-    limited = any(limit.quantity == "memory" for limit in results.budget.limits)
-    peaks = peaks_of(graph, files, data, results.shapes, results.target, count) if limited else {}
+    peaks: Mapping[str, Interval] = {}
+    if limits_memory(results.budget):
+        peaks = peaks_of(graph, files, data, results.shapes, results.target, count)
     return _updated(results, proofs, found, timings, peaks)
 
 

@@ -110,7 +110,8 @@ def priced(
     """The menu with file sizes; the latency table: given, kept from before, or measured now; and, where memory is limited, what
     the whole models take of it."""
     menu, table = quotes.menu, job.settings.table
-    kept, kept_table, kept_footprint = (folder.load(f"{name}.json") for name in ("sizes", "table", "footprint"))
+    kept, kept_table = (folder.load(f"{name}.json") for name in ("sizes", "table"))
+    kept_footprint = folder.load("footprint.json") if job.memory_matters else None
     if table is None and kept_table is not None:
         table = from_json(kept_table, LatencyTable)
     if table is not None:

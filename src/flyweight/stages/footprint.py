@@ -57,10 +57,10 @@ def with_memory(built: Problem, menu: Menu, found: Footprint) -> Problem:
 
 def _size(built: Problem, menu: Menu, regime: str) -> float:
     """The predicted bytes of the whole model in one number format."""
-    choices = [0] * len(built.sizes)
+    choices, where = [0] * len(built.sizes), menu.format_index()
     for one in menu.formats:
         if regime == INT8 and INT8_FORM in one.allowed:
-            choices[menu.format_index()[one.layer]] = INT8_FORM
+            choices[where[one.layer]] = INT8_FORM
     return evaluate(built, choices)[1]["size"]
 
 

@@ -110,7 +110,7 @@ class Job:
     @property
     def memory_matters(self) -> bool:
         """Whether peak memory is limited: then it is measured."""
-        return any(limit.quantity == "memory" for limit in self.budget.limits)
+        return budgets.limits_memory(self.budget)
 
     @property
     def rounds(self) -> bool:
