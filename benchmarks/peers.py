@@ -1,6 +1,7 @@
 """Flyweight beside ONNX Runtime's own int8, NNCF and OpenVINO: time, bytes and quality of the same networks.
 
     python benchmarks/peers.py [--network efficientnet|minilm|crepe|resnet20] [--quick] [--threads 1] [--processes 5]
+                               [--workdir DIR] [--rivals-only]
 
 Everything is timed in pairs with the float file (torch's own export, which the rivals start from) in ONNX Runtime (ABBA
 blocks, fresh processes), so a share means the same for all rows. Flyweight's budgets are shares of the fastest rival's time,
@@ -68,14 +69,15 @@ def ours(case: Case, made: _Made, folder: Path, clocked: Callable[[], clock.Timi
         several = f", {target}" if len(case.targets) > 1 else ""
         prices = None
         for goal, (part, others) in case.goals.items():
+            place = folder / f"{target}-{goal}".replace(" ", "-")
             if f"{OURS}, {goal}{several}" in made:
+                prices = prices or place
                 continue
             first, limits = first or clocked(), []
             for shape in first.noise:
                 fastest = min(first.times[name][shape].share.value for name in known)
                 allowed = part * fastest / first.times[_own(target)][shape].share.value
                 limits.append(f"latency@{shape}<={100 * allowed:.1f}%")
-            place = folder / f"{target}-{goal}".replace(" ", "-")
             budget, shapes = ", ".join([*limits, others]), list(first.noise)
             asked = {"shapes": shapes, "prices": prices}
             made.add(f"{OURS}, {goal}{several}", partial(_compressed, case, budget, target, place, **asked))
@@ -99,8 +101,12 @@ class _Made(dict[str, Rival]):
     def add(self, name: str, make: Callable[[], Rival]) -> None:
         """Makes what was not made before."""
         if name not in self:
-            self[name] = make()
-            self.file.write_bytes(msgspec.json.encode(self, enc_hook=str))
+            self.keep(name, make())
+
+    def keep(self, name: str, one: Rival) -> None:
+        """Adds what is made, in place of what has its name."""
+        self[name] = one
+        self.file.write_bytes(msgspec.json.encode(self, enc_hook=str))
 
 
 def _own(target: str) -> str:
@@ -178,7 +184,7 @@ def compared(name: str, options: Any) -> None:
         failed = []
         for rival, one in rivals([r for r in case.rivals if r != "bf16"], file, feeds[:300], folder, known=made):
             if isinstance(one, Rival):
-                made.add(rival, partial(lambda x: x, one))
+                made.keep(rival, one)
             else:
                 failed.append({"artifact": rival, "note": f"fails: {one}"})
             print(f"  {rival}: {one}", flush=True)

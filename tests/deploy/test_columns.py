@@ -92,6 +92,7 @@ def test_the_answers_stay_and_the_kernels_lie(name: str, tmp_path: Path):
     graph = trace(built(name), COLUMN).module
     export(graph, COLUMN, tmp_path / "plain.onnx", plain=True)
     export(graph, COLUMN, tmp_path / "laid.onnx")
+    assert (tmp_path / "plain.onnx").read_bytes() != (tmp_path / "laid.onnx").read_bytes()
     one = onnx.load(tmp_path / "laid.onnx")
     onnx.checker.check_model(one, full_check=True)
     assert on_rows(one) >= NETS[name][1]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from flyweight.deploy.answer_worker import Ask, AskReply
-from flyweight.errors import VerificationError
+from flyweight.deploy import answer_worker
+from flyweight.deploy.answer_worker import Ask
+from flyweight.deploy.apart import answered, read
 
 __all__ = ["ask", "ask_each", "distance", "tolerance"]
 
@@ -58,19 +56,10 @@ def ask_each(
         job = Ask(
             runtime, threads, str(model.resolve()), {n: str(place / f"feeds-{i}.npz") for n, (i, _, _) in every.items()},
             {n: batch for n, (_, batch, _) in every.items()}, {n: rows for n, (_, _, rows) in every.items()},
-            str(place / "answers.npz"), str(place / "reply.json"),
+            str(place / "answers.npz"),
         )  # fmt: skip
-        (place / "job.json").write_bytes(msgspec.json.encode(job))
-        command = [sys.executable, "-P", "-m", "flyweight.deploy.answer_worker", str(place / "job.json")]
-        ended = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - our own module
-        if not (place / "reply.json").is_file():
-            last = ended.stderr.decode(errors="replace").strip().splitlines()[-3:]
-            raise VerificationError("the verifying process died", where=str(model), why=" ".join(last))
-        reply = msgspec.json.decode((place / "reply.json").read_bytes(), type=AskReply)
-        if reply.kind:
-            raise VerificationError("the runtime refuses the artifact", where=str(model), why=reply.text)
-        with np.load(place / "answers.npz", allow_pickle=False) as stored:
-            answers = {key: torch.from_numpy(stored[key]) for key in stored.files}
+        answered(answer_worker.__name__, job, type(None), folder=place, where=str(model))
+        answers = {key: torch.from_numpy(value) for key, value in read(job.answers).items()}
     found: dict[str, Answers] = {run: {} for run in every}
     for key, value in answers.items():
         run, name = key.split("|", 1)

@@ -6,18 +6,16 @@ itself takes is there before. What counts is the resident set at its highest, pa
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-import msgspec
 import onnx
 
-from flyweight.deploy.footprint_worker import Job, Reply
-from flyweight.errors import VerificationError
+from flyweight.deploy import footprint_worker
+from flyweight.deploy.apart import answered
+from flyweight.deploy.footprint_worker import Job
 from flyweight.types import Interval
 
 __all__ = ["peak_bytes"]
@@ -44,20 +42,8 @@ def peak_bytes(
 
 
 def _measured(model: Path, small: Path, feeds: Mapping[str, Path], runtime: str, threads: int, folder: Path) -> int:
-    reply = folder / "reply.json"
-    reply.unlink(missing_ok=True)
-    every = tuple(str(path) for path in feeds.values())
-    job = Job(runtime, threads, str(model.resolve()), str(small), every, str(reply))
-    (folder / "job.json").write_bytes(msgspec.json.encode(job))
-    command = [sys.executable, "-P", "-m", "flyweight.deploy.footprint_worker", str(folder / "job.json")]
-    ended = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - our own module
-    if not reply.is_file():
-        last = ended.stderr.decode(errors="replace").strip().splitlines()[-3:]
-        raise VerificationError("the process that measures memory died", where=str(model), why=" ".join(last))
-    answer = msgspec.json.decode(reply.read_bytes(), type=Reply)
-    if answer.error:
-        raise VerificationError("the runtime refuses the file", where=str(model), why=answer.error)
-    return answer.peak_bytes
+    job = Job(runtime, threads, str(model.resolve()), str(small), tuple(str(path) for path in feeds.values()))
+    return answered(footprint_worker.__name__, job, int, folder=folder, where=str(model))
 
 
 def _small() -> onnx.ModelProto:

@@ -1,21 +1,16 @@
-"""The fresh process in which one file's memory is measured: `python -m flyweight.deploy.footprint_worker job.json`.
-
-It imports numpy and the runtime, never torch.
-"""
+"""The fresh process in which one file's memory is measured (see `apart`)."""
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from flyweight.deploy import runtimes
-from flyweight.errors import FlyweightError
+from flyweight.deploy.apart import read, serve
 
-__all__ = ["Job", "Reply"]
+__all__ = ["Job"]
 
 RUNS = 3  # the first ones allocate
 
@@ -28,32 +23,14 @@ class Job(msgspec.Struct, frozen=True):
     model: str
     small: str
     feeds: tuple[str, ...]
-    reply: str
 
 
-class Reply(msgspec.Struct, frozen=True):
-    """What was added to the resident set at its highest, or why nothing was measured."""
-
-    peak_bytes: int = 0
-    error: str = ""
-
-
-def main(path: str) -> None:
-    """Runs the job in the JSON file at `path`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
-    try:
-        reply = Reply(_added(job))
-    except FlyweightError as error:
-        reply = Reply(error=str(error))
-    Path(job.reply).write_bytes(msgspec.json.encode(reply))
-
-
-def _added(job: Job) -> int:
+def added(job: Job) -> int:
+    """The bytes by which the resident set grew at its highest."""
     load = runtimes.get(job.runtime).load
     first = load(Path(job.small), job.threads)
     first({"x": np.ones(1, dtype=np.float32)})
-    feeds = [_read(path) for path in job.feeds]
+    feeds = [read(path) for path in job.feeds]
     before = _highest()
     predict = load(Path(job.model), job.threads)
     for feed in feeds:
@@ -73,10 +50,5 @@ def _highest() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _read(path: str) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve(Job, added)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["describe", "fingerprint", "flags", "has_vnni", "versions"]
+__all__ = ["describe", "fingerprint", "flags", "has_vnni", "version_of", "versions"]
 
 # The flags that choose between the runtime's kernels; prefixes, since the kernel spells amx_int8, amx_tile, …
 KERNEL_FLAGS = (
@@ -53,7 +53,7 @@ def describe() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Package -> installed version, of those that shape an artifact or a measurement; what is missing is left out."""
-    return {name: version for name in PACKAGES if (version := _version(name))}
+    return {name: version for name in PACKAGES if (version := version_of(name))}
 
 
 def has_vnni() -> bool:
@@ -67,7 +67,7 @@ def fingerprint(runtime: str = "onnxruntime") -> str:
     Memory size, kernel release and Python are left out: they change without moving the times of one operator.
     """
     machine = describe()
-    parts = [machine["cpu"], machine["flags"], machine["cores"], platform.machine(), runtime, _version(runtime)]
+    parts = [machine["cpu"], machine["flags"], machine["cores"], platform.machine(), runtime, version_of(runtime)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -114,7 +114,8 @@ def _ram() -> str:
     return f"{pages * page_bytes / 2**30:.1f} GiB"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, "" where it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -278,9 +278,8 @@ def _float_parts(menu: Menu, table: LatencyTable, name: str, shape: str) -> tupl
     if shape not in table.extra.get(name, {}):
         return 0.0, 0.0
     expected = _computing_in_float(menu, table, shape)
-    added = {
-        one: _believed(by[shape], expected.get(one, 0.0), _scatter(table, shape)) for one, by in table.extra.items()
-    }
+    scatter = table.spread.get(INT8, {}).get(shape, 0.0)
+    added = {one: _believed(by[shape], expected.get(one, 0.0), scatter) for one, by in table.extra.items()}
     scale = 1.0
     if table.fixed:  # nothing prices pairs of neighbours in float: together they take more than each of them alone
         told = sum(added.values()) + sum(expected.get(one, 0.0) for one in table.fixed)
@@ -296,10 +295,6 @@ def _computing_in_float(menu: Menu, table: LatencyTable, shape: str) -> dict[str
     layers = {**menu.layers, **menu.depthwise}
     total = sum(one.macs for one in layers.values())
     return {name: gained * one.macs / max(total, 1) for name, one in layers.items()}
-
-
-def _scatter(table: LatencyTable, shape: str) -> float:
-    return table.spread.get(INT8, {}).get(shape, 0.0)
 
 
 def _by_work(menu: Menu, whole: float) -> Floats:

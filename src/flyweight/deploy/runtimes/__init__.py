@@ -6,19 +6,18 @@ the timing worker and `--help` read it.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flyweight.deploy.machine import version_of
 from flyweight.errors import RuntimeMissing, UsageError
 
 __all__ = ["ExecutedOp", "Feeds", "Runtime", "get", "known", "names"]
@@ -74,14 +73,13 @@ def get(name: str) -> Runtime:
     runtime = known(name)
     if importlib.util.find_spec(runtime.package) is None:
         raise RuntimeMissing(f"the runtime {name!r} is not installed here", fix=runtime.install)
-    with contextlib.suppress(metadata.PackageNotFoundError):  # builds of another name, as onnxruntime-gpu
-        version = metadata.version(runtime.package)
-        if _release(version) < _release(runtime.oldest):
-            raise RuntimeMissing(
-                f"the runtime {name!r} is too old here: {version}",
-                why=f"what flyweight relies on came with {runtime.oldest}",
-                fix=runtime.install,
-            )
+    version = version_of(runtime.package)  # none for builds of another name, as onnxruntime-gpu
+    if version and _release(version) < _release(runtime.oldest):
+        raise RuntimeMissing(
+            f"the runtime {name!r} is too old here: {version}",
+            why=f"what flyweight relies on came with {runtime.oldest}",
+            fix=runtime.install,
+        )
     return runtime
 
 
