@@ -169,6 +169,24 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert hits["two"] / trials > 0.90
 
 
+@pytest.mark.parametrize("count", [9, 12, 15, 40])
+def test_of_many_ratios_the_interval_is_that_of_the_sign_test(count: int):
+    ratios = np.exp(0.02 * np.random.default_rng(count).standard_normal(count)).tolist()
+    found = clock.ratio_interval(ratios)
+    below, above = (sum(ratio < end for ratio in ratios) for end in (found.low, found.high))
+    missed = stats.binom.cdf(below, count, 0.5) + stats.binom.sf(
+        above, count, 0.5
+    )  # the median is outside of both ends
+    wider = stats.binom.cdf(below + 1, count, 0.5) + stats.binom.sf(above - 1, count, 0.5)
+    assert missed <= 0.05 < wider
+    assert found.value == np.median(ratios)
+
+
+def test_a_disturbed_process_among_many_leaves_the_interval():
+    quiet = np.linspace(0.65, 0.67, 9).tolist()
+    assert clock.ratio_interval([*quiet[:-1], 2.0]).high <= max(quiet)
+
+
 def test_one_outlier_does_not_move_the_value_but_the_interval():
     quiet, disturbed = [0.66] * 4 + [0.661], [0.66] * 4 + [0.51]
     assert clock.ratio_interval(disturbed).value == 0.66
