@@ -21,6 +21,7 @@ from flyweight.graph.program import load_files
 from flyweight.stages.advise import Advice, advised
 from flyweight.stages.again import replayed, reweighed
 from flyweight.stages.buy import Purchase, buy
+from flyweight.stages.deadline import duration_s
 from flyweight.stages.given import path_of, read_plan, read_table
 from flyweight.stages.ladder import picked, rungs, speedups
 from flyweight.stages.look import Inspection, inspected
@@ -28,7 +29,7 @@ from flyweight.stages.make import make, plan_of
 from flyweight.stages.memory import kept_memory
 from flyweight.stages.quote import Quotes, quote
 from flyweight.stages.result import Result
-from flyweight.stages.setup import Job, Settings, duration_s, job_of
+from flyweight.stages.setup import Job, Settings, job_of
 from flyweight.stages.target import aimed
 from flyweight.stages.watch import Stage, Watch
 from flyweight.stages.write import write_all
@@ -97,12 +98,13 @@ def compress(
     default "batch=1" and those the budget names. `target`: a runtime, or several ("onnxruntime,openvino"), of which
     the one that serves the model best here is taken. `table`: a latency table made earlier (a record or its file);
     with it the plan does not depend on the clock. `keep` and `rules` are patterns of layer names. `time_limit`:
-    seconds or "20m". The same call in the same folder resumes; `fresh` starts over. `prices`: the folder of a run of
-    the same model, data and methods whose statistics, prices and latencies hold here too: another budget then takes a
-    fraction of the time. `ladder`: further points, each at least so much faster than the original ("1.5x,2x,4x") and
-    within the budget's other limits, verified and reported in workdir/ladder. `stop()` is asked between steps. Raises
-    the errors of `flyweight.errors`; a budget that cannot be met is no error: the nearest artifact is delivered with
-    `budget_met` False.
+    seconds or "20m"; what it leaves no time to price stays as it is, and the best so far is delivered, with a note; a run
+    that has nothing to choose from yet raises ResourceError and is resumable. The same call in the same folder resumes;
+    `fresh` starts over. `prices`: the folder of a run of the same model, data and methods whose statistics, prices and
+    latencies hold here too: another budget then takes a fraction of the time. `ladder`: further points, each at least so
+    much faster than the original ("1.5x,2x,4x") and within the budget's other limits, verified and reported in
+    workdir/ladder. `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that cannot be met is
+    no error: the nearest artifact is delivered with `budget_met` False.
     """
     run = _Run.of(
         model, calib=calib, tune=tune, test=test, example=example, budget=budget, prefer=prefer, task=task,

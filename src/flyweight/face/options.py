@@ -185,7 +185,7 @@ PRICES = _option(
     "--prices", metavar="FOLDER", help="A run of the same model and data whose measurements are taken over."
 )
 RUN = (
-    _option("--time-limit", metavar="TIME", help="90s, 20m, 1.5h: then stops between two steps, resumable."),
+    _option("--time-limit", metavar="TIME", help="90s, 20m, 1.5h: then ends with the best so far, marked."),
     SEED,
     folder_option("out"),
     FRESH,

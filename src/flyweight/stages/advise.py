@@ -26,7 +26,8 @@ from flyweight.graph.operators import layers, roundable
 from flyweight.graph.rewrite import refresh
 from flyweight.graph.surgery import cut
 from flyweight.numerics.ragged import joined
-from flyweight.stages.quote import groups_offered, number_layers
+from flyweight.stages.eligible import number_layers
+from flyweight.stages.quote import groups_offered
 from flyweight.stages.setup import Inputs, Job
 from flyweight.stages.target import served, whole_files
 from flyweight.stages.watch import Stage

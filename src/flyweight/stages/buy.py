@@ -30,6 +30,7 @@ from flyweight.numerics.ragged import joined
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
 from flyweight.stages.choose import Choice, Reference, choose, corrected, cost_limits, goal, steps_of
+from flyweight.stages.deadline import CUT, GO_ON, Part
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.footprint import Footprint, measured_footprint, with_memory
 from flyweight.stages.packing import packed_overhead
@@ -46,6 +47,7 @@ from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Opti
 __all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "priced", "reference_of"]
 
 REFERENCE_FILE = "run/reference.onnx"
+CHOOSING = 0.5  # of the time left, where there is a limit on it: making and weighing the choice come after
 UNPROVEN = 1e-6  # relative gaps below it are the solver's tolerance
 # The cheapest of several combinations that pass on tune is chosen for passing, and the test samples will judge it again. So
 # that it holds there with 95 % probability, its value must keep z(.975) + z(.95) standard errors from the limit, not z(.975).
@@ -81,18 +83,19 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     aim = goal(job.budget, table)
     # where the error decides, nothing is tried: what is chosen is made once, when its costs have been measured
     attempt = _unmade if aim == "error" else _attempt(job, quotes, POWER)
-    job.checkpoint("choosing")
+    job.checkpoint("choosing", needed=False)
+    late = job.deadline.part(CHOOSING)
     advance = stage("choose", 1)
-    choice = choose(offers, limits, aim, attempt)
-    corrected, file = _corrected(job, quotes, offers, reference, table, choice, aim, attempt, folder)
+    choice = choose(offers, limits, aim, attempt, late)
+    corrected, file = _corrected(job, quotes, offers, reference, table, choice, aim, attempt, folder, late)
     if corrected.outcome is None:
-        job.checkpoint("making what was chosen")
+        job.checkpoint("making what was chosen", needed=False)
         corrected = replace(
             corrected, outcome=delivered(job, quotes, steps_of(corrected.market.menu, corrected.solution))
         )
     advance(1)
     bought = _purchase(quotes, reference, table, corrected)
-    notes = (*bought.notes, *_search_notes(choice, corrected), *_untimed_notes(quotes.menu, menu, table))
+    notes = (*bought.notes, *_search_notes(choice, corrected, late.cut), *_untimed_notes(quotes.menu, menu, table))
     return replace(bought, notes=notes, file=file)
 
 
@@ -123,16 +126,19 @@ def priced(
         return _timed(replace(menu, sizes=msgspec.json.decode(kept, type=Sizes)), table), table, footprint
     with tempfile.TemporaryDirectory(prefix="flyweight-bases-") as place:
         bases, sizes, ready = _bases(job, quotes, folder, Path(place))
-        folder.save("sizes.json", msgspec.json.encode(asdict(sizes)))
+        keep = (
+            (lambda *_: None) if quotes.cut else folder.save
+        )  # what holds for a part of the menu is no use to another run
+        keep("sizes.json", msgspec.json.encode(asdict(sizes)))
         menu = replace(menu, sizes=sizes)
         if not weighed:
             job.checkpoint("measuring memory")
             footprint = measured_footprint(job, folder.path / REFERENCE_FILE, bases)
-            folder.save("footprint.json", to_json(footprint).encode())
+            keep("footprint.json", to_json(footprint).encode())
         if not timed:
             job.checkpoint("measuring latencies")
             table = measured_table(job, menu, folder.path / REFERENCE_FILE, bases, ready, stage, Path(place))
-            folder.save("table.json", to_json(table).encode())
+            keep("table.json", to_json(table).encode())
     return _timed(menu, table), table, footprint
 
 
@@ -168,7 +174,7 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
     """The folded float model and the one with every layer in int8, as files; what files weigh beyond the weights."""
     menu, network = quotes.menu, quotes.network
     everything = [f.layer for f in menu.integers]
-    ready = prepared(network.graph, network.example, everything, job.calib, network.stats)
+    ready = quotes.ready or prepared(network.graph, network.example, everything, job.calib, network.stats)
     bases = {FLOAT: place / "float.onnx"}
     if ready.graph.code == job.graph.code:  # nothing was folded: the reference is that file, but for its columns
         onnx.save(laid(onnx.load(folder.path / REFERENCE_FILE)), bases[FLOAT])
@@ -224,7 +230,7 @@ def _attempt(
         before, labels = joined([job.graph(*b.inputs) for b in batches], truths)
 
     def attempt(steps: Sequence[Step]) -> tuple[Outcome, list[tuple[Limit, Interval]]]:
-        job.checkpoint("trying a combination")
+        job.checkpoint("trying a combination", needed=False)
         outcome = delivered(job, quotes, steps)
         with torch.no_grad():
             after, _ = joined([outcome[0](*b.inputs) for b in batches], truths)
@@ -250,6 +256,7 @@ def _corrected(
     aim: str,
     attempt: Callable[[Sequence[Step]], tuple[Any, Sequence[tuple[Limit, Interval]]]],
     folder: Folder,
+    late: Part,
 ) -> tuple[Choice, bytes | None]:
     """What `choose.corrected` makes of the first choice, and its file if it was exported on the way.
 
@@ -267,9 +274,9 @@ def _corrected(
         return measured
 
     def again(tighter: Mapping[str, float]) -> Choice:
-        return choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt)
+        return choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt, late)
 
-    last = corrected(choice, limits, again, trial, whole=aim == "error")
+    last = corrected(choice, limits, again, trial, whole=aim == "error", late=late)
     return last, next((file for one, file in tried if one is last), None)
 
 
@@ -305,9 +312,12 @@ def _trial(
         return measured, file.read_bytes() if made else None
 
 
-def _search_notes(first: Choice, last: Choice) -> tuple[Note, ...]:
-    """What the search did beyond solving the budget once to the end."""
+def _search_notes(first: Choice, last: Choice, late: bool) -> tuple[Note, ...]:
+    """What the search did beyond solving the budget once to the end, or did not do."""
     notes = []
+    if late:
+        text = "the time limit ended the search: this is the best so far, and a better one may exist"
+        notes.append(Note(CUT, text, fix=GO_ON))
     if last is not first:
         text = "the file of the first choice did not take what was predicted: chosen again with that known"
         notes.append(Note("budget.corrected", text))

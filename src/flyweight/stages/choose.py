@@ -18,7 +18,7 @@ __all__ = ["Choice", "Reference", "choose", "corrected", "cost_limits", "goal", 
 
 ROUNDS = 4  # corrections by what the delivered file really takes
 MARGIN = 0.985  # a corrected limit on time aims a little lower, so that the interval of the next measurement has room
-USED = 0.985  # of what is allowed: nearer to the limit than this the next measurement may say otherwise
+USED = 0.97  # of what is allowed: nearer to the limit than this the next measurement may say otherwise
 LITTLE = 1.003  # a limit moved by less is taken to be where it was
 TAIL = 1.1
 AS_NEAR = 1.02  # of the time of the nearest point to a limit that cannot be met
@@ -105,19 +105,20 @@ def corrected(
     trial: Callable[[Choice, int], Mapping[str, float]],
     *,
     whole: bool,
+    late: Callable[[], bool] = lambda: False,
 ) -> Choice:
     """Chooses again where what is delivered takes more than was predicted, or leaves room: under limits moved by so much.
 
     `limits` are those on latency and size by name, `trial(choice, turn)` measures the delivered file at each,
     `again(factors)` chooses with the limits times these factors. If the `whole` budget should be used (for quality), room
     that is left is given back: by the prediction's own error, or halfway to factors that are known to miss. The best
-    choice that was measured to hold, else the last one.
+    choice that was measured to hold, else the last one; when it is `late`, of those so far.
     """
     factors = dict.fromkeys(limits, 1.0)  # that the choice was made under
     missed: dict[str, float] = {}  # the last factors that are too loose
     held: Choice | None = None
     for turn in range(ROUNDS if limits else 0):
-        if not choice.solution.feasible:
+        if not choice.solution.feasible or late():
             break
         found = trial(choice, turn)
         used = {name: found[name] / limit for name, limit in limits.items()}
@@ -157,8 +158,15 @@ def steps_of(menu: Menu, solution: Solution) -> tuple[Step, ...]:
     return tuple(step for v, option in enumerate(solution.choices) for step in steps(menu, v, option))
 
 
-def choose(offers: Sequence[Market], limits: Mapping[str, float], aim: str, attempt: Attempt) -> Choice:
-    """The best choice inside the budget: least error, or least cost whose quality limits hold on tune.
+def choose(
+    offers: Sequence[Market],
+    limits: Mapping[str, float],
+    aim: str,
+    attempt: Attempt,
+    late: Callable[[], bool] = lambda: False,
+) -> Choice:
+    """The best choice inside the budget: least error, or least cost whose quality limits hold on tune (of what was tried before
+    it is `late`).
 
     A budget of costs that cannot be met gives the nearest point (`solution.feasible` False, `solution.binding`).
     """
@@ -170,7 +178,7 @@ def choose(offers: Sequence[Market], limits: Mapping[str, float], aim: str, atte
     if aim == "error":
         return _attempted(min(feasible, key=lambda pair: pair[1].error), attempt, 1)
     points = [(m, p) for m, _ in feasible for p in frontier(m.problem, aim, points=TRIES, limits=limits)]
-    return _cheapest_good(_undominated(points, aim) or feasible, attempt)
+    return _cheapest_good(_undominated(points, aim) or feasible, attempt, late)
 
 
 def _as_near(market: Market, limits: Mapping[str, float], nearest: Solution) -> Solution:
@@ -196,13 +204,13 @@ def _undominated(points: Sequence[Offer], aim: str) -> list[Offer]:
     return kept
 
 
-def _cheapest_good(points: Sequence[Offer], attempt: Attempt) -> Choice:
+def _cheapest_good(points: Sequence[Offer], attempt: Attempt, late: Callable[[], bool]) -> Choice:
     """Bisection over the frontier, cheap to dear: errors fall along it, so what holds at one point holds behind it."""
     low, high, tried = 0, len(points) - 1, 1
     found = _attempted(points[high], attempt, tried)
     if not found.good:
         return found
-    while low < high:
+    while low < high and not late():
         middle, tried = (low + high) // 2, tried + 1
         trial = _attempted(points[middle], attempt, tried)
         if trial.good:

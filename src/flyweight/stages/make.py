@@ -85,7 +85,7 @@ def plan_of(job: Job, quotes: Quotes, purchase: Purchase) -> Plan:
 def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Watch) -> Made:
     """Exports the purchase to model.onnx and weighs it. Raises VerificationError (the file is set aside) when the
     runtime does not answer what the graph computes."""
-    job.checkpoint("exporting")
+    job.checkpoint("exporting", needed=False)
     advance = stage("export and verify", 4)
     content = purchase.file or (lambda part: export(purchase.graph, job.example, part))
     file = folder.write(ARTIFACT_FILE, content)
@@ -103,7 +103,7 @@ def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Wa
     if job.roles.test is not None:
         found = evidence(purchase.graph, reference, file, job.roles.test, job.settings.target, job.settings.threads)
     advance(1)
-    left = job.time_left_s()
+    left = job.deadline.left_s()
     timings = clocked_until_decided(
         job.graph, {ORIGINAL: reference, COMPRESSED: file}, data, job.shapes, job.settings.target,
         job.settings.threads, job.budget, deadline_s=None if left is None else max(left, 5.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,9 +48,16 @@ def packable(job: Job, names: Sequence[str]) -> tuple[dict[str, tuple[int, ...]]
 
 
 def packed_prices(
-    job: Job, network: Network, offered: Mapping[str, tuple[int, ...]], judge: Judge, store: Store, stage: Stage
+    job: Job,
+    network: Network,
+    offered: Mapping[str, tuple[int, ...]],
+    judge: Judge,
+    store: Store,
+    stage: Stage,
+    late: Callable[[], bool],
 ) -> dict[str, tuple[Packed, ...]]:
-    """What every layer's packed forms cost. The divergence is measured at the fewest bits, where it is largest; at more it is
+    """What every layer's packed forms cost, of the layers that are come to before it is `late` and of those that must have
+    them. The divergence is measured at the fewest bits, where it is largest; at more it is
     taken to fall as the layer's error does (it is quadratic in small changes), and that as a power between both ends."""
     if not offered:
         return {}
@@ -61,7 +68,9 @@ def packed_prices(
     ready = prepared(network.graph, network.example, (), job.calib, network.stats)
     found = {}
     for name, bits in offered.items():
-        job.checkpoint(f"pricing {name} in fewer bits")
+        if late() and job.fixed_bits(name) is None:
+            continue
+        job.checkpoint(f"pricing {name} in fewer bits", needed=False)
         made = {one: with_numbers(ready, [stored.step(name, one)]) for one in {min(bits), max(bits)}}
         error = judge.behind(ready.graph, [name], ())(made[min(bits)][0])
         low, high = (made[one][1][name] for one in (min(bits), max(bits)))
@@ -70,7 +79,8 @@ def packed_prices(
             Packed(one, mine, error * mine / low if low else error) for one, mine in zip(bits, own, strict=True)
         )
         advance(1)
-    store.save("packed.json", msgspec.json.encode(found))
+    if len(found) == len(offered):
+        store.save("packed.json", msgspec.json.encode(found))
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 from safetensors.torch import load, save
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from flyweight.deploy.machine import has_vnni
 from flyweight.deploy.runtimes import get
@@ -19,14 +19,16 @@ from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
 from flyweight.graph.flow import chunked, first
 from flyweight.graph.measure import Sensed, from_tensors, measure, to_tensors
-from flyweight.graph.operators import Layer, embeddings, layers, roundable, sharers, tables
+from flyweight.graph.operators import layers, roundable
 from flyweight.graph.surgery import folded, prove_all
 from flyweight.methods import blocks, channels, int8, lowrank
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Judge, Ladder, outputs_of
 from flyweight.numerics.moments import enough
+from flyweight.stages.deadline import cut_off
 from flyweight.stages.deliver import Network, Prepared, prepared, quantized_values, with_numbers
 from flyweight.stages.depth import rest_of
+from flyweight.stages.eligible import formats_of, number_layers, number_tables
 from flyweight.stages.packing import packable, packed_prices, with_packed
 from flyweight.stages.price import Format, Menu, Sizes, edges
 from flyweight.stages.ranks import meeting
@@ -36,11 +38,18 @@ from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store, better, sensitivities, together
 from flyweight.types import Note
 
-__all__ = ["Quotes", "Store", "groups_offered", "judge_on", "largest_integer", "number_layers", "quote"]
+__all__ = ["Quotes", "Store", "groups_offered", "judge_on", "largest_integer", "quote"]
 
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32
 LITTLE = 0.05  # of removal's price: rounding that costs less meets it without being noticed
+PART = {
+    "channels": 0.4,
+    "numbers": 0.4,
+    "packed": 0.25,
+    "ranks": 0.25,
+}  # of the time left, where there is a limit on it
+LATE = "it was not come to within the time limit"
 JUDGE_MACS = 2.5e12  # for all prices together, a minute or two: a large network is judged on fewer samples
 
 
@@ -57,13 +66,16 @@ class _Prices(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class Quotes:
-    """The network with its statistics, the menu (file sizes still unknown), what is frozen and why."""
+    """The network with its statistics, the menu (file sizes still unknown), what is frozen and why; `cut` if a limit on time
+    left a part without prices, `ready` for number formats if they were priced just now."""
 
     network: Network
     menu: Menu
     frozen: tuple[Group, ...]
     refused: Mapping[str, str]  # layer -> why it has no int8 option
     notes: tuple[Note, ...]
+    cut: bool = False
+    ready: Prepared | None = None
 
 
 def quote(job: Job, store: Store, stage: Stage) -> Quotes:
@@ -87,6 +99,9 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     judge = judge_on(job.graph, (batch.inputs for batch in job.judged), job.yardstick.divergences, passes)
     job.checkpoint("pricing channels")
     ladders = _ladders(job, network, open_groups, sensed, judge, store, stage)
+    priced = {lad.group.name for lad in ladders}
+    unpriced = {"groups of channels": [g.name for g in open_groups if g.name not in priced]}
+    late = [replace(g, frozen=LATE) for g in open_groups if g.name not in priced]
     readers = {use.layer for lad in ladders if lad.sensed for use in lad.group.consumers}
     stats = replace(stats, sensed={name: one for name, one in sensed.items() if name in readers})
     network = replace(network, stats=stats)
@@ -94,16 +109,18 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     every = roundable(job.graph)
     passed = {name: one for name, one in every.items() if one.depthwise}
     allowed, refused = number_layers(job, every)
-    rows, kept_tables = _number_tables(job)
-    allowed, refused = allowed | {n: _formats_of(job, n) for n in rows if n not in kept_tables}, refused | kept_tables
-    formats, combined = _formats(job, network, ladders, allowed, judge, store, stage)
+    rows, kept_tables = number_tables(job)
+    allowed, refused = allowed | {n: formats_of(job, n) for n in rows if n not in kept_tables}, refused | kept_tables
+    formats, combined, ready = _formats(job, network, ladders, allowed, judge, store, stage)
+    unpriced["layers in int8"] = [name for name in allowed if name not in {f.layer for f in formats}]
+    refused |= dict.fromkeys(unpriced["layers in int8"], LATE)
     packing, not_packed = packable(job, (*every, *rows))
-    formats = tuple(with_packed(formats, packed_prices(job, network, packing, judge, store, stage), job))
-    refused = {name: why for name, why in refused.items() if name not in packing} | not_packed
-    job.checkpoint("pricing ranks")
-    ranks, meetings = _ranks(job, network, formats, judge, store, stage)
-    job.checkpoint("pricing blocks")
-    depth = _blocks(job, network, judge, store, stage)
+    packed = packed_prices(job, network, packing, judge, store, stage, job.deadline.part(PART["packed"]))
+    unpriced["layers in fewer bits"] = [name for name in packing if name not in packed]
+    formats = tuple(with_packed(formats, packed, job))
+    refused = {name: why for name, why in refused.items() if name not in packed} | not_packed
+    ranks, meetings, unpriced["layers at lower ranks"] = _ranks(job, network, formats, judge, store, stage)
+    depth, unpriced["blocks"] = _blocks(job, network, judge, store, stage)
     neighbours = edges(job.graph, every)
     beside = others(job.graph, [lad.group for lad in ladders], present)
     fixed = total_macs(job.graph) - sum(one.macs for one in present.values()) - sum(o.macs for o in beside)
@@ -114,7 +131,8 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
         job.fixed_point,
     )  # fmt: skip
     few = _few_samples(job, network)
-    return Quotes(network, menu, frozen, refused, (*notes, *blind, *few))
+    notes = (*notes, *blind, *few, *cut_off(unpriced))
+    return Quotes(network, menu, (*frozen, *late), refused, notes, any(unpriced.values()), ready)
 
 
 def largest_integer() -> int:
@@ -163,15 +181,18 @@ def _ladders(
     advance = stage("price channels", len(found)) if found else None
     multiple = get(job.settings.targets[0]).preferred_multiple() // 2
     made: dict[str, Ladder] = {}
+    late = job.deadline.part(PART["channels"])
     for i, some in enumerate(together(found)):
         kept = store.load(f"channels-{i}.json")
+        if kept is None and late():
+            continue
         if kept is not None:
             ladders = [
                 Ladder(group, p.gone, p.levels, p.layer_errors, p.errors, p.sensed)
                 for group, p in zip(some, msgspec.json.decode(kept, type=list[_Prices]), strict=True)
             ]
         else:
-            job.checkpoint(f"pricing the channels of {some[0].name}")
+            job.checkpoint(f"pricing the channels of {some[0].name}", needed=False)
             offers = []
             for group in some:
                 step, count = (multiple, 6) if job.times_matter and group.size > multiple else (1, 16)
@@ -183,43 +204,50 @@ def _ladders(
         made |= {one.group.name: one for one in ladders}
         if advance:
             advance(len(some))
-    return tuple(made[group.name] for group in found)
+    return tuple(made[group.name] for group in found if group.name in made)
 
 
-def _blocks(job: Job, network: Network, judge: Judge, store: Store, stage: Stage) -> tuple[blocks.Price, ...]:
-    """The residual blocks that may be left out, with their prices."""
+def _blocks(
+    job: Job, network: Network, judge: Judge, store: Store, stage: Stage
+) -> tuple[tuple[blocks.Price, ...], list[str]]:
+    """The residual blocks that may be left out, with their prices; and those that there was no time to price."""
     if "blocks" not in job.methods:
-        return ()
+        return (), []
     found = [b for b in blocks.blocks(network.graph) if not job.kept_reason(b.layers)]
     kept = store.load("blocks.json")
     if kept is not None:
         known = msgspec.json.decode(kept, type=dict[str, tuple[float, float]])
+    elif found and job.deadline.over():
+        return (), [b.name for b in found]
     else:
+        job.checkpoint("pricing blocks", needed=False)
         advance = stage("price blocks", len(found))
         known = {p.block.node: (p.layer_error, p.error) for p in blocks.prices(network.graph, found, judge)}
         store.save("blocks.json", msgspec.json.encode(known))
         advance(len(found))
-    return tuple(blocks.Price(b, *known[b.node]) for b in found)
+    return tuple(blocks.Price(b, *known[b.node]) for b in found), []
 
 
 def _ranks(
     job: Job, network: Network, formats: Sequence[Format], judge: Judge, store: Store, stage: Stage
-) -> tuple[tuple[Ranks, ...], dict[str, float]]:
-    """Ranks of every layer that may become two, and what rounding both parts adds."""
+) -> tuple[tuple[Ranks, ...], dict[str, float], list[str]]:
+    """Ranks of every layer that may become two, what rounding both parts adds, and the layers there was no time to price."""
     if "lowrank" not in job.methods:
-        return (), {}
+        return (), {}, []
     stay, rounding = lowrank.refused(network.graph, network.layers), {f.layer: f.error for f in formats}
     multiple, count = (get(job.settings.targets[0]).preferred_multiple() // 2, 3) if job.times_matter else (1, 6)
     offered = {name: lowrank.levels(layer, multiple, count) for name, layer in network.layers.items()}
     open_layers = [n for n, some in offered.items() if some and n not in stay and not job.kept_reason([n])]
     advance = stage("price ranks", len(open_layers)) if open_layers else None
-    made, meetings = [], {}
+    made, meetings, late = [], {}, job.deadline.part(PART["ranks"])
     for i, name in enumerate(open_layers):
         kept = store.load(f"ranks-{i}.json")
+        if kept is None and late():
+            continue
         if kept is not None:
             p = msgspec.json.decode(kept, type=_Prices)
         else:
-            job.checkpoint(f"pricing the ranks of {name}")
+            job.checkpoint(f"pricing the ranks of {name}", needed=False)
             one = lowrank.ranks(network.graph, network.layers[name], network.stats, offered[name], judge)
             extra = 0.0
             if name in rounding:
@@ -231,59 +259,7 @@ def _ranks(
         meetings[name] = p.combined
         if advance:
             advance(1)
-    return tuple(made), meetings
-
-
-def number_layers(job: Job, present: Mapping[str, Layer]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Layers with an int8 option (0 float, 1 int8: which are allowed), and why others have none."""
-    allowed: dict[str, tuple[int, ...]] = {}
-    refused: dict[str, str] = {}
-    shared = sharers(job.graph)
-    for name, layer in present.items():
-        module, reason = job.graph.get_submodule(name), _kept_float(job, name)
-        if not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
-            reason = reason or f"{layer.kind} has no int8 form here yet"
-        elif name in shared:
-            reason = reason or f"weights are shared by {', '.join(shared[name])}"
-        elif len(layer.nodes) > 1:
-            reason = reason or "it is called more than once"
-        if reason:
-            refused[name] = reason
-        else:
-            allowed[name] = _formats_of(job, name)
-    return allowed, refused
-
-
-def _kept_float(job: Job, name: str) -> str:
-    """Why the user leaves it no int8 option, or ""."""
-    if job.kept_reason([name]):
-        return job.kept_reason([name])
-    fixed = job.fixed_bits(name)
-    if fixed == 32:
-        return "a rule keeps it at 32 bits"
-    if fixed not in (None, 8):
-        return f"a rule stores it in {fixed} bits"
-    return "" if {"int8", "fixed"} & set(job.methods) else "the method 'int8' was not asked for"
-
-
-def _formats_of(job: Job, name: str) -> tuple[int, ...]:
-    return (1,) if job.fixed_bits(name) == 8 else (0, 1)
-
-
-def _number_tables(job: Job) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """The rows and columns of every embedding, and why some have no int8 option."""
-    shared, found, refused = sharers(job.graph), {}, {}
-    looked_up = tables(job.graph)
-    for name, module in embeddings(job.graph).items():
-        reason = _kept_float(job, name)
-        if name not in looked_up:
-            reason = reason or "its rows are constants in the file"
-        if name in shared:
-            reason = reason or f"weights are shared by {', '.join(shared[name])}"
-        if reason:
-            refused[name] = reason
-        found[name] = (module.weight.shape[0], module.weight.shape[1])
-    return found, refused
+    return tuple(made), meetings, [name for name in open_layers if name not in meetings]
 
 
 def _formats(
@@ -294,30 +270,36 @@ def _formats(
     judge: Judge,
     store: Store,
     stage: Stage,
-) -> tuple[tuple[Format, ...], dict[str, float]]:
+) -> tuple[tuple[Format, ...], dict[str, float], Prepared | None]:
     if not allowed:
-        return (), {}
-    kept = store.load("numbers.json")
+        return (), {}, None
+    kept, ready = store.load("numbers.json"), None
     if kept is None:
         advance = stage("price numbers", len(allowed) + len(ladders))
         ready = prepared(network.graph, network.example, allowed, job.calib, network.stats)
         prices: dict[str, _Prices] = {}
-        for name in allowed:
-            job.checkpoint(f"pricing {name} in int8")
+        late = job.deadline.part(PART["numbers"])
+        for name, options in allowed.items():
+            if late() and 0 in options:
+                continue
+            job.checkpoint(f"pricing {name} in int8", needed=False)
             graph, errors = with_numbers(ready, [int8.step(name, fixed=job.fixed_point)], largest_integer())
             behind = judge.behind(ready.graph, [name], quantized_values(ready, [name]))
             prices[name] = _Prices(layer_errors=(errors[name],), errors=(behind(graph),))
             advance(1)
+        whole = all(name in prices for name in allowed) and len(ladders) == len(network.groups)
         for lad in ladders:
             prices[f"group {lad.group.name}"] = _Prices(
                 combined=_meeting(network, ready, lad, prices, judge, job.fixed_point)
             )
             advance(1)
-        store.save("numbers.json", msgspec.json.encode(prices))
+        if whole:
+            store.save("numbers.json", msgspec.json.encode(prices))
     else:
         prices = msgspec.json.decode(kept, type=dict[str, _Prices])
-    formats = [Format(n, prices[n].layer_errors[0], prices[n].errors[0], options) for n, options in allowed.items()]
-    return tuple(formats), {lad.group.name: prices[f"group {lad.group.name}"].combined for lad in ladders}
+    known = {name: options for name, options in allowed.items() if name in prices}
+    formats = [Format(n, prices[n].layer_errors[0], prices[n].errors[0], options) for n, options in known.items()]
+    return tuple(formats), {lad.group.name: prices[f"group {lad.group.name}"].combined for lad in ladders}, ready
 
 
 def _meeting(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
-import re
 import time
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from flyweight.numerics import divergence as div
 from flyweight.numerics.packed import WIDTHS
 from flyweight.quantities import with_metric
 from flyweight.stages import lengths
+from flyweight.stages.deadline import Deadline
 from flyweight.stages.tidy import tidy
 from flyweight.stages.yardstick import try_limits, unjudged, yardstick_of
 from flyweight.types import Budget, Note, Rule
@@ -38,7 +38,6 @@ __all__ = [
     "Job",
     "Settings",
     "check_calls",
-    "duration_s",
     "job_of",
 ]
 
@@ -90,7 +89,7 @@ class Job:
     model_hash: str
     title: str
     notes: tuple[Note, ...]
-    started_s: float
+    deadline: Deadline
     stop: Callable[[], bool] = field(default=lambda: False)
 
     def calib(self) -> Iterable[Inputs]:
@@ -162,19 +161,14 @@ class Job:
             "seed": s.seed,
         }
 
-    def time_left_s(self) -> float | None:
-        """Seconds until the time limit, None without one."""
-        limit = self.settings.time_limit_s
-        return None if limit is None else self.started_s + limit - time.monotonic()
-
-    def checkpoint(self, stage: str) -> None:
-        """Between two steps: raises Interrupted if the user asked to stop, ResourceError when time ran out."""
+    def checkpoint(self, stage: str, *, needed: bool = True) -> None:
+        """Between two steps: raises Interrupted if the user asked to stop, ResourceError when time ran out before a step that
+        is `needed` to have anything to deliver."""
         if self.stop():
             raise Interrupted(f"stopped before {stage}", fix="start the same command again to go on")
-        left = self.time_left_s()
-        if left is not None and left < 0:
+        if needed and self.deadline.over():
             raise ResourceError(
-                f"the time limit of {self.settings.time_limit_s:.0f} s ran out before {stage}",
+                f"the time limit of {self.deadline.limit_s:.0f} s ran out before {stage}",
                 fix="start the same command again with a longer --time-limit: what was done is kept",
             )
 
@@ -239,7 +233,7 @@ def job_of(
             *unjudged(outputs, settings),
             *([note] if note else []),
         ),
-        started_s=started_s,
+        deadline=Deadline(started_s, settings.time_limit_s),
         stop=stop,
     )
 
@@ -386,13 +380,3 @@ def _hash_of(code: types.CodeType) -> str:
     for value in code.co_consts:
         digest.update((_hash_of(value) if isinstance(value, types.CodeType) else repr(value)).encode())
     return digest.hexdigest()[:16]
-
-
-def duration_s(text: str | float | None) -> float | None:
-    """Seconds from a number or a text such as "90", "90s", "20m", "1.5h". Raises UsageError for anything else."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", str(text))
-    if found is None or float(found.group(1)) <= 0:
-        raise UsageError(f"{text!r} is no duration", fix="write seconds, or 90s, 20m, 1.5h")
-    return float(found.group(1)) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found.group(2) or "s"]

@@ -81,7 +81,7 @@ def served(job: Job, files: Mapping[str, Path], place: Path, targets: Sequence[s
     timings: Timings = compare(
         {name: path for name, (_, _, path) in pairs.items()}, feeds, reference=reference, runtime=targets[0],
         others={name: target for name, (target, _, _) in pairs.items()}, threads=job.settings.threads, quick=True,
-        processes=3, deadline_s=job.time_left_s(),
+        processes=3, deadline_s=job.deadline.left_s(),
     )  # fmt: skip
     return [
         Served(

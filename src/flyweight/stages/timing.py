@@ -58,7 +58,7 @@ def measured_table(
     those whose rounding costs most, and fewer levels of each group."""
     feeds = feeds_of(job.graph, job.judged, job.shapes, place)
     target, threads = job.settings.target, job.settings.threads
-    left = job.time_left_s()
+    left = job.deadline.left_s()
     allowed_s = TABLE_S * len(feeds) if left is None else min(TABLE_S * len(feeds), left / 3)
     files, started = {REFERENCE: reference, **bases}, time.monotonic()
     first = compare(files, feeds, reference=REFERENCE, runtime=target, threads=threads, quick=True, processes=1)
