@@ -78,8 +78,8 @@ def within(probabilities: Tensor, pitch: Tensor, cents: float = 50.0) -> Tensor:
     return 1200 * (pitch_of(probabilities) / pitch).log2().abs() <= cents
 
 
-def mails(folder: Path) -> dict[str, Sample]:
-    """Token numbers and masks (n, 64) of the mails by role; mails that share a subject or eight words in a row are kin."""
+def mails(folder: Path, tokens: int = TOKENS) -> dict[str, Sample]:
+    """Token numbers and masks (n, tokens) of the mails by role; mails that share a subject or eight words in a row are kin."""
     path = folder / "spam_assassin.jsonl.gz"
     if not path.is_file():
         raise SystemExit(f"{path.name} is not in {folder}\n  fix: pass the folder that holds it with --data FOLDER")
@@ -87,8 +87,8 @@ def mails(folder: Path) -> dict[str, Sample]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
-    tokenizer.enable_truncation(TOKENS)
-    tokenizer.enable_padding(length=TOKENS)
+    tokenizer.enable_truncation(tokens)
+    tokenizer.enable_padding(length=tokens)
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     coded = tokenizer.encode_batch(texts)

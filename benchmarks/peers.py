@@ -1,6 +1,6 @@
 """Flyweight beside ONNX Runtime's own int8, NNCF and OpenVINO: time, bytes and quality of the same networks.
 
-    python benchmarks/peers.py [--network efficientnet|minilm|crepe|resnet20] [--quick] [--threads 1] [--processes 5]
+    python benchmarks/peers.py [--network efficientnet|minilm|minilm128|crepe|resnet20] [--quick] [--threads 1] [--processes 5]
                                [--workdir DIR] [--rivals-only]
 
 Everything is timed in pairs with the float file (torch's own export, which the rivals start from) in ONNX Runtime (ABBA
@@ -228,7 +228,7 @@ def runtimes_version(package: str) -> str:
 
 def main() -> None:
     parser = arguments("Flyweight beside ONNX Runtime's own int8, NNCF and OpenVINO")
-    parser.add_argument("--network", action="append", choices=list(CASES), help="default: all four")
+    parser.add_argument("--network", action="append", choices=list(CASES), help="default: all")
     parser.add_argument("--workdir", help="where files are kept; what was made there before is not made again")
     parser.add_argument("--quick", action="store_true", help="few rows; nothing is written")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes of the clock")
