@@ -154,6 +154,30 @@ def test_the_nearest_point_to_a_time_out_of_reach_is_the_best_of_those_that_take
     assert found.excess == pytest.approx(found.costs[f"latency@{SHAPE}"] / 0.001 - 1)
 
 
+@pytest.mark.parametrize("allowed", [0, 2, 5, 9])
+@pytest.mark.parametrize("aim", ["error", "macs"])
+def test_out_of_reach_the_nearest_point_keeps_the_quality_that_is_asked_for(allowed: int, aim: str):
+    offers, name, judge = markets(bare(), table()), f"latency@{SHAPE}", Trials(f"drop<={allowed}pt")
+    unlimited = choose(offers, {name: 0.001}, "error", Trials()).solution
+    found = choose(offers, {name: 0.001}, aim, judge if aim == "macs" else Trials(), judge=judge)
+    assert not found.solution.feasible
+    assert found.good
+    assert removed(found.outcome[1]) <= allowed
+    assert (
+        found.solution.costs[name] > unlimited.costs[name] or removed(steps_of(found.market.menu, unlimited)) <= allowed
+    )
+    assert found.solution.excess == pytest.approx(found.solution.costs[name] / 0.001 - 1)
+    assert all(removed(tried) > allowed or removed(tried) <= removed(found.outcome[1]) for tried in judge.seen)
+
+
+def test_out_of_reach_of_quality_as_well_the_nearest_point_it_is():
+    offers, limits, limit = markets(bare(), table()), {f"latency@{SHAPE}": 0.001}, parse("drop<=1pt").limits[0]
+    nearest = choose(offers, limits, "error", Trials()).solution
+    found = choose(offers, limits, "error", Trials(), judge=lambda steps: (steps, [(limit, Interval(9, 8, 10))]))
+    assert found.solution.choices == nearest.choices
+    assert not found.good
+
+
 @pytest.mark.parametrize("allowed", [0, 3, 7, 12])
 def test_the_smallest_whose_quality_holds_is_taken(allowed: int):
     offers = markets(bare(), None)
@@ -231,7 +255,7 @@ def test_a_choice_is_corrected_until_the_clock_says_that_it_holds(slower: float,
         assert ideal.error <= found.solution.error <= near.error
 
 
-def test_a_clock_that_nothing_satisfies_ends_with_the_last_choice():
+def test_a_clock_that_nothing_satisfies_ends_with_the_nearest_point():
     offers, name = markets(menu(), table()), f"latency@{SHAPE}"
     trials = []
 
@@ -243,7 +267,8 @@ def test_a_clock_that_nothing_satisfies_ends_with_the_last_choice():
         return {name: 2.0}
 
     found = corrected(again({name: 1.0}), {name: 0.9}, again, trial, whole=True)
-    assert found.solution.feasible
+    assert not found.solution.feasible
+    assert found.solution.choices == choose(offers, {name: 0.001}, "error", Trials()).solution.choices
     assert trials == list(range(len(trials)))
     assert len(trials) <= 4
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import onnx
@@ -34,7 +33,7 @@ from flyweight.stages.deadline import CUT, GO_ON, Part
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.footprint import Footprint, measured_footprint, with_memory
 from flyweight.stages.packing import packed_overhead
-from flyweight.stages.price import Market, Menu, Sizes, markets, options
+from flyweight.stages.price import Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes, largest_integer
 from flyweight.stages.ranks import split_overhead, timed_ranks
 from flyweight.stages.setup import Job
@@ -79,15 +78,19 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     if footprint is not None:
         reference = replace(reference, peak_bytes=footprint.reference)
         offers = tuple(replace(one, problem=with_memory(one.problem, one.menu, footprint)) for one in offers)
-    limits = cost_limits(job.budget, reference, table)
     aim = goal(job.budget, table)
     # where the error decides, nothing is tried: what is chosen is made once, when its costs have been measured
-    attempt = _unmade if aim == "error" else _attempt(job, quotes, POWER)
+    judge = _attempt(job, quotes, POWER)
+    attempt = _unmade if aim == "error" else judge
     job.checkpoint("choosing", needed=False)
     late = job.deadline.part(CHOOSING)
     advance = stage("choose", 1)
-    choice = choose(offers, limits, aim, attempt, late)
-    corrected, file = _corrected(job, quotes, offers, reference, table, choice, aim, attempt, folder, late)
+
+    def chosen(tighter: Mapping[str, float]) -> Choice:
+        return choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt, late, judge)
+
+    choice = chosen({})
+    corrected, file = _corrected(job, quotes, reference, table, choice, aim, chosen, folder, late)
     if corrected.outcome is None:
         job.checkpoint("making what was chosen", needed=False)
         corrected = replace(
@@ -249,12 +252,11 @@ def _widened(interval: Interval, factor: float) -> Interval:
 def _corrected(
     job: Job,
     quotes: Quotes,
-    offers: Sequence[Market],
     reference: Reference,
     table: LatencyTable | None,
     choice: Choice,
     aim: str,
-    attempt: Callable[[Sequence[Step]], tuple[Any, Sequence[tuple[Limit, Interval]]]],
+    chosen: Callable[[Mapping[str, float]], Choice],
     folder: Folder,
     late: Part,
 ) -> tuple[Choice, bytes | None]:
@@ -273,10 +275,7 @@ def _corrected(
         tried.append((offered, file))
         return measured
 
-    def again(tighter: Mapping[str, float]) -> Choice:
-        return choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt, late)
-
-    last = corrected(choice, limits, again, trial, whole=aim == "error", late=late)
+    last = corrected(choice, limits, chosen, trial, whole=aim == "error", late=late)
     return last, next((file for one, file in tried if one is last), None)
 
 

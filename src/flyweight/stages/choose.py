@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ USED = 0.97  # of what is allowed: nearer to the limit than this the next measur
 LITTLE = 1.003  # a limit moved by less is taken to be where it was
 TAIL = 1.1
 AS_NEAR = 1.02  # of the time of the nearest point to a limit that cannot be met
+FARTHER = (1.06, 1.12, 1.19, 1.26, 1.35, 1.5, 2.0, math.inf)  # of the nearest point's costs, where that one breaks a limit on quality
 TRIES = 8  # points of the frontier among which the cheapest good one is looked for
 
 
@@ -142,7 +144,7 @@ def corrected(
                     margin = 1.0 if held is not None else _margin(name)
                     factors[name] = min(factors[name], told[name]) * margin
         following = again(factors)
-        if not following.solution.feasible or following.solution.choices == choice.solution.choices:
+        if following.solution.choices == choice.solution.choices:
             break
         choice = following
     return held or choice
@@ -164,27 +166,44 @@ def choose(
     aim: str,
     attempt: Attempt,
     late: Callable[[], bool] = lambda: False,
+    judge: Attempt | None = None,
 ) -> Choice:
     """The best choice inside the budget: least error, or least cost whose quality limits hold on tune (of what was tried before
     it is `late`).
 
-    A budget of costs that cannot be met gives the nearest point (`solution.feasible` False, `solution.binding`).
+    A budget of costs that cannot be met gives the nearest point (`solution.feasible` False, `solution.binding`) of those whose
+    quality limits hold, if there are any: what answers wrongly is of no use, however fast. They are tried by `judge`, if that
+    is another one than `attempt`.
     """
     found = [(market, solve(market.problem, limits)) for market in offers]
     feasible = [pair for pair in found if pair[1].feasible]
     if not feasible:
         market, nearest = min(found, key=lambda pair: pair[1].excess)
-        return _attempted((market, _as_near(market, limits, nearest)), attempt, 1)
+        return _nearest_good(market, limits, nearest, judge or attempt, late)
     if aim == "error":
         return _attempted(min(feasible, key=lambda pair: pair[1].error), attempt, 1)
     points = [(m, p) for m, _ in feasible for p in frontier(m.problem, aim, points=TRIES, limits=limits)]
     return _cheapest_good(_undominated(points, aim) or feasible, attempt, late)
 
 
-def _as_near(market: Market, limits: Mapping[str, float], nearest: Solution) -> Solution:
-    """The least error of what is as near as times can be told: the very fastest point gives up all quality for nothing."""
+def _nearest_good(
+    market: Market, limits: Mapping[str, float], nearest: Solution, attempt: Attempt, late: Callable[[], bool]
+) -> Choice:
+    """The nearest point, or one as far off as its quality limits ask for; the nearest where they hold nowhere."""
     passed = {name: nearest.costs[name] for name, limit in limits.items() if nearest.costs[name] > limit}
-    room = {name: cost * (AS_NEAR if name.startswith("latency@") else 1.0) for name, cost in passed.items()}
+    # the least error of what is as near as times can be told: the very fastest point gives up all quality for nothing
+    near = {name: cost * (AS_NEAR if name.startswith("latency@") else 1.0) for name, cost in passed.items()}
+    first = _attempted((market, _within(market, limits, near, nearest)), attempt, 1)
+    if first.good or late():
+        return first
+    rooms = [{name: farther * cost for name, cost in passed.items()} for farther in FARTHER]
+    points = [(market, _within(market, limits, room, nearest)) for room in rooms]
+    found = _cheapest_good(points, attempt, late)
+    return found if found.good else first
+
+
+def _within(market: Market, limits: Mapping[str, float], room: Mapping[str, float], nearest: Solution) -> Solution:
+    """The least error with more `room` than the limits give, still said to be out of their reach."""
     better = solve(market.problem, {**limits, **room})
     if not better.feasible or better.error >= nearest.error:
         return nearest
