@@ -23,7 +23,7 @@ USED = 0.97  # of what is allowed: nearer to the limit than this the next measur
 LITTLE = 1.003  # a limit moved by less is taken to be where it was
 TAIL = 1.1
 AS_NEAR = 1.02  # of the time of the nearest point to a limit that cannot be met
-FARTHER = (1.06, 1.12, 1.19, 1.26, 1.35, 1.5, 2.0, math.inf)  # of the nearest point's costs, where that one breaks a limit on quality
+FARTHER = (1.06, 1.12, 1.19, 1.26, 1.35, 1.5, 2.0, math.inf)  # of its costs, where the nearest point lacks quality
 TRIES = 8  # points of the frontier among which the cheapest good one is looked for
 
 
