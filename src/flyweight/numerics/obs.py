@@ -90,20 +90,22 @@ def sweep(
     d^T G d for the G that `factor` (`inverse_factor`) was made of. Columns run in the order given: sort them before.
     Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; the identity of the errors: METHODS 2.1.
     """
-    weight, result = weight.clone(), torch.empty_like(weight)
+    rest = weight.mT.clone(memory_format=torch.contiguous_format)  # columns lie together: they are what is worked on
+    result = torch.empty_like(rest)
     errors = torch.zeros(weight.shape[:-1], dtype=weight.dtype)
     width = weight.shape[-1]
     for start in range(0, width, block):
         stop = min(start + block, width)
-        scaled = torch.empty(*weight.shape[:-1], stop - start, dtype=weight.dtype)
-        for j in range(start, stop):
-            result[..., j] = snap(weight[..., j], j)
-            e = (weight[..., j] - result[..., j]) / factor[..., j, j, None]
-            weight[..., j:stop] -= e[..., None] * factor[..., None, j, j:stop]
-            scaled[..., j - start] = e
-        weight[..., stop:] -= scaled @ factor[..., start:stop, stop:]
-        errors += scaled.square().sum(-1)
-    return result, errors
+        part, scaled = rest[..., start:stop, :], torch.empty_like(rest[..., start:stop, :])
+        for j in range(stop - start):
+            column = start + j
+            result[..., column, :] = snap(part[..., j, :], column)
+            e = (part[..., j, :] - result[..., column, :]) / factor[..., column, column, None]
+            part[..., j:, :] -= factor[..., column, column:stop, None] * e[..., None, :]
+            scaled[..., j, :] = e
+        rest[..., stop:, :] -= factor[..., start:stop, stop:].mT @ scaled
+        errors += scaled.square().sum(-2)
+    return result.mT.contiguous(), errors
 
 
 def polish(
