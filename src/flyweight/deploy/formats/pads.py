@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from flyweight.deploy.formats.proto import attributes
+from flyweight.deploy.formats.proto import attributes, without_unread
 
 __all__ = ["merged_pads"]
 
@@ -34,10 +34,7 @@ def merged_pads(model: onnx.ModelProto) -> onnx.ModelProto:
         del node.attribute[:]
         node.attribute.extend(changed)
         node.input[0] = pad.input[0]
-    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    for node in [node for node in pads.values() if node.output[0] not in read]:
-        model.graph.node.remove(node)
-    return model
+    return without_unread(model)
 
 
 def _zeros(pad: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto]) -> list[int] | None:

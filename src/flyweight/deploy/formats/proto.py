@@ -22,8 +22,14 @@ def without_unread(model: onnx.ModelProto) -> onnx.ModelProto:
         if read.isdisjoint(graph.node[i].output):
             del graph.node[i]
         else:
-            read.update(filter(None, graph.node[i].input))
+            read |= _reads(graph.node[i])
     for i in reversed(range(len(graph.initializer))):
         if graph.initializer[i].name not in read:
             del graph.initializer[i]
     return model
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """What a node reads, and what the graphs in its attributes do (branches, bodies of loops)."""
+    inner = [one for a in node.attribute for graph in (a.g, *a.graphs) for one in graph.node]
+    return set(filter(None, node.input)).union(*map(_reads, inner))
