@@ -38,14 +38,16 @@ def compared(size: str, options: Any, folder: Path) -> list[dict[str, Any]]:
     names, rows = list(roundable(graph)), []
     ready = prepared(graph, example, names, lambda: iter(batches))
     rounded, _ = with_numbers(ready, [int8.step(one, compensate=False) for one in names])
+    first = batches[0][0][:1].numpy()
     for numbers, one in (("float", graph), ("int8", rounded)):
         files = {kind: folder / f"{size}-{numbers}-{kind}.onnx" for kind in ("plain", "laid")}
         for kind, file in files.items():
             export(one, example, file, plain=kind == "plain")
+        feeds = feed(files["plain"], folder, first)
         for runtime in RUNTIMES:
             found = clock.compare(
-                files, {"batch=1": feed(files["plain"], folder, batches[0][0][:1].numpy())}, reference="plain",
-                runtime=runtime, threads=options.threads, processes=options.processes,
+                files, {"batch=1": feeds}, reference="plain", runtime=runtime, threads=options.threads,
+                processes=options.processes,
             ).times  # fmt: skip
             laid, plain = found["laid"]["batch=1"], found["plain"]["batch=1"]
             rows.append({

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from common import RESULTS, arguments, facts, print_table, write_csv
+from flyweight.deploy.machine import version_of
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers, matrix
 from flyweight.graph.trace import trace
@@ -99,7 +100,8 @@ def cases(options: object) -> Iterator[tuple[str, Layer, Tensor, Stats]]:
         chosen = dict(list(plain.items())[::step])
         stats = measure(graph, case.calib[:8], chosen)
         for layer, one in chosen.items():
-            if isinstance(gram_of(one, stats.inputs[layer]), Tensor) and gram_of(one, stats.inputs[layer]).ndim == 2:
+            gram = gram_of(one, stats.inputs[layer])
+            if isinstance(gram, Tensor) and gram.ndim == 2:
                 yield f"{name} {layer}", one, matrix(graph.get_submodule(layer)).double(), stats
 
 
@@ -156,7 +158,9 @@ def main() -> None:
                 rows.append(compared(name, layer, weight, stats, bits))
                 print(rows[-1], flush=True)
     print_table(rows, COLUMNS)
-    write_csv(RESULTS / "gptq.csv", rows, facts(options.threads))
+    write_csv(
+        RESULTS / "gptq.csv", rows, facts(options.threads) | {"rival": f"llmcompressor {version_of('llmcompressor')}"}
+    )
 
 
 if __name__ == "__main__":

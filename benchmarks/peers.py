@@ -28,6 +28,7 @@ import flyweight as fw
 from common import RESULTS, arguments, facts, print_table, source_interval, write_csv
 from flyweight.deploy import clock, runtimes
 from flyweight.deploy.formats.onnx import export
+from flyweight.deploy.machine import version_of
 from flyweight.graph.trace import trace
 from peers_cases import CASES, Case
 from peers_rivals import Rival, rivals
@@ -67,11 +68,10 @@ def ours(case: Case, made: _Made, folder: Path, clocked: Callable[[], clock.Timi
     first: clock.Timings | None = None
     for target in case.targets:
         several = f", {target}" if len(case.targets) > 1 else ""
-        prices = None
+        prices = folder / f"{target}-{next(iter(case.goals))}".replace(" ", "-")  # kept by the first of the runs
         for goal, (part, others) in case.goals.items():
             place = folder / f"{target}-{goal}".replace(" ", "-")
             if f"{OURS}, {goal}{several}" in made:
-                prices = prices or place
                 continue
             first, limits = first or clocked(), []
             for shape in first.noise:
@@ -79,9 +79,8 @@ def ours(case: Case, made: _Made, folder: Path, clocked: Callable[[], clock.Timi
                 allowed = part * fastest / first.times[_own(target)][shape].share.value
                 limits.append(f"latency@{shape}<={100 * allowed:.1f}%")
             budget, shapes = ", ".join([*limits, others]), list(first.noise)
-            asked = {"shapes": shapes, "prices": prices}
+            asked = {"shapes": shapes, "prices": None if place == prices else prices}
             made.add(f"{OURS}, {goal}{several}", partial(_compressed, case, budget, target, place, **asked))
-            prices = prices or place
         asked = {"methods": ["int8"], "rules": [fw.rule("*", bits=8)]}
         budget, place = "size<=100%, divergence<=1e9", folder / f"{target}-int8"
         made.add(f"{OURS}, all int8{several}", partial(_compressed, case, budget, target, place, **asked))
@@ -212,18 +211,11 @@ def compared(name: str, options: Any) -> None:
             f"float against itself at {s}": f"{i.value:.4f} [{i.low:.4f}, {i.high:.4f}]"
             for s, i in timings.noise.items()
         }
-        versions = {"rivals": ", ".join(f"{n} {runtimes_version(n)}" for n in ("openvino", "nncf"))}
+        versions = {"rivals": ", ".join(f"{n} {version_of(n)}" for n in ("openvino", "nncf"))}
         about = facts(options.threads) | versions | noise | {"how": timings.how, "test rows": str(len(case.source))}
         suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
         write_csv(RESULTS / f"peers_{name}{suffix}.csv", rows, about)
         write_csv(RESULTS / f"peers_{name}{suffix}_ahead.csv", pairs, about)
-
-
-def runtimes_version(package: str) -> str:
-    """The version of an installed package."""
-    from importlib import metadata
-
-    return metadata.version(package)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/truth.py [--network resnet20] [--plans 30] [--searched 40] [--budgets 20] [--target openvino]
                                [--workdir DIR]
 
-A run with the full menu measures prices and the table; then, on the same machine:
+A run with the default methods measures prices and the table; then, on the same machine:
 - *latency*: random plans, the extremes among them, are made, exported and timed in blocks with the float file; the share that
   lies within 5 % of the prediction.
 - *divergence*: plans that the search finds for one predicted time under prices shaken at random are made whole; Kendall's tau
@@ -64,8 +64,9 @@ def timed(
             )[0]  # fmt: skip
             export(graph, job.example, files[str(i)])
         timings = clock.compare(
-            files, feeds, reference="original", runtime=job.settings.target, processes=3, seconds_per_shape=0.25
-        )
+            files, feeds, reference="original", runtime=job.settings.target, threads=job.settings.threads, processes=3,
+            seconds_per_shape=0.25,
+        )  # fmt: skip
         found += [timings.times[name][shape].share.value for name in files if name != "original"]
         print(f"  {len(found)} of {len(plans)} timed", flush=True)
     return found
@@ -138,11 +139,11 @@ class Answers(list[dict[str, Any]]):
 
 def compared(name: str, options: Any) -> list[dict[str, Any]]:
     """The three questions of one network."""
-    place = Path(options.workdir or tempfile.mkdtemp(prefix="truth-")) / name
+    place = Path(options.workdir or tempfile.mkdtemp(prefix="truth-")) / f"{name}-{options.target}"
     place.mkdir(parents=True, exist_ok=True)
     answers = Answers(place / "answers.json")
     case: Case = CASES[name](options.data, None)
-    settings = Settings("latency<=50%, divergence<=1e9", task=case.task, target=options.target)
+    settings = Settings("latency<=50%, divergence<=1e9", task=case.task, target=options.target, threads=options.threads)
     half = len(case.choose) // 2
     data = {"calib": case.calib, "tune": list(case.choose[:half]), "test": list(case.choose[half:]), "example": None}
     job = job_of(case.model, **data, settings=settings)
@@ -200,7 +201,7 @@ def budgets(case: Case, data: Any, fastest: float, answers: Answers, options: An
         result = fw.compress(
             case.model, calib=case.calib, tune=data["tune"], test=data["test"], task=case.task, target=options.target,
             budget=f"latency<={100 * limit:.2f}%, divergence<=1e9", prices=place / "run", workdir=place / f"{limit:.6f}",
-            progress=False,
+            threads=options.threads, progress=False,
         )  # fmt: skip
         (claim,) = [c for c in result.results.claims if c.name.startswith("latency") and c.kind == "promise"]
         if result.results.plan.feasible:

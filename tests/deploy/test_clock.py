@@ -174,9 +174,8 @@ def test_of_many_ratios_the_interval_is_that_of_the_sign_test(count: int):
     ratios = np.exp(0.02 * np.random.default_rng(count).standard_normal(count)).tolist()
     found = clock.ratio_interval(ratios)
     below, above = (sum(ratio < end for ratio in ratios) for end in (found.low, found.high))
-    missed = stats.binom.cdf(below, count, 0.5) + stats.binom.sf(
-        above, count, 0.5
-    )  # the median is outside of both ends
+    # that the median is outside of both ends
+    missed = stats.binom.cdf(below, count, 0.5) + stats.binom.sf(above, count, 0.5)
     wider = stats.binom.cdf(below + 1, count, 0.5) + stats.binom.sf(above - 1, count, 0.5)
     assert missed <= 0.05 < wider
     assert found.value == np.median(ratios)

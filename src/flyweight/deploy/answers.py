@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from flyweight.deploy import answer_worker
-from flyweight.deploy.answer_worker import Ask
 from flyweight.deploy.apart import answered, read
 
 __all__ = ["ask", "ask_each", "distance", "tolerance"]
@@ -53,7 +52,7 @@ def ask_each(
         for i, one in enumerate(inputs):
             np.savez(place / f"feeds-{i}.npz", allow_pickle=False, **{n: v.numpy() for n, v in one.items()})
         every = {f"{i}:{name}": (i, *sizes) for i, wanted in enumerate(runs) for name, sizes in wanted.items()}
-        job = Ask(
+        job = answer_worker.Ask(
             runtime, threads, str(model.resolve()), {n: str(place / f"feeds-{i}.npz") for n, (i, _, _) in every.items()},
             {n: batch for n, (_, batch, _) in every.items()}, {n: rows for n, (_, _, rows) in every.items()},
             str(place / "answers.npz"),

@@ -6,13 +6,15 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import onnx
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from flyweight.audit.quality import measured
 from flyweight.budget import is_quality
@@ -129,9 +131,11 @@ def priced(
         return _timed(replace(menu, sizes=msgspec.json.decode(kept, type=Sizes)), table), table, footprint
     with tempfile.TemporaryDirectory(prefix="flyweight-bases-") as place:
         bases, sizes, ready = _bases(job, quotes, folder, Path(place))
-        keep = (
-            (lambda *_: None) if quotes.cut else folder.save
-        )  # what holds for a part of the menu is no use to another run
+
+        def keep(name: str, payload: bytes) -> None:
+            if not quotes.cut:  # what holds for a part of the menu is no use to another run
+                folder.save(name, payload)
+
         keep("sizes.json", msgspec.json.encode(asdict(sizes)))
         menu = replace(menu, sizes=sizes)
         if not weighed:
@@ -228,15 +232,18 @@ def _attempt(
     # fewer test samples decide less
     stretch = power * (math.sqrt(max(1.0, job.judged.samples / job.roles.test.samples)) if job.roles.test else 1.0)
     batches = list(job.judged) if wanted else []
-    truths = [b.labels for b in batches] if job.judged.labelled else []
-    with torch.no_grad():
-        before, labels = joined([job.graph(*b.inputs) for b in batches], truths)
+
+    def answers(graph: fx.GraphModule) -> tuple[Any, Tensor | None]:
+        truths = [b.labels for b in batches] if job.judged.labelled else []
+        with torch.no_grad():
+            return joined([graph(*b.inputs) for b in batches], truths)
+
+    original = cache(partial(answers, job.graph))  # at the first attempt: often there is none
 
     def attempt(steps: Sequence[Step]) -> tuple[Outcome, list[tuple[Limit, Interval]]]:
         job.checkpoint("trying a combination", needed=False)
         outcome = delivered(job, quotes, steps)
-        with torch.no_grad():
-            after, _ = joined([outcome[0](*b.inputs) for b in batches], truths)
+        (before, labels), (after, _) = original(), answers(outcome[0])
         found = [measured(limit, job.yardstick, before, after, labels) for limit in wanted]
         return outcome, [(limit, _widened(one, stretch)) for limit, one in zip(wanted, found, strict=True)]
 

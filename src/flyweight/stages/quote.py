@@ -29,6 +29,7 @@ from flyweight.stages.deadline import cut_off
 from flyweight.stages.deliver import Network, Prepared, prepared, quantized_values, with_numbers
 from flyweight.stages.depth import rest_of
 from flyweight.stages.eligible import formats_of, number_layers, number_tables
+from flyweight.stages.menu import FLOAT_FORM
 from flyweight.stages.packing import packable, packed_prices, with_packed
 from flyweight.stages.price import Format, Menu, Sizes, edges
 from flyweight.stages.ranks import meeting
@@ -43,12 +44,8 @@ __all__ = ["Quotes", "Store", "groups_offered", "judge_on", "largest_integer", "
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32
 LITTLE = 0.05  # of removal's price: rounding that costs less meets it without being noticed
-PART = {
-    "channels": 0.4,
-    "numbers": 0.4,
-    "packed": 0.25,
-    "ranks": 0.25,
-}  # of the time left, where there is a limit on it
+# of the time left, where there is a limit on it
+PART = {"channels": 0.4, "numbers": 0.4, "packed": 0.25, "ranks": 0.25}
 LATE = "it was not come to within the time limit"
 JUDGE_MACS = 2.5e12  # for all prices together, a minute or two: a large network is judged on fewer samples
 
@@ -280,7 +277,7 @@ def _formats(
         prices: dict[str, _Prices] = {}
         late = job.deadline.part(PART["numbers"])
         for name, options in allowed.items():
-            if late() and 0 in options:
+            if late() and FLOAT_FORM in options:
                 continue
             job.checkpoint(f"pricing {name} in int8", needed=False)
             graph, errors = with_numbers(ready, [int8.step(name, fixed=job.fixed_point)], largest_integer())

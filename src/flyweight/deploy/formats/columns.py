@@ -1,7 +1,8 @@
 """Values one column wide, "batch channels length 1", laid on their side: "batch channels 1 length".
 
-The numbers are the same, and in the same order. Kernels of runtimes work along rows: over a column a convolution takes a
-multiple of the time, in OpenVINO more so than in ONNX Runtime (networks on sound or sensors are often written that way).
+The numbers are the same, and in the same order. Kernels of runtimes work along rows: over a column a convolution takes
+longer, in OpenVINO two to three times as long (networks on sound or sensors are often written that way; how much is measured
+by benchmarks/columns.py).
 """
 
 from __future__ import annotations
