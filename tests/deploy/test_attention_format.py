@@ -94,14 +94,14 @@ class Crosses(nn.Module):
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_keys_are_turned_by_one_operator_and_scores_scaled_by_one(scale: float | None, tmp_path):
+def test_keys_are_turned_as_queries_are_and_scores_scaled_by_one(scale: float | None, tmp_path):
     torch.manual_seed(0)
     model = Crosses(scale).eval()
     calls = [(torch.randn(3, rows, 16), torch.randn(3, 4, 6)) for rows in (5, 9)]
     graph = trace(model, calls[0], {}, [(calls[1], {})]).module
     export(graph, calls[0], tmp_path / "one.onnx")
     kinds = [node.op_type for node in onnx.load(tmp_path / "one.onnx").graph.node]
-    assert kinds.count("Transpose") == 4  # queries, keys, values, answers
+    assert kinds.count("Transpose") == 5  # queries, keys as they are and then by their last two axes, values, answers
     assert kinds.count("Mul") == 1
     x, y = torch.randn(2, 7, 16), torch.randn(2, 4, 6)
     for name in ("onnxruntime", "openvino"):

@@ -1,8 +1,8 @@
 """Attention in the form that runtimes make one kernel of.
 
 The exporter turns keys by three operators, through a form that has batch and heads in one axis, and scales queries and keys
-each by a root. Runtimes that merge products, softmax and transpositions of attention (OpenVINO does) know one transposition
-and one scale.
+each by a root. Runtimes that merge products, softmax and transpositions of attention know one scale, and keys that are turned
+as queries are and then as a product's second factor may be (OpenVINO carries out any other order by itself, beside its kernel).
 
 It also guards every softmax behind a mask against rows in which all positions are masked, and puts zeros where NaN came out.
 Those runtimes do not know the guard either, and it never acts: the exporter's masks are finite, so such rows become means
@@ -26,15 +26,16 @@ FLOOR = np.float32(-1e30)  # what is masked is below it (finite or not); its exp
 
 
 def turned_once(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model, in place, in which keys are turned by one operator, and scores scaled by one."""
+    """The same model, in place, in which keys are turned as queries are and then by one operator, and scores scaled by one."""
     graph = model.graph
     made = {output: node for node in graph.node for output in node.output}
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if len(tensor.dims) <= 1}
     for node in [node for node in graph.node if node.op_type == "Reshape"]:
         source = _turned_by_three(node, made, tensors)
         if source is not None:
-            a, b, c, d = source.attribute[0].ints
-            turn = onnx.helper.make_node("Transpose", [source.input[0]], [node.output[0]], node.name, perm=[a, b, d, c])
+            turn = onnx.helper.make_node(
+                "Transpose", [source.output[0]], [node.output[0]], node.name, perm=[0, 1, 3, 2]
+            )
             node.CopyFrom(turn)
     counts: dict[str, int] = {}
     for name in [name for node in graph.node for name in node.input]:
