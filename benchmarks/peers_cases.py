@@ -83,6 +83,7 @@ def sentences(folder: Path, rows: int | None, tokens: int = 64) -> Case:
         rivals=("ort static", "ort dynamic", "nncf transformer", "bf16"),
         goals={"same time": (1.0, "divergence<=0.1"), "faster": (0.88, "divergence<=0.2")},
         sizes={"small": "size<=17MB, divergence<=0.1"},
+        targets=("openvino", "openvino_bf16"),
         task="embed",
     )
 
@@ -90,7 +91,7 @@ def sentences(folder: Path, rows: int | None, tokens: int = 64) -> Case:
 def long_sentences(folder: Path, rows: int | None) -> Case:
     """The same on mails of 128 tokens, eight at once: does the order hold?"""
     case = sentences(folder, rows, 128)
-    return replace(case, goals={"same time": case.goals["same time"]}, sizes={}, batches=(8,))
+    return replace(case, goals={"same time": case.goals["same time"]}, sizes={}, batches=(8,), targets=("openvino",))
 
 
 def unlike(sample: Sample) -> Sample:
