@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from flyweight.deploy import latency
 from flyweight.deploy.formats.onnx import export
-from flyweight.deploy.latency import LatencyTable, is_plain, measure_table, table_hash
+from flyweight.deploy.latency import LatencyTable, Mix, is_plain, measure_table, table_hash
 from flyweight.graph.axes import groups
 from flyweight.graph.operators import layers
 from flyweight.graph.trace import trace
@@ -46,6 +46,7 @@ def measured(folder: Path) -> LatencyTable:
     return measure_table(
         files, files["float"], present, found, LEVELS, {"batch=1": folder / "one.npz"},
         runtime="onnxruntime", threads=1, float_layers=["b"], seconds_per_shape=0.1,
+        mixes=[Mix({"a": 8, "b": 8}), Mix(in_float=("a", "b", "c"))],
     )  # fmt: skip
 
 
@@ -67,6 +68,13 @@ def test_a_measured_table_holds_what_was_asked_for_and_sees_what_cuts_save(tmp_p
         assert saved["a"]["8"]["batch=1"] > 0.2 * whole
         assert saved["a"]["8"]["batch=1"] > saved["a"]["32"]["batch=1"]
         assert saved["b"]["8"]["batch=1"] > 0.2 * whole
+    widths, floats = table.mixes
+    assert (widths.levels, floats.in_float) == ({"a": 8, "b": 8}, ("a", "b", "c"))
+    whole, saved = table.whole["int8"]["batch=1"], table.saved["int8"]
+    # both cuts leave an eighth of two layers each, that between them a 64th: less than one cut leaves
+    assert widths.share["batch=1"] < whole - 0.5 * max(by["8"]["batch=1"] for by in saved.values())
+    # all but a matrix of 48 x 10 in float: nearer to the float model than to the one in int8, where these differ
+    assert floats.share["batch=1"] > whole or whole > 0.8
     assert from_json(to_json(table), LatencyTable) == table
 
 

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from flyweight.deploy import runtimes
+from flyweight.deploy.answers import distance, tolerance
 from flyweight.deploy.clock import compare
 from flyweight.deploy.formats.onnx import stored_name
 from flyweight.deploy.runtimes import openvino as adapter
 from flyweight.errors import ModelError, UsageError
+from flyweight.graph.trace import trace
 
 from ..graph.cases import rows
 from .int8_nets import delivered
@@ -56,6 +60,24 @@ def test_bfloat16_answers_nearly_what_float_does_and_not_exactly(tmp_path):
     off = float(np.abs(exact - rough).max() / np.abs(exact).max())
     assert off < 0.05  # eight bits of a mantissa, a dozen layers
     assert off > 1e-6 or "avx512_bf16" not in runtimes.openvino.flags()
+
+
+@pytest.mark.parametrize("depth", [1, 12, 40])
+def test_what_bfloat16_rounds_is_within_the_tolerance_and_a_wrong_layer_is_not(depth: int, tmp_path):
+    torch.manual_seed(depth)
+    made = [part for _ in range(depth) for part in (nn.Linear(64, 64), nn.ReLU())]
+    for layer in made[::2]:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # that the answers' spread stays what it is
+    graph, x = trace(nn.Sequential(*made).eval(), (torch.randn(2, 64),)).module, torch.randn(64, 64)
+    export(graph, (x[:2],), tmp_path / "net.onnx")
+    (got,) = runtimes.get("openvino_bf16").load(tmp_path / "net.onnx", 1)({"input": x.numpy()}).values()
+    allowed = tolerance(0, depth, roundoff=runtimes.get("openvino_bf16").roundoff)
+    with torch.no_grad():
+        off = distance([graph(x)], [torch.from_numpy(got)])
+        assert off <= allowed
+        assert off > tolerance(0, depth) or "avx512_bf16" not in runtimes.openvino.flags()
+        graph.get_submodule("0").weight.mul_(1 - 2 * allowed)
+        assert distance([graph(x)], [torch.from_numpy(got)]) > allowed
 
 
 def test_times_of_two_runtimes_are_taken_in_the_same_blocks(file, tmp_path):

@@ -81,15 +81,17 @@ def distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     return worst
 
 
-def tolerance(int8_layers: int, layers: int, skips_roundings: bool = False) -> float:
+def tolerance(int8_layers: int, layers: int, skips_roundings: bool = False, roundoff: float = 2**-24) -> float:
     """How far (see `distance`) runtime and graph may be apart.
 
     Float: both sum up to 2^14 products in another order, 2^-24 of relative error each, which grow with the root of the
     count and of the layers: 2^-24 * 2^7 * sqrt(layers), times 8 for luck. Int8: the same differences move a value across
     a rounding edge now and then; a step is 1/255 of a tensor's range, about 1/50 of its spread, and one value in twenty
     moving by one step in each layer is generous: sqrt(1/20)/50 * sqrt(layers). A runtime that `skips_roundings` may be off
-    by another rounding in each: 1/12 of a squared step.
+    by another rounding in each: 1/12 of a squared step. `roundoff`, of what the runtime calculates float layers with (2^-9 of
+    bfloat16): a layer rounds two factors and an answer, the operators behind it about as often; four such errors a layer at
+    most, which nothing correlates.
     """
-    float_part = 8 * 2**-17 * math.sqrt(max(layers, 1))
+    float_part = (8 * 2**-17 + math.sqrt(4) * roundoff) * math.sqrt(max(layers, 1))
     moved = 1 / 20 + (1 / 12 if skips_roundings else 0.0)
     return float_part + (math.sqrt(moved) / 50 * math.sqrt(int8_layers) if int8_layers else 0.0)

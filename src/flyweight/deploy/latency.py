@@ -24,12 +24,21 @@ from flyweight.graph.axes import Group, Numbers, rows_of
 from flyweight.graph.operators import Layer
 from flyweight.types import Interval, Note, to_json
 
-__all__ = ["LatencyTable", "measure_table", "table_hash", "touched", "widths_of"]
+__all__ = ["LatencyTable", "Mix", "measure_table", "table_hash", "touched", "widths_of"]
 
 FLOAT, INT8 = "float", "int8"
 COPIES = 5  # times that a base is measured: each session has its own luck with memory, and all savings start from it
 REFERENCE = "reference"
 Weights = NDArray[np.float32]
+
+
+class Mix(msgspec.Struct, frozen=True):
+    """Several changes of the whole model at once: groups by the level they have, layers in float among int8 ones; and, once it
+    was timed, its share by shape."""
+
+    levels: Mapping[str, int] = {}
+    in_float: tuple[str, ...] = ()
+    share: Mapping[str, float] = {}
 
 
 class LatencyTable(msgspec.Struct, frozen=True):
@@ -40,7 +49,8 @@ class LatencyTable(msgspec.Struct, frozen=True):
     int8 model. `split[regime][layer][rank]`: what is saved when that layer alone is made two of that rank.
     `without[regime][block]`: what is saved when that block alone is left out. `saved` has no "float" where int8 is so much
     faster that only it was timed, and `fixed` are layers whose float form was not timed: they are offered int8 alone.
-    `spread[regime]`: the standard deviation of one variant's share, as the base's copies show it.
+    `spread[regime]`: the standard deviation of one variant's share, as the base's copies show it. `mixes`: some of many changes
+    at once, by which it can be seen whether prices add up.
     """
 
     reference_s: Mapping[str, float]
@@ -56,6 +66,7 @@ class LatencyTable(msgspec.Struct, frozen=True):
     without: Mapping[str, Mapping[str, Mapping[str, float]]] = {}
     fixed: tuple[str, ...] = ()
     spread: Mapping[str, Mapping[str, float]] = {}
+    mixes: tuple[Mix, ...] = ()
     schema_version: int = 1
 
 
@@ -121,6 +132,7 @@ def measure_table(
     sequences: Mapping[str, Weights] | None = None,
     without: Mapping[str, Callable[[str], onnx.ModelProto]] | None = None,
     ranks: Mapping[str, tuple[Weights, Sequence[int]]] | None = None,
+    mixes: Sequence[Mix] = (),
 ) -> LatencyTable:
     """Times every variant against `reference` and takes differences.
 
@@ -132,9 +144,10 @@ def measure_table(
     counts to price per group, those of plain groups in the formats of `widths_in`, as are blocks and ranks; `float_layers`
     are priced one by one as float inside the int8 model; `without` makes, for a number format, the model that lacks a
     block; `ranks` are those to price per layer, beside its weight "out in" (a layer that no node of the file computes gets
-    no price).
+    no price). Of `mixes` the part is timed that can be made in the file of the last number format.
     """
     ranks, without = ranks or {}, without or {}
+    made: list[Mix] = []
     with tempfile.TemporaryDirectory(prefix="flyweight-table-") as folder:
         files: dict[str, Path] = {REFERENCE: reference}
 
@@ -162,11 +175,43 @@ def measure_table(
                 keep(f"{regime}||{layer}|{rank}", split)
             for layer in float_layers if regime == INT8 else ():
                 keep(f"extra|{layer}", with_float_layer(model, layer))
+        for mix in mixes:  # in the last format's file, which is the one in int8 if there is one
+            mix = _feasible(mix, groups, layers, turned, regime)
+            if mix.levels or mix.in_float:
+                keep(f"mix|{len(made)}", _mixed(model, mix, groups, layers, turned))
+                made.append(mix)
         timings = _timed(files, feeds, runtime, threads, deadline_s, seconds_per_shape, advance)
     regimes = [regime for regime in bases if regime in widths_in]
     table = _table(timings, bases, regimes, groups, levels, float_layers, list(without))
     offered = {layer: some for layer, (_, some) in ranks.items()}
-    return msgspec.structs.replace(table, split={regime: _split(timings, regime, offered) for regime in regimes})
+    share = _shares(timings)
+    return msgspec.structs.replace(
+        table,
+        split={regime: _split(timings, regime, offered) for regime in regimes},
+        mixes=tuple(msgspec.structs.replace(mix, share=share[f"mix|{i}"]) for i, mix in enumerate(made)),
+    )
+
+
+def _feasible(
+    mix: Mix, groups: Sequence[Group], layers: Mapping[str, Layer], turned: Mapping[str, str], regime: str
+) -> Mix:
+    """What of a mix can be made by patching the file."""
+    plain = {group.name for group in groups if is_plain(group, layers, turned.values())}
+    levels = {name: level for name, level in mix.levels.items() if name in plain}
+    return Mix(levels, mix.in_float if regime == INT8 else ())
+
+
+def _mixed(
+    model: onnx.ModelProto, mix: Mix, groups: Sequence[Group], layers: Mapping[str, Layer], turned: Mapping[str, str]
+) -> onnx.ModelProto:
+    """The file with every change of a mix: widths, or layers in float (which have other names then, and keep their widths)."""
+    for layer in mix.in_float:
+        model = with_float_layer(model, layer)
+    if not mix.levels:
+        return model
+    widths = widths_of(layers, mix.levels, groups)
+    cut = {name for group in groups if group.name in mix.levels for name in touched(group, layers)}
+    return patched(model, {name: widths[name] for name in layers if name in cut}, turned)
 
 
 def _splits(

@@ -30,6 +30,7 @@ from flyweight.methods import int8
 from flyweight.numerics.ragged import joined
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
+from flyweight.stages.additive import mix_notes
 from flyweight.stages.choose import Choice, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.deadline import CUT, GO_ON, Part
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
@@ -101,6 +102,7 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     advance(1)
     bought = _purchase(quotes, reference, table, corrected)
     notes = (*bought.notes, *_search_notes(choice, corrected, late.cut), *_untimed_notes(quotes.menu, menu, table))
+    notes += mix_notes(offers[0], table)
     return replace(bought, notes=notes, file=file)
 
 

@@ -21,6 +21,7 @@ from flyweight.graph.rewrite import refresh
 from flyweight.graph.surgery import cut
 from flyweight.methods import blocks, int8
 from flyweight.methods.blocks import Block
+from flyweight.stages.additive import mixes
 from flyweight.stages.deliver import Prepared, with_numbers
 from flyweight.stages.menu import INT8_FORM, Menu
 from flyweight.stages.quote import largest_integer
@@ -70,6 +71,8 @@ def measured_table(
     float_layers, levels = _worth_timing(menu, affordable - len(bases) * COPIES, regimes, alone)
     variants = 1 + len(bases) * COPIES + regimes * sum(map(len, levels.values())) + len(float_layers)
     variants += regimes * _always_timed(menu)
+    mixed = mixes(float_layers, levels, job.settings.seed)
+    variants += len(mixed)
     advance = stage("measure latencies", variants)
     table = measure_table(
         bases, reference, roundable(job.graph), menu.groups, levels, feeds, runtime=target, threads=threads,
@@ -79,6 +82,7 @@ def measured_table(
         sequences={n: weights_of(job.graph, one) for n, one in menu.layers.items() if one.sequences},
         without={p.block.node: partial(_without, job, ready, p.block, timed_formats(menu), place) for p in menu.blocks},
         ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
+        mixes=mixed,
     )  # fmt: skip
     return msgspec.structs.replace(table, fixed=tuple(n for n in timed_formats(menu) if n not in float_layers))
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from flyweight.deploy.formats.attention import turned_once, unguarded
 from flyweight.deploy.formats.columns import laid
+from flyweight.deploy.formats.exporter import quick_and_quiet
 from flyweight.deploy.formats.pads import merged_pads
 from flyweight.deploy.formats.proto import without_unread
 from flyweight.deploy.formats.unpack import is_packed, unpacked_rows, unpacked_weight
@@ -56,14 +53,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path, *, plain
     dynamic = _dynamic(graph, inputs)
     names = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
     try:
-        with (
-            warnings.catch_warnings(),
-            _silent("torch.onnx"),
-            _silent("onnxscript"),
-            contextlib.redirect_stdout(io.StringIO()),
-            torch.no_grad(),
-        ):
-            warnings.simplefilter("ignore")
+        with quick_and_quiet(), torch.no_grad():
             program = torch.export.export(lowered, tuple(inputs), dynamic_shapes=dynamic, strict=False)
             made = torch.onnx.export(
                 program, input_names=names, output_names=output_names(graph), dynamo=True, verbose=False, optimize=False
@@ -112,21 +102,6 @@ def _innermost(error: BaseException) -> str:
 def _overload(node: fx.Node) -> str:
     """How torch ends the operator's name in a message ("linalg_matrix_exp'" for aten.matrix_exp)."""
     return f"{str(node.target).split('.')[1]}'" if "." in str(node.target) else "\0"
-
-
-class _silent:
-    """Keeps a logger quiet inside a `with`: the exporter warns about packages that are not needed, and constants that it could
-    not fold."""
-
-    def __init__(self, name: str) -> None:
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.CRITICAL)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)
 
 
 def output_names(graph: fx.GraphModule) -> list[str]:

@@ -48,6 +48,7 @@ class Runtime(NamedTuple):
     preferred_multiple: Callable[[], int]  # widths that the kernels like
     skips_roundings: bool  # whether a value between two integer operators may stay unrounded
     snippet: str  # how a user loads {file}, a quoted name
+    roundoff: float = 2**-24  # of the numbers that float layers calculate with
 
     @property
     def install(self) -> str:

@@ -1,0 +1,71 @@
+"""torch's exporter, kept from talking and from reading its own sources anew for every file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["quick_and_quiet"]
+
+
+@contextlib.contextmanager
+def quick_and_quiet() -> Iterator[None]:
+    """Around calls of the exporter and of onnxscript's passes."""
+    with (
+        warnings.catch_warnings(),
+        _silent("torch.onnx"),
+        _silent("onnxscript"),
+        contextlib.redirect_stdout(io.StringIO()),
+        _translations_read_once(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+_TABLES: dict[Any, Any] = {}  # by arguments: torch's tables of translations
+
+
+@contextlib.contextmanager
+def _translations_read_once() -> Iterator[None]:
+    """Lets torch keep its table of translations: it reads the source of a thousand functions anew for every file, which takes
+    longer than all else about a small network. Where torch is another inside, it does as it would."""
+    owner: Any = None
+    with contextlib.suppress(ImportError, AttributeError):
+        owner = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    plain = vars(owner).get("from_torchlib") if owner is not None else None
+    if not isinstance(plain, classmethod):
+        yield
+        return
+    read = plain.__func__
+
+    def table(*given: Any, **named: Any) -> Any:
+        asked = (given, *sorted(named.items()))
+        if asked not in _TABLES:
+            _TABLES[asked] = read(owner, *given, **named)
+        return _TABLES[asked]
+
+    owner.from_torchlib = staticmethod(table)
+    try:
+        yield
+    finally:
+        owner.from_torchlib = plain
+
+
+class _silent:
+    """Keeps a logger quiet inside a `with`: the exporter warns about packages that are not needed, and constants that it could
+    not fold."""
+
+    def __init__(self, name: str) -> None:
+        self.logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self.level = self.logger.level
+        self.logger.setLevel(logging.CRITICAL)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)
