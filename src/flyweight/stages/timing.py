@@ -27,6 +27,7 @@ from flyweight.stages.menu import INT8_FORM, Menu
 from flyweight.stages.quote import largest_integer
 from flyweight.stages.ranks import weights_of
 from flyweight.stages.setup import Job
+from flyweight.stages.twins import in_turns, pooled
 from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import feeds_of
 
@@ -84,6 +85,7 @@ def measured_table(
         ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
         mixes=mixed,
     )  # fmt: skip
+    table = pooled(table, menu)
     return msgspec.structs.replace(table, fixed=tuple(n for n in timed_formats(menu) if n not in float_layers))
 
 
@@ -100,19 +102,12 @@ def _worth_timing(
         dearest = sorted(every, key=lambda name: -price[name])[: max(1, left // 3)]
         every = [name for name in every if name in dearest]
     each = max(2, (left - len(every)) // max(1, regimes * len(levels)))
-    return every, {name: _spread(some, each) for name, some in levels.items()}
+    return every, in_turns(menu, each)
 
 
 def _always_timed(menu: Menu) -> int:
     """The variants of a number format that are timed in any case: without each block, at each lower rank."""
     return len(menu.blocks) + sum(len(one.levels) - 1 for one in menu.ranks)
-
-
-def _spread(levels: Sequence[int], count: int) -> tuple[int, ...]:
-    """`count` of the levels, the smallest one among them."""
-    if len(levels) <= count:
-        return tuple(levels)
-    return tuple(levels[round((i + 1) * len(levels) / count) - 1] for i in range(count))
 
 
 def _without(
