@@ -273,6 +273,32 @@ def test_a_clock_that_nothing_satisfies_ends_with_the_nearest_point():
     assert len(trials) <= 4
 
 
+@pytest.mark.parametrize(("beyond", "measured", "reached"), [
+    (1.05, 0.94, True), (1.12, 0.85, True), (1.05, 0.97, False), (1.3, 0.5, False)
+])  # fmt: skip
+def test_what_is_said_to_be_a_little_out_of_reach_is_measured(beyond: float, measured: float, reached: bool):
+    """The fastest point takes `beyond` times the limit as predicted, and `measured` times what was predicted."""
+    offers, name = markets(menu(), table()), f"latency@{SHAPE}"
+    fastest = choose(offers, {name: 0.001}, "error", Trials()).solution.costs[name]
+    limit, trials = fastest / beyond, []
+
+    def again(factors):
+        return choose(offers, {name: limit * factors[name]}, "error", Trials())
+
+    def trial(choice, turn):
+        trials.append(turn)
+        return {name: measured * choice.solution.costs[name]}
+
+    first = again({name: 1.0})
+    assert not first.solution.feasible
+    found = corrected(first, {name: limit}, again, trial, whole=True, hopeful=True)
+    assert found.solution.feasible == reached
+    assert reached == (found.solution.binding == "")
+    assert (measured * found.solution.costs[name] <= limit) == reached or beyond > 1.2
+    assert bool(trials) == (beyond <= 1.15)
+    assert corrected(first, {name: limit}, again, trial, whole=True) is first  # not where it is not asked for
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_file_larger_than_predicted_is_chosen_anew(whole: bool):
     """Every file is 3 % larger than the menu says: what is delivered holds, and no more is given up than need be."""

@@ -277,6 +277,7 @@ def _corrected(
     found = cost_limits(job.budget, reference, table)
     limits = {n: v for n, v in found.items() if n in ("size", "memory") or (clock and n.startswith("latency@"))}
     timed = any(name.startswith("latency@") for name in limits)
+    exact = (choice.solution.costs[name] <= value for name, value in found.items() if name not in limits)
     tried: list[tuple[Choice, bytes | None]] = []
 
     def trial(offered: Choice, turn: int) -> dict[str, float]:
@@ -284,8 +285,8 @@ def _corrected(
         tried.append((offered, file))
         return measured
 
-    last = corrected(choice, limits, chosen, trial, whole=aim == "error", late=late)
-    return last, next((file for one, file in tried if one is last), None)
+    last = corrected(choice, limits, chosen, trial, whole=aim == "error", late=late, hopeful=all(exact))
+    return last, next((file for one, file in tried if one.outcome is last.outcome and file), None)
 
 
 def _trial(

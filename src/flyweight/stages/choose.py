@@ -24,6 +24,7 @@ LITTLE = 1.003  # a limit moved by less is taken to be where it was
 TAIL = 1.1
 AS_NEAR = 1.02  # of the time of the nearest point to a limit that cannot be met
 FARTHER = (1.06, 1.12, 1.19, 1.26, 1.35, 1.5, 2.0, math.inf)  # of its costs, where the nearest point lacks quality
+HOPE = 0.15  # as far beyond limits as the nearest point is measured all the same: predictions may be too high
 TRIES = 8  # points of the frontier among which the cheapest good one is looked for
 
 
@@ -108,22 +109,30 @@ def corrected(
     *,
     whole: bool,
     late: Callable[[], bool] = lambda: False,
+    hopeful: bool = False,
 ) -> Choice:
     """Chooses again where what is delivered takes more than was predicted, or leaves room: under limits moved by so much.
 
     `limits` are those on latency and size by name, `trial(choice, turn)` measures the delivered file at each,
     `again(factors)` chooses with the limits times these factors. If the `whole` budget should be used (for quality), room
     that is left is given back: by the prediction's own error, or halfway to factors that are known to miss. The best
-    choice that was measured to hold, else the last one; when it is `late`, of those so far.
+    choice that was measured to hold, else the last one; when it is `late`, of those so far. If `hopeful`, a first choice that is
+    said to be a little out of reach is measured as well, and counts as others do where it holds.
     """
     factors = dict.fromkeys(limits, 1.0)  # that the choice was made under
     missed: dict[str, float] = {}  # the last factors that are too loose
     held: Choice | None = None
     for turn in range(ROUNDS if limits else 0):
-        if not choice.solution.feasible or late():
+        near = hopeful and turn == 0 and choice.solution.excess <= HOPE
+        if not (choice.solution.feasible or near) or late():
             break
         found = trial(choice, turn)
         used = {name: found[name] / limit for name, limit in limits.items()}
+        if not choice.solution.feasible:
+            if max(used.values()) > 1.0:
+                break
+            within = replace(choice.solution, feasible=True, binding="", excess=0.0, bound=0.0, gap=0.0)
+            choice = replace(choice, solution=within)
         told = {name: choice.solution.costs[name] / found[name] for name in limits}  # predicted for one measured
         if max(used.values()) <= 1.0:
             if held is None or choice.solution.error < held.solution.error:
