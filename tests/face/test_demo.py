@@ -69,13 +69,15 @@ def folder(tmp_path_factory):
     return place / "demo-out"
 
 
-def test_no_claim_fails(folder):
-    """On an idle machine all hold; on a busy one the clock can leave a claim undecided, and another plan be chosen."""
+def test_what_it_promises_holds(folder):
+    """Size, quality and the proofs do. How fast a busy machine with a short clock is, is only told as it was measured."""
     results = from_json((folder / "results.json").read_bytes(), Results)
     claims = {claim.limit.quantity: claim for claim in results.claims if claim.kind == "promise"}
     assert claims["size"].state == "holds"
     assert claims["drop"].state != "fails"
-    assert claims["latency"].state != "fails"
+    (share,) = results.rows[-1].latency_share.values()
+    assert claims["latency"].interval == share
+    assert claims["latency"].state == ("holds" if share.high <= 0.5 else "undecided" if share.low <= 0.5 else "fails")
     assert all(claim.state == "holds" for claim in results.claims if claim.kind == "proof")
 
 
