@@ -17,7 +17,6 @@ import numpy as np
 from common import RESULTS, arguments, facts, print_table, write_csv
 from flyweight.deploy import clock, runtimes
 from flyweight.deploy.formats.onnx import export
-from flyweight.deploy.machine import version_of
 from flyweight.graph.operators import roundable
 from flyweight.graph.trace import trace
 from flyweight.methods import int8
@@ -74,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         rows = [row for size in SIZES for row in compared(size, options, Path(place))]
     print_table(rows, COLUMNS)
-    write_csv(RESULTS / "columns.csv", rows, facts(options.threads) | {"openvino": version_of("openvino")})
+    write_csv(RESULTS / "columns.csv", rows, facts(options.threads, "openvino"))
 
 
 if __name__ == "__main__":

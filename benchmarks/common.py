@@ -15,7 +15,6 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from flyweight.deploy.machine import version_of
 from flyweight.numerics.intervals import paired_proportions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,14 +206,14 @@ def paired_interval(before: Tensor, after: Tensor) -> tuple[float, float, float]
     return found.value, found.low, found.high
 
 
-def facts(threads: int) -> dict[str, str]:
-    """What a figure was measured on: processor, flags, threads, versions, date (UTC)."""
+def facts(threads: int, *rivals: str) -> dict[str, str]:
+    """What a figure was measured on: processor, flags, threads, versions (those of `rivals` too), date (UTC)."""
     info = {}
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         info = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in reversed(lines))}
     kinds = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
-    packages = ("flyweight", "torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "numpy")
+    packages = ("flyweight", "torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "numpy", *rivals)
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
@@ -221,15 +221,8 @@ def facts(threads: int) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(threads),
         "os": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {version}" for name in packages if (version := _version(name))),
+        "versions": ", ".join(f"{name} {version}" for name in packages if (version := version_of(name))),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, str]) -> None:

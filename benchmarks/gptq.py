@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from common import RESULTS, arguments, facts, print_table, write_csv
-from flyweight.deploy.machine import version_of
 from flyweight.graph.measure import Stats, measure
 from flyweight.graph.operators import Layer, layers, matrix
 from flyweight.graph.trace import trace
@@ -37,19 +36,6 @@ from peers_cases import CASES
 
 NETWORKS = {"minilm": 9, "efficientnet": 9}  # and how many of its layers, spread over it, at most
 BITS, REPEATS = (8, 4, 3), 3
-COLUMNS = (
-    "layer",
-    "rows",
-    "columns",
-    "bits",
-    "nearest",
-    "gptq",
-    "flyweight",
-    "flyweight / gptq",
-    "time ratio",
-    "low",
-    "high",
-)
 
 
 def ours(weight: Tensor, layer: Layer, moments: Moments, scale: Tensor, bits: int) -> Tensor:
@@ -79,11 +65,9 @@ def theirs(weight: Tensor, gram: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The weights as llm-compressor rounds them."""
     from compressed_tensors.quantization import QuantizationArgs
 
-    quantize_weight = _sweep().quantize_weight
-
     args = QuantizationArgs(num_bits=bits, symmetric=True, strategy="channel", actorder="weight")
     zero = torch.zeros_like(scale, dtype=torch.float32)
-    new, _, _ = quantize_weight(
+    new, _, _ = _sweep().quantize_weight(
         weight.float()[None].clone(), gram.float()[None].clone(), scale.float()[None], zero[None], None, args
     )
     return new[0].to(weight.dtype)
@@ -157,10 +141,8 @@ def main() -> None:
             for bits in BITS:
                 rows.append(compared(name, layer, weight, stats, bits))
                 print(rows[-1], flush=True)
-    print_table(rows, COLUMNS)
-    write_csv(
-        RESULTS / "gptq.csv", rows, facts(options.threads) | {"rival": f"llmcompressor {version_of('llmcompressor')}"}
-    )
+    print_table(rows, tuple(rows[0]))
+    write_csv(RESULTS / "gptq.csv", rows, facts(options.threads, "llmcompressor"))
 
 
 if __name__ == "__main__":

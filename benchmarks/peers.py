@@ -28,7 +28,6 @@ import flyweight as fw
 from common import RESULTS, arguments, facts, print_table, source_interval, write_csv
 from flyweight.deploy import clock, runtimes
 from flyweight.deploy.formats.onnx import export
-from flyweight.deploy.machine import version_of
 from flyweight.graph.trace import trace
 from peers_cases import CASES, Case
 from peers_rivals import Rival, rivals
@@ -67,9 +66,10 @@ def ours(case: Case, made: _Made, folder: Path, clocked: Callable[[], clock.Timi
     known = [name for name in made if not name.startswith((FLOAT, OURS))]
     for target in case.targets:
         several = f", {target}" if len(case.targets) > 1 else ""
-        prices = folder / f"{target}-{next(iter(case.goals))}".replace(" ", "-")  # kept by the first of the runs
+        places = {goal: folder / f"{target}-{goal}".replace(" ", "-") for goal in case.goals}
+        prices = next(iter(places.values()))  # kept by the first of the runs
         for goal, (part, others) in case.goals.items():
-            place = folder / f"{target}-{goal}".replace(" ", "-")
+            place = places[goal]
             if f"{OURS}, {goal}{several}" in made:
                 continue
             allowed = _fastest(folder / "fastest.json", case.targets, known, clocked)[target]
@@ -221,8 +221,11 @@ def compared(name: str, options: Any) -> None:
             f"float against itself at {s}": f"{i.value:.4f} [{i.low:.4f}, {i.high:.4f}]"
             for s, i in timings.noise.items()
         }
-        versions = {"rivals": ", ".join(f"{n} {version_of(n)}" for n in ("openvino", "nncf"))}
-        about = facts(options.threads) | versions | noise | {"how": timings.how, "test rows": str(len(case.source))}
+        about = (
+            facts(options.threads, "openvino", "nncf")
+            | noise
+            | {"how": timings.how, "test rows": str(len(case.source))}
+        )
         suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
         write_csv(RESULTS / f"peers_{name}{suffix}.csv", rows, about)
         write_csv(RESULTS / f"peers_{name}{suffix}_ahead.csv", pairs, about)

@@ -232,7 +232,9 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [row for name in options.network or ["resnet20"] for row in compared(name, options)]
     print_table(rows, COLUMNS)
-    write_csv(RESULTS / f"truth_{'_'.join(options.network or ['resnet20'])}.csv", rows, facts(options.threads))
+    write_csv(
+        RESULTS / f"truth_{'_'.join(options.network or ['resnet20'])}.csv", rows, facts(options.threads, "openvino")
+    )
 
 
 if __name__ == "__main__":

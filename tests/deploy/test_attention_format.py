@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flyweight.deploy import runtimes
-from flyweight.deploy.formats.attention import turned_once
+from flyweight.deploy.formats.attention import turned_keys
 from flyweight.deploy.formats.onnx import export
 from flyweight.graph.trace import trace
 
@@ -131,7 +131,7 @@ def test_keys_that_something_else_reads_stay_for_it(tmp_path):
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     x = np.random.default_rng(0).standard_normal((4, 5, 2, 3)).astype(np.float32)
     onnx.save(model, tmp_path / "before.onnx")
-    after = turned_once(onnx.load(tmp_path / "before.onnx"))
+    after = turned_keys(onnx.load(tmp_path / "before.onnx"))
     onnx.save(after, tmp_path / "after.onnx")
     assert sum(node.op_type == "Reshape" for node in after.graph.node) == 1  # for the other answer
     load = runtimes.get("onnxruntime").load

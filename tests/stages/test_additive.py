@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from flyweight.deploy.latency import Mix
@@ -27,6 +25,11 @@ def test_mixes_are_drawn_from_what_is_timed_and_alike_for_one_seed():
         assert bool(one.levels) != bool(one.in_float)
         assert set(one.in_float) <= set(layers)
         assert all(level in LEVELS[name] for name, level in one.levels.items())
+
+
+def test_a_mix_is_of_one_kind():
+    with pytest.raises(ValueError, match="not both"):
+        Mix({"a": 8}, ("l1",))
 
 
 @pytest.mark.parametrize(("layers", "levels"), [((), {}), (("a",), {"a": (4,)})])
@@ -69,4 +72,4 @@ def test_mixes_of_another_menu_say_nothing():
     _, table = market(mixes=(Mix({"gone": 3}, (), {menus.SHAPE: 9.0}), Mix({name: 10**6}, (), {menus.SHAPE: 9.0})))
     assert list(additivity(built, table)) == []
     assert mix_notes(built, table) == ()
-    assert mix_notes(replace(built), None) == ()
+    assert mix_notes(built, None) == ()

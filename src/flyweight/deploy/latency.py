@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from pathlib import Path
 from statistics import median, stdev
 
@@ -24,7 +25,7 @@ from flyweight.graph.axes import Group, Numbers, rows_of
 from flyweight.graph.operators import Layer
 from flyweight.types import Interval, Note, to_json
 
-__all__ = ["LatencyTable", "Mix", "measure_table", "table_hash", "touched", "widths_of"]
+__all__ = ["LatencyTable", "Mix", "measure_table", "table_hash", "touched", "variance_of_saving", "widths_of"]
 
 FLOAT, INT8 = "float", "int8"
 COPIES = 5  # times that a base is measured: each session has its own luck with memory, and all savings start from it
@@ -33,12 +34,16 @@ Weights = NDArray[np.float32]
 
 
 class Mix(msgspec.Struct, frozen=True):
-    """Several changes of the whole model at once: groups by the level they have, layers in float among int8 ones; and, once it
-    was timed, its share by shape."""
+    """Several changes of the whole model at once: groups by the level they have, or layers in float among int8 ones (which files
+    know by other names, so not both); and, once it was timed, its share by shape."""
 
     levels: Mapping[str, int] = {}
     in_float: tuple[str, ...] = ()
     share: Mapping[str, float] = {}
+
+    def __post_init__(self) -> None:
+        if self.levels and self.in_float:
+            raise ValueError("a mix changes widths or number formats, not both")
 
 
 class LatencyTable(msgspec.Struct, frozen=True):
@@ -160,26 +165,25 @@ def measure_table(
             files |= {f"{regime}|copy|{number}": base for number in range(1, COPIES)}
             model = onnx.load(base)
             turned = products(model, sequences or {})
-            for group in groups:
-                plain = is_plain(group, layers, turned.values())
-                for level in levels.get(group.name, ()):
-                    if plain and regime in widths_in:
-                        widths = widths_of(layers, {group.name: level}, groups)
-                        cut = {name: widths[name] for name in touched(group, layers)}
-                        keep(f"{regime}|{group.name}|{level}", patched(model, cut, turned))
-                    elif not plain and regime == FLOAT and narrowed is not None:
-                        keep(f"{regime}|{group.name}|{level}", narrowed(group, level))
+            plain = {group.name for group in groups if is_plain(group, layers, turned.values())}
+            narrow = partial(_narrow, model, turned=turned, groups=groups, layers=layers)
+            for group, level in [(one, level) for one in groups for level in levels.get(one.name, ())]:
+                if group.name in plain and regime in widths_in:
+                    keep(f"{regime}|{group.name}|{level}", narrow({group.name: level}))
+                elif group.name not in plain and regime == FLOAT and narrowed is not None:
+                    keep(f"{regime}|{group.name}|{level}", narrowed(group, level))
             for block, make in without.items() if regime in widths_in else ():
                 keep(f"{regime}|without|{block}", make(regime))
             for layer, rank, split in _splits(model, ranks if regime in widths_in else {}):
                 keep(f"{regime}||{layer}|{rank}", split)
             for layer in float_layers if regime == INT8 else ():
                 keep(f"extra|{layer}", with_float_layer(model, layer))
-        for mix in mixes:  # in the last format's file, which is the one in int8 if there is one
-            mix = _feasible(mix, groups, layers, turned, regime)
-            if mix.levels or mix.in_float:
-                keep(f"mix|{len(made)}", _mixed(model, mix, groups, layers, turned))
-                made.append(mix)
+            if regime == list(bases)[-1]:  # the one in int8, if there is one
+                made = _patchable(mixes, plain, regime)
+                for i, mix in enumerate(made):
+                    keep(
+                        f"mix|{i}", narrow(mix.levels) if mix.levels else reduce(with_float_layer, mix.in_float, model)
+                    )
         timings = _timed(files, feeds, runtime, threads, deadline_s, seconds_per_shape, advance)
     regimes = [regime for regime in bases if regime in widths_in]
     table = _table(timings, bases, regimes, groups, levels, float_layers, list(without))
@@ -192,26 +196,32 @@ def measure_table(
     )
 
 
-def _feasible(
-    mix: Mix, groups: Sequence[Group], layers: Mapping[str, Layer], turned: Mapping[str, str], regime: str
-) -> Mix:
-    """What of a mix can be made by patching the file."""
-    plain = {group.name for group in groups if is_plain(group, layers, turned.values())}
-    levels = {name: level for name, level in mix.levels.items() if name in plain}
-    return Mix(levels, mix.in_float if regime == INT8 else ())
+def _patchable(mixes: Sequence[Mix], plain: Collection[str], regime: str) -> list[Mix]:
+    """What of the mixes can be made by patching the file of a number format."""
+    parts = [
+        Mix({n: level for n, level in mix.levels.items() if n in plain}, mix.in_float if regime == INT8 else ())
+        for mix in mixes
+    ]
+    return [mix for mix in parts if mix.levels or mix.in_float]
 
 
-def _mixed(
-    model: onnx.ModelProto, mix: Mix, groups: Sequence[Group], layers: Mapping[str, Layer], turned: Mapping[str, str]
+def _narrow(
+    model: onnx.ModelProto,
+    levels: Mapping[str, int],
+    *,
+    turned: Mapping[str, str],
+    groups: Sequence[Group],
+    layers: Mapping[str, Layer],
 ) -> onnx.ModelProto:
-    """The file with every change of a mix: widths, or layers in float (which have other names then, and keep their widths)."""
-    for layer in mix.in_float:
-        model = with_float_layer(model, layer)
-    if not mix.levels:
-        return model
-    widths = widths_of(layers, mix.levels, groups)
-    cut = {name for group in groups if group.name in mix.levels for name in touched(group, layers)}
-    return patched(model, {name: widths[name] for name in layers if name in cut}, turned)
+    """The file in which the groups named in `levels`, all of them plain, keep that many channels."""
+    widths = widths_of(layers, levels, groups)
+    cut = [name for group in groups if group.name in levels for name in touched(group, layers)]
+    return patched(model, {name: widths[name] for name in cut}, turned)
+
+
+def variance_of_saving(spread: float) -> float:
+    """Of the difference between a variant and its base, the median of its copies, if one variant scatters by `spread`."""
+    return spread**2 * (1 + 1 / COPIES)
 
 
 def _splits(

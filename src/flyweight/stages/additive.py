@@ -59,7 +59,5 @@ def mix_notes(market: Market, table: LatencyTable | None) -> tuple[Note, ...]:
     if not found or abs(median(found) - 1) <= NEAR:
         return ()
     text = f"random mixes of cuts and number formats take {median(found):.2f} times what their prices add up to"
-    fix = (
-        "nothing: what was chosen was timed as it is, and the limits aimed at again; frontier and advice are less sure"
-    )
+    fix = "nothing: what promises weigh is the delivered file, timed; the frontier is less sure"
     return (Note("latency.not-additive", text, fix=fix),)

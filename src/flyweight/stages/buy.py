@@ -277,7 +277,7 @@ def _corrected(
     found = cost_limits(job.budget, reference, table)
     limits = {n: v for n, v in found.items() if n in ("size", "memory") or (clock and n.startswith("latency@"))}
     timed = any(name.startswith("latency@") for name in limits)
-    exact = (choice.solution.costs[name] <= value for name, value in found.items() if name not in limits)
+    exact = all(choice.solution.costs[name] <= value for name, value in found.items() if name not in limits)
     tried: list[tuple[Choice, bytes | None]] = []
 
     def trial(offered: Choice, turn: int) -> dict[str, float]:
@@ -285,8 +285,9 @@ def _corrected(
         tried.append((offered, file))
         return measured
 
-    last = corrected(choice, limits, chosen, trial, whole=aim == "error", late=late, hopeful=all(exact))
-    return last, next((file for one, file in tried if one.outcome is last.outcome and file), None)
+    last = corrected(choice, limits, chosen, trial, whole=aim == "error", late=late, hopeful=exact)
+    # by what was made: a choice that holds against what was said of it is another record
+    return last, next((file for one, file in tried if file and one.outcome is last.outcome), None)
 
 
 def _trial(
@@ -327,7 +328,7 @@ def _search_notes(first: Choice, last: Choice, late: bool) -> tuple[Note, ...]:
     if late:
         text = "the time limit ended the search: this is the best so far, and a better one may exist"
         notes.append(Note(CUT, text, fix=GO_ON))
-    if last is not first:
+    if last.solution.choices != first.solution.choices:
         text = "the file of the first choice did not take what was predicted: chosen again with that known"
         notes.append(Note("budget.corrected", text))
     if last.solution.gap > UNPROVEN:

@@ -131,6 +131,7 @@ def corrected(
         if not choice.solution.feasible:
             if max(used.values()) > 1.0:
                 break
+            # nothing is proven about its error; a gap would say that the search ended by time
             within = replace(choice.solution, feasible=True, binding="", excess=0.0, bound=0.0, gap=0.0)
             choice = replace(choice, solution=within)
         told = {name: choice.solution.costs[name] / found[name] for name in limits}  # predicted for one measured

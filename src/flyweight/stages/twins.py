@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 
-from flyweight.deploy.latency import COPIES, INT8, LatencyTable
+from flyweight.deploy.latency import INT8, LatencyTable, variance_of_saving
 from flyweight.graph.axes import Group
 from flyweight.graph.operators import Layer
 from flyweight.stages.menu import Menu
@@ -19,7 +20,8 @@ ByShape = Mapping[str, float]
 
 
 def in_turns(menu: Menu, count: int) -> dict[str, tuple[int, ...]]:
-    """`count` levels to time of every group, the smallest one among them; of groups that are alike each has others in turn."""
+    """`count` levels to time of every group: spread over it, the smallest one among them; of groups that are alike each has the
+    next larger ones in turn."""
     asked = {lad.group.name: lad.levels[1:] for lad in menu.ladders}
     chosen: dict[str, tuple[int, ...]] = {}
     for names in _alike({lad.group.name: _of_group(lad.group, menu.layers) for lad in menu.ladders}):
@@ -38,9 +40,9 @@ def in_turns(menu: Menu, count: int) -> dict[str, tuple[int, ...]]:
 def pooled(table: LatencyTable, menu: Menu) -> LatencyTable:
     """The table in which groups that are alike save nearly alike, and layers that are alike add nearly alike.
 
-    Each is drawn to the mean of its twins as far as measurements scatter (the positive part of James and Stein's estimator; the
-    scatter is what copies of one file show). What was measured of one twin alone holds for all. Source: Efron, Morris 1973,
-    JASA 68, section 2.
+    Each is drawn to the mean of its twins as far as measurements scatter: by the share that noise has in their variance, the
+    noise being what copies of one file show. What was measured of one twin alone holds for all. Source: Efron, Morris 1973,
+    JASA 68, section 2, with the plain ratio of variances for James and Stein's.
     """
     groups = {lad.group.name: _of_group(lad.group, menu.layers) for lad in menu.ladders}
     saved = {}
@@ -60,15 +62,14 @@ def _shared(measured: Mapping[str, Mapping[str, ByShape]], spread: ByShape) -> d
     """By name, level and shape: what is believed of each of several that are alike."""
     levels = list(dict.fromkeys(level for by in measured.values() for level in by))
     if len(measured) < 2 or not spread:
-        return {name: {level: dict(by) for level, by in levels.items()} for name, levels in measured.items()}
+        return {name: {level: dict(by) for level, by in own_levels.items()} for name, own_levels in measured.items()}
     made: dict[str, dict[str, dict[str, float]]] = {name: {level: {} for level in levels} for name in measured}
     for shape, scatter in spread.items():
         values = {level: {n: by[level][shape] for n, by in measured.items() if level in by} for level in levels}
         means = {level: float(np.mean(list(some.values()))) for level, some in values.items()}
         apart = sum((v - means[level]) ** 2 for level, some in values.items() for v in some.values())
         free = sum(len(some) - 1 for some in values.values())
-        noise = scatter**2 * (1 + 1 / COPIES)
-        own = max(0.0, 1 - noise * free / apart) if free and apart > 0 else 0.0
+        own = max(0.0, 1 - variance_of_saving(scatter) * free / apart) if free and apart > 0 else 0.0
         for level, some in values.items():
             for name in measured:
                 made[name][level][shape] = means[level] + own * (some.get(name, means[level]) - means[level])
@@ -91,5 +92,5 @@ def _of_group(group: Group, layers: Mapping[str, Layer]) -> Hashable:
 
 
 def _of_layer(layer: Layer) -> Hashable:
-    """What layers that are alike have in common: all but their names."""
-    return layer.kind, layer.outputs, layer.inputs, layer.taps, layer.positions, layer.groups, layer.output_taps
+    """What layers that are alike have in common: all but names."""
+    return replace(layer, name="", nodes=(), norm="")

@@ -133,7 +133,8 @@ def parity(
     every = [_Rows({n: v[:PARITY_ROWS] for n, v in one.feeds.items()}, None) for one in every]
     runs = [{f"batch={b}": (b, len(one)) for b in sorted({1, min(3, len(one)), len(one)})} for one in every]
     answers = ask_each(file, [one.feeds for one in every], runs, runtime=runtime, threads=threads)
-    allowed = tolerance(int8_layers, layers, get(runtime).skips_roundings, get(runtime).roundoff)
+    adapter = get(runtime)
+    allowed = tolerance(int8_layers, layers, adapter.skips_roundings, adapter.roundoff)
     found: dict[str, float] = {}
     for one, got in zip(every, answers, strict=True):
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """Attention in the form that runtimes make one kernel of.
 
 The exporter turns keys by three operators, through a form that has batch and heads in one axis, and scales queries and keys
-each by a root. Runtimes that merge products, softmax and transpositions of attention know one scale, and keys that are turned
-as queries are and then as a product's second factor may be (OpenVINO carries out any other order by itself, beside its kernel).
+each by a root. Runtimes that merge products and softmax of attention know one scale, and take the turn of a product's second
+factor into its kernel where it is one operator of its own: keys are turned as queries are, and then by their last two axes.
 
 It also guards every softmax behind a mask against rows in which all positions are masked, and puts zeros where NaN came out.
 Those runtimes do not know the guard either, and it never acts: the exporter's masks are finite, so such rows become means
@@ -20,12 +20,12 @@ from onnx import numpy_helper
 
 from flyweight.deploy.formats.proto import without_unread
 
-__all__ = ["turned_once", "unguarded"]
+__all__ = ["turned_keys", "unguarded"]
 
 FLOOR = np.float32(-1e30)  # what is masked is below it (finite or not); its exponential is zero
 
 
-def turned_once(model: onnx.ModelProto) -> onnx.ModelProto:
+def turned_keys(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same model, in place, in which keys are turned as queries are and then by one operator, and scores scaled by one."""
     graph = model.graph
     made = {output: node for node in graph.node for output in node.output}

@@ -1,8 +1,7 @@
 """Values one column wide, "batch channels length 1", laid on their side: "batch channels 1 length".
 
 The numbers are the same, and in the same order. Kernels of runtimes work along rows: over a column a convolution takes
-longer, in OpenVINO two to three times as long (networks on sound or sensors are often written that way; how much is measured
-by benchmarks/columns.py).
+longer, as benchmarks/columns.py measures (networks on sound or sensors are often written that way).
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from typing import Any
 
 __all__ = ["quick_and_quiet"]
 
+_TABLES: dict[Any, Any] = {}  # by arguments: torch's tables of translations
+
 
 @contextlib.contextmanager
 def quick_and_quiet() -> Iterator[None]:
@@ -27,13 +29,10 @@ def quick_and_quiet() -> Iterator[None]:
         yield
 
 
-_TABLES: dict[Any, Any] = {}  # by arguments: torch's tables of translations
-
-
 @contextlib.contextmanager
 def _translations_read_once() -> Iterator[None]:
-    """Lets torch keep its table of translations: it reads the source of a thousand functions anew for every file, which takes
-    longer than all else about a small network. Where torch is another inside, it does as it would."""
+    """Lets torch keep its table of translations, for which it reads the source of every one anew for each file. Where torch is
+    another inside, it does as it would: that takes longer, and the file is the same."""
     owner: Any = None
     with contextlib.suppress(ImportError, AttributeError):
         owner = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry

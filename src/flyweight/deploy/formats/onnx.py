@@ -14,7 +14,7 @@ from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, fx, nn
 
-from flyweight.deploy.formats.attention import turned_once, unguarded
+from flyweight.deploy.formats.attention import turned_keys, unguarded
 from flyweight.deploy.formats.columns import laid
 from flyweight.deploy.formats.exporter import quick_and_quiet
 from flyweight.deploy.formats.pads import merged_pads
@@ -71,7 +71,7 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path, *, plain
             why=reason,
             fix="replace the operator named, or report it with the model",
         ) from error
-    model = turned_once(unguarded(merged_pads(made.model_proto)))
+    model = turned_keys(unguarded(merged_pads(made.model_proto)))
     model = model if plain else laid(model)
     onnx.save(_named(_stripped(_lean(model)), graph), path)
 
