@@ -141,7 +141,7 @@ def _set_groups(node: onnx.NodeProto, groups: int) -> None:
 
 def _any_width(node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], new: dict[str, onnx.TensorProto]) -> None:
     shape = numpy_helper.to_array(tensors[node.input[1]])
-    if shape.shape == (2,) and shape[0] == -1:
+    if shape.shape == (2,) and shape[0] in (-1, 0):
         fresh = f"{node.input[1]}/any"
         new[fresh] = numpy_helper.from_array(np.array([0, -1], dtype=np.int64), fresh)
         node.input[1] = fresh

@@ -1,4 +1,4 @@
-"""torch's exporter, kept from talking and from reading its own sources anew for every file."""
+"""torch's exporter, kept from talking, from reading its own sources anew for every file, and from work that changes nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 __all__ = ["quick_and_quiet"]
 
@@ -24,6 +26,7 @@ def quick_and_quiet() -> Iterator[None]:
         _silent("onnxscript"),
         contextlib.redirect_stdout(io.StringIO()),
         _translations_read_once(),
+        _decomposed_where_needed(),
     ):
         warnings.simplefilter("ignore")
         yield
@@ -53,6 +56,36 @@ def _translations_read_once() -> Iterator[None]:
         yield
     finally:
         owner.from_torchlib = plain
+
+
+@contextlib.contextmanager
+def _decomposed_where_needed() -> Iterator[None]:
+    """Lets torch decompose only programs with an operator that it has no translation for: the others it traces anew, more than
+    once, to arrive where they were. Where torch is another inside, it does as it would."""
+    passes: Any = None
+    with contextlib.suppress(ImportError):
+        passes = importlib.import_module("torch.onnx._internal.exporter._fx_passes")
+    plain = getattr(passes, "decompose_with_registry", None)
+    if plain is None:
+        yield
+        return
+
+    def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
+        called = {node.target for node in program.graph.nodes if node.op == "call_function"}
+        return program if all(_translated(one, registry) for one in called) else plain(program, registry)
+
+    passes.decompose_with_registry = decompose
+    try:
+        yield
+    finally:
+        passes.decompose_with_registry = plain
+
+
+def _translated(called: Any, registry: Any) -> bool:
+    """Whether torch can write the operator into a file as it stands: one that overwrites its input must be undone first."""
+    if isinstance(called, torch._ops.OpOverload):
+        return not called._schema.is_mutable and bool(registry.is_registered(called))
+    return not isinstance(called, torch._ops.HigherOrderOperator)  # a branch or a loop holds operators of its own
 
 
 class _silent:

@@ -19,6 +19,7 @@ from flyweight.deploy.formats.columns import laid
 from flyweight.deploy.formats.exporter import quick_and_quiet
 from flyweight.deploy.formats.pads import merged_pads
 from flyweight.deploy.formats.proto import without_unread
+from flyweight.deploy.formats.translated import translated
 from flyweight.deploy.formats.unpack import is_packed, unpacked_rows, unpacked_weight
 from flyweight.errors import ModelError
 from flyweight.graph.numbers import number_forms
@@ -195,6 +196,7 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     for node in list(lowered.graph.nodes):
         if node.op == "call_module" and node.target in forms:
             _unpack_layer(lowered, node, scales_of(scales, str(node.target)), forms[str(node.target)].bits)
+    translated(lowered)
     lowered.graph.eliminate_dead_code()
     lowered.delete_all_unused_submodules()
     lowered.recompile()

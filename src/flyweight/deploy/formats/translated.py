@@ -1,0 +1,64 @@
+"""Layers in the operators that torch's exporter can write as they stand: it is spared the search for them (`exporter`)."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from flyweight.graph.operators import module_of
+
+__all__ = ["translated"]
+
+aten = torch.ops.aten
+ALIASES = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__or__.Tensor: aten.bitwise_or.Tensor}
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device)
+
+
+def translated(graph: fx.GraphModule) -> None:
+    """Batch normalization by running statistics, averages over all of a picture or a sequence, casts and masks, in place: as what
+    torch decomposes them into."""
+    for node in list(graph.graph.nodes):
+        module: Any = module_of(graph, node)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            _normalized(graph, node, module)
+        elif isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)) and _is_one(module.output_size):
+            _averaged(graph, node, 1 if isinstance(module, nn.AdaptiveAvgPool1d) else 2)
+        elif node.target == aten.adaptive_avg_pool1d.default and _is_one(node.args[1]):
+            _averaged(graph, node, 1)
+        elif node.target == aten.adaptive_avg_pool2d.default and _is_one(node.args[1]):
+            _averaged(graph, node, 2)
+        elif node.target in ALIASES:
+            node.target = ALIASES[node.target]
+        elif node.target in CASTS:
+            arguments = {one.name: given for one, given in zip(node.target._schema.arguments, node.args, strict=False)}
+            kind = (arguments | node.kwargs).get("dtype") or node.meta["val"].dtype
+            node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": kind}
+    graph.recompile()
+
+
+def _is_one(size: Any) -> bool:
+    return all(one == 1 for one in (size if isinstance(size, (tuple, list)) else [size]))
+
+
+def _normalized(graph: fx.GraphModule, node: fx.Node, module: Any) -> None:
+    with graph.graph.inserting_before(node):
+        parts = [
+            None if getattr(module, name) is None else graph.graph.get_attr(f"{node.target}.{name}")
+            for name in ("weight", "bias", "running_mean", "running_var")
+        ]
+        # no more than inference reads is in the file, but the operator asks for a momentum, which a module may leave out
+        arguments = (node.args[0], *parts, module.momentum or 0.0, module.eps)
+        made = graph.graph.call_function(aten._native_batch_norm_legit_no_training.default, arguments)
+        value = graph.graph.call_function(operator.getitem, (made, 0))
+    node.replace_all_uses_with(value)
+    graph.graph.erase_node(node)
+
+
+def _averaged(graph: fx.GraphModule, node: fx.Node, axes: int) -> None:
+    with graph.graph.inserting_before(node):
+        value = graph.graph.call_function(aten.mean.dim, (node.args[0], [-1, -2][:axes], True))
+    node.replace_all_uses_with(value)
+    graph.graph.erase_node(node)
