@@ -37,7 +37,7 @@ BINS = 4096  # bins of a Histogram; even, so that doubling the range merges them
 WIDE = 4096  # columns above which a second moment is kept in float32
 WIDEST = 8192  # columns above which it is not kept whole
 BLOCK = 2048  # columns of one part of a moment in blocks
-PANEL = 1024  # columns of a product of which only one triangle is computed
+PANEL = 256  # columns of a product of which only one triangle is computed
 ROUNDING = 1e-14  # of a mean: what it can be off by, as a share
 GATHERED = 1 << 22  # numbers of patches that are alive at once
 
@@ -179,13 +179,14 @@ def _added(old: Tensor, rows: Tensor, mean: Tensor, shift: Tensor, share: float)
         return _panels(old, torch.cat([centred.float(), last.float()[None]]), 1 - share, share / count)
     rest = (mean - mean.to(rows.dtype).to(torch.float64)).to(old.dtype)  # what the cast above lost
     shift = shift.to(old.dtype)
-    gram = (centred.mT @ centred).to(old.dtype).div_(count).addcmul_(rest[..., None], rest[..., None, :], value=-1)
+    product = centred.mT @ centred if old.ndim == 3 else _panels(centred.new_empty(old.shape), centred, 0.0, 1.0)
+    gram = product.to(old.dtype).div_(count).addcmul_(rest[..., None], rest[..., None, :], value=-1)
     gram = gram.mul_(share).add_(old, alpha=1 - share)
     return gram.addcmul_(shift[..., None], shift[..., None, :], value=share * (1 - share))
 
 
 def _panels(old: Tensor, rows: Tensor, keep: float, scale: float) -> Tensor:
-    """keep * old + scale * X^T X of a wide matrix: one triangle is computed, in panels and one pass, and mirrored."""
+    """keep * old + scale * X^T X: one triangle is computed, in panels and one pass, and mirrored."""
     result = torch.empty_like(old)
     for start in range(0, len(old), PANEL):
         stop = min(start + PANEL, len(old))
