@@ -49,7 +49,7 @@ def _normalized(graph: fx.GraphModule, node: fx.Node, module: Any) -> None:
             None if getattr(module, name) is None else graph.graph.get_attr(f"{node.target}.{name}")
             for name in ("weight", "bias", "running_mean", "running_var")
         ]
-        # no more than inference reads is in the file, but the operator asks for a momentum, which a module may leave out
+        # inference reads no momentum, but the operator asks for one, and a module's may be None
         arguments = (node.args[0], *parts, module.momentum or 0.0, module.eps)
         made = graph.graph.call_function(aten._native_batch_norm_legit_no_training.default, arguments)
         value = graph.graph.call_function(operator.getitem, (made, 0))
