@@ -221,11 +221,8 @@ def compared(name: str, options: Any) -> None:
             f"float against itself at {s}": f"{i.value:.4f} [{i.low:.4f}, {i.high:.4f}]"
             for s, i in timings.noise.items()
         }
-        about = (
-            facts(options.threads, "openvino", "nncf")
-            | noise
-            | {"how": timings.how, "test rows": str(len(case.source))}
-        )
+        known = facts(options.threads, "openvino", "nncf")
+        about = known | noise | {"how": timings.how, "test rows": str(len(case.source))}
         suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
         write_csv(RESULTS / f"peers_{name}{suffix}.csv", rows, about)
         write_csv(RESULTS / f"peers_{name}{suffix}_ahead.csv", pairs, about)

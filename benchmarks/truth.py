@@ -230,11 +230,10 @@ def main() -> None:
     parser.set_defaults(threads=1)
     options = parser.parse_args()
     torch.manual_seed(0)
-    rows = [row for name in options.network or ["resnet20"] for row in compared(name, options)]
+    networks = options.network or ["resnet20"]
+    rows = [row for name in networks for row in compared(name, options)]
     print_table(rows, COLUMNS)
-    write_csv(
-        RESULTS / f"truth_{'_'.join(options.network or ['resnet20'])}.csv", rows, facts(options.threads, "openvino")
-    )
+    write_csv(RESULTS / f"truth_{'_'.join(networks)}.csv", rows, facts(options.threads, "openvino"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import logging
 import warnings
 
 import pytest
+from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from flyweight.deploy.formats.exporter import quick_and_quiet
@@ -13,7 +14,8 @@ from flyweight.deploy.formats.exporter import quick_and_quiet
 
 def state() -> tuple[object, ...]:
     loggers = [logging.getLogger(name).level for name in ("torch.onnx", "onnxscript")]
-    return vars(ONNXRegistry)["from_torchlib"], *loggers, list(warnings.filters)
+    own = vars(ONNXRegistry)["from_torchlib"], _fx_passes.decompose_with_registry
+    return *own, *loggers, list(warnings.filters)
 
 
 def test_everything_is_as_it_was_afterwards_also_behind_an_error():

@@ -44,6 +44,7 @@ STAND = {
     "cast": (Called(lambda x: x.to(torch.int32).float() * 2), (4, 3)),
     "cast to a device": (Called(lambda x: x.to("cpu", torch.float64).to(torch.float32) + 1), (4, 3)),
     "mask": (Called(lambda x: torch.where((x > 0) & (x < 1) | (x < -1), x, 0)), (4, 3)),
+    "overwritten, which a trace undoes": (Called(lambda x: (x + 1).mul_(2)), (4, 3)),
     "linear": (nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.LayerNorm(5)), (4, 3)),
 }
 DECOMPOSED = {

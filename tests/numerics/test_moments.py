@@ -9,6 +9,7 @@ from flyweight.graph.operators import windows as windows_of
 from flyweight.numerics.forms import Blocks
 from flyweight.numerics.moments import (
     BINS,
+    PANEL,
     WIDE,
     WIDEST,
     Moments,
@@ -209,9 +210,17 @@ def test_wide_rows_are_kept_in_float32_and_squared_in_panels():
     rows = torch.randn(40, WIDE + 3, generator=torch.Generator().manual_seed(8)) + 3
     moments = add_rows(add_rows(empty_moments(WIDE + 3), rows[:15]), rows[15:])
     assert moments.gram.dtype == torch.float32
-    sample = torch.tensor([0, 1, 1023, 1024, 2500, WIDE, WIDE + 2])
+    sample = torch.tensor([0, 1, PANEL - 1, PANEL, 2500, WIDE, WIDE + 2])
     expected = torch.cov(rows[:, sample].double().T, correction=0)
     assert torch.allclose(moments.gram[sample][:, sample].double(), expected, atol=1e-5)
+
+
+def test_rows_of_several_panels_are_kept_in_float64():
+    rows = torch.randn(600, 2 * PANEL + 3, generator=torch.Generator().manual_seed(9)) + 3
+    moments = add_rows(add_rows(empty_moments(rows.shape[1]), rows[:250]), rows[250:])
+    assert moments.gram.dtype == torch.float64
+    # the products of a batch are summed in float32
+    assert torch.allclose(moments.gram, torch.cov(rows.double().T, correction=0), atol=1e-5)
 
 
 @pytest.mark.parametrize(

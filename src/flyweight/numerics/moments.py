@@ -179,6 +179,7 @@ def _added(old: Tensor, rows: Tensor, mean: Tensor, shift: Tensor, share: float)
         return _panels(old, torch.cat([centred.float(), last.float()[None]]), 1 - share, share / count)
     rest = (mean - mean.to(rows.dtype).to(torch.float64)).to(old.dtype)  # what the cast above lost
     shift = shift.to(old.dtype)
+    # kept times 0 the numbers of the empty tensor are not read
     product = centred.mT @ centred if old.ndim == 3 else _panels(centred.new_empty(old.shape), centred, 0.0, 1.0)
     gram = product.to(old.dtype).div_(count).addcmul_(rest[..., None], rest[..., None, :], value=-1)
     gram = gram.mul_(share).add_(old, alpha=1 - share)

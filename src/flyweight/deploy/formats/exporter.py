@@ -36,9 +36,7 @@ def quick_and_quiet() -> Iterator[None]:
 def _translations_read_once() -> Iterator[None]:
     """Lets torch keep its table of translations, for which it reads the source of every one anew for each file. Where torch is
     another inside, it does as it would: that takes longer, and the file is the same."""
-    owner: Any = None
-    with contextlib.suppress(ImportError, AttributeError):
-        owner = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    owner: Any = getattr(_inside("_registration"), "ONNXRegistry", None)
     plain = vars(owner).get("from_torchlib") if owner is not None else None
     if not isinstance(plain, classmethod):
         yield
@@ -51,20 +49,15 @@ def _translations_read_once() -> Iterator[None]:
             _TABLES[asked] = read(owner, *given, **named)
         return _TABLES[asked]
 
-    owner.from_torchlib = staticmethod(table)
-    try:
+    with _replaced(owner, "from_torchlib", staticmethod(table)):
         yield
-    finally:
-        owner.from_torchlib = plain
 
 
 @contextlib.contextmanager
 def _decomposed_where_needed() -> Iterator[None]:
     """Lets torch decompose only programs with an operator that it has no translation for: the others it traces anew, more than
     once, to arrive where they were. Where torch is another inside, it does as it would."""
-    passes: Any = None
-    with contextlib.suppress(ImportError):
-        passes = importlib.import_module("torch.onnx._internal.exporter._fx_passes")
+    passes = _inside("_fx_passes")
     plain = getattr(passes, "decompose_with_registry", None)
     if plain is None:
         yield
@@ -72,20 +65,34 @@ def _decomposed_where_needed() -> Iterator[None]:
 
     def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
         called = {node.target for node in program.graph.nodes if node.op == "call_function"}
-        return program if all(_translated(one, registry) for one in called) else plain(program, registry)
+        return program if all(_stands(one, registry) for one in called) else plain(program, registry)
 
-    passes.decompose_with_registry = decompose
-    try:
+    with _replaced(passes, "decompose_with_registry", decompose):
         yield
-    finally:
-        passes.decompose_with_registry = plain
 
 
-def _translated(called: Any, registry: Any) -> bool:
+def _stands(called: Any, registry: Any) -> bool:
     """Whether torch can write the operator into a file as it stands: one that overwrites its input must be undone first."""
     if isinstance(called, torch._ops.OpOverload):
         return not called._schema.is_mutable and bool(registry.is_registered(called))
     return not isinstance(called, torch._ops.HigherOrderOperator)  # a branch or a loop holds operators of its own
+
+
+def _inside(name: str) -> Any:
+    """A module of torch's exporter; None where this torch has none of that name."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(f"torch.onnx._internal.exporter.{name}")
+    return None
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
+    plain = vars(owner)[name]  # as it is kept: a class gives a class method bound
+    setattr(owner, name, by)
+    try:
+        yield
+    finally:
+        setattr(owner, name, plain)
 
 
 class _silent:

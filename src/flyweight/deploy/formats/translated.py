@@ -1,4 +1,4 @@
-"""Layers in the operators that torch's exporter can write as they stand: it is spared the search for them (`exporter`)."""
+"""Layers in operators that torch's exporter can write as they stand, so that it need not decompose the program (`exporter`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ __all__ = ["translated"]
 
 aten = torch.ops.aten
 ALIASES = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__or__.Tensor: aten.bitwise_or.Tensor}
+MEANS: dict[Any, int] = {  # and over how many axes, where what is asked for is one number
+    nn.AdaptiveAvgPool1d: 1,
+    nn.AdaptiveAvgPool2d: 2,
+    aten.adaptive_avg_pool1d.default: 1,
+    aten.adaptive_avg_pool2d.default: 2,
+}
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 
 
@@ -24,12 +30,8 @@ def translated(graph: fx.GraphModule) -> None:
         module: Any = module_of(graph, node)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             _normalized(graph, node, module)
-        elif isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)) and _is_one(module.output_size):
-            _averaged(graph, node, 1 if isinstance(module, nn.AdaptiveAvgPool1d) else 2)
-        elif node.target == aten.adaptive_avg_pool1d.default and _is_one(node.args[1]):
-            _averaged(graph, node, 1)
-        elif node.target == aten.adaptive_avg_pool2d.default and _is_one(node.args[1]):
-            _averaged(graph, node, 2)
+        elif (axes := MEANS.get(type(module) if module else node.target)) and _is_one(node, module):
+            _averaged(graph, node, axes)
         elif node.target in ALIASES:
             node.target = ALIASES[node.target]
         elif node.target in CASTS:
@@ -39,7 +41,9 @@ def translated(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _is_one(size: Any) -> bool:
+def _is_one(node: fx.Node, module: Any) -> bool:
+    """Whether pooling is asked for one number of every channel."""
+    size = module.output_size if module else node.args[1]
     return all(one == 1 for one in (size if isinstance(size, (tuple, list)) else [size]))
 
 
