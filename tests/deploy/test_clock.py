@@ -122,6 +122,36 @@ def test_one_process_says_what_it_cannot_see(files):
     assert found.noise["s"].low < found.noise["s"].high
 
 
+def test_without_noise_the_reference_is_not_timed_against_itself(files):
+    artifacts, feeds = {"float": files["one"], "more work": files["four"]}, {"s": files["feeds"]["batch=8"]}
+    found = clock.compare(artifacts, feeds, reference="float", noise=False, **TINY)
+    assert not found.noise
+    assert 1.5 < found.times["more work"]["s"].share.value < 8  # as above
+    alone = clock.compare({"float": files["one"]}, feeds, reference="float", noise=False, **TINY)
+    assert alone.times["float"]["s"].latency_s > 0
+
+
+def test_many_processes_share_what_was_compiled(files, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("openvino")
+    told: list[list[str]] = []
+    fresh = clock._fresh_process
+
+    def watched(job):
+        reply = fresh(job)
+        told.append(sorted(path.name for path in Path(job.compiled).iterdir()) if job.compiled else [])
+        return reply
+
+    monkeypatch.setattr(clock, "_fresh_process", watched)
+    settings = {"reference": "float", "runtime": "openvino", "block_runs": 5, "blocks": 2}
+    artifacts, feeds = {"float": files["one"], "more work": files["four"]}, {"s": files["feeds"]["batch=8"]}
+    clock.compare(artifacts, feeds, processes=3, **settings)
+    assert len(told[0]) == 2  # one of each model
+    assert told[1] == told[2] == told[0]
+    told.clear()
+    clock.compare(artifacts, feeds, processes=2, **settings)
+    assert told == [[], []]
+
+
 # arithmetic
 
 

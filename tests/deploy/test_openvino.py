@@ -1,5 +1,6 @@
 """OpenVINO: what it runs in integers, sizes that change, and what it cannot load. The laws of files run over it elsewhere."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,26 @@ def test_a_damaged_a_missing_and_a_wrongly_fed_model_are_told_apart(file, tmp_pa
         adapter.load(tmp_path / "damaged.onnx", 1)
     with pytest.raises(ModelError, match="could not run"):
         adapter.load(file, 1)({"x": np.zeros((1, 7, 8, 8), np.float32)})
+
+
+def test_a_model_compiled_before_answers_and_executes_as_one_compiled_anew(
+    file, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    """The clock times what it finds kept: it must be the same model."""
+    feeds = {"x": rows(delivered("depthwise behind zeros").example, 2)[0].numpy()}
+
+    def executed() -> list[tuple[str, ...]]:  # what the runtime names itself is numbered on and on
+        numbered = re.compile(r"_\d{3,}")
+        return [
+            (op.op_type, *sorted(numbered.sub("", name) for name in op.inputs)) for op in adapter.executed_ops(file)
+        ]
+
+    (plain,), before = adapter.load(file, 1)(feeds).values(), executed()
+    core = adapter._core.__wrapped__()
+    monkeypatch.setattr(adapter, "_core", lambda: core)
+    adapter.keep_compiled(tmp_path)
+    for _ in range(2):  # written, then read
+        (answers,) = adapter.load(file, 1)(feeds).values()
+        assert np.array_equal(answers, plain)
+        assert executed() == before
+    assert any(tmp_path.iterdir())

@@ -43,6 +43,7 @@ __all__ = ["Timing", "Timings", "compare", "ratio_interval"]
 TWIN = ""  # the reference's second session; no artifact can have this name
 QUICK_S, THOROUGH_S, LEAST_S = 0.12, 0.5, 0.06
 HANG_S = 600.0
+FEW = 2  # processes for which keeping compiled models saves no time; tables have many models, too, that would fill the disk
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -58,7 +59,8 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """What the clock found: artifact -> shape -> Timing, and `noise`, the reference against itself, by shape."""
+    """What the clock found: artifact -> shape -> Timing, and `noise`, the reference against itself, by shape,
+    if that was asked for."""
 
     reference: str
     runtime: str
@@ -85,6 +87,7 @@ def compare(
     deadline_s: float | None = None,
     seconds_per_shape: float | None = None,
     quick: bool = False,
+    noise: bool = True,
     cores: Sequence[int] | None = None,
     ended: Callable[[int, int], None] = lambda process, processes: None,
 ) -> Timings:
@@ -93,7 +96,8 @@ def compare(
     `others` names the runtimes of artifacts that do not run in that of the reference. `feeds` maps a shape's name
     ("batch=1") to an .npz with the inputs by name. `seconds_per_shape` is the time that one artifact gets at one
     shape in one process; `block_runs` and `blocks` (of each of the two models) fix what is else chosen from it.
-    `quick` only changes the defaults: 2 processes of 0.12 s instead of 5 of 0.5 s, for latency tables. `deadline_s`
+    `quick` only changes the defaults: 2 processes of 0.12 s instead of 5 of 0.5 s, for latency tables. Without `noise` the
+    reference is not timed against itself. `deadline_s`
     is the time from now within which the clock should end: it measures shorter, then in fewer processes (never below
     two), and says so in a Note. `cores` pins the processes; by default the system places them. `ended` is told when a
     process ends: which, of how many.
@@ -104,7 +108,8 @@ def compare(
     of = dict.fromkeys(artifacts, runtime) | dict(others or {})
     _check(artifacts, feeds, reference, of, threads)
     wanted = processes or (2 if quick else 5)
-    pairs = [(TWIN, reference)] + [(name, name) for name in artifacts if name != reference]
+    twin = [(TWIN, reference)] if noise or len(artifacts) == 1 else []  # the reference's own time needs a pair
+    pairs = twin + [(name, name) for name in artifacts if name != reference]
     of[reference] = runtime
     asked_s = seconds_per_shape or (QUICK_S if quick else THOROUGH_S)
     seconds = _affordable(asked_s, deadline_s, wanted * len(pairs) * len(feeds))
@@ -170,14 +175,17 @@ def _affordable(seconds: float, deadline_s: float | None, measurements: int) -> 
 
 def _measure(job: Job, processes: int, deadline_s: float | None, ended: Callable[[int, int], None]) -> list[Reply]:
     start_s, replies = time.monotonic(), list[Reply]()
-    for index in range(processes):
-        spent_s = time.monotonic() - start_s
-        next_end_s = spent_s + (spent_s / index if index else 0.0)
-        if deadline_s is not None and index >= 2 and next_end_s > deadline_s:
-            break
-        turn = index % len(job.pairs)  # nobody is always first
-        replies.append(_fresh_process(msgspec.structs.replace(job, pairs=job.pairs[turn:] + job.pairs[:turn])))
-        ended(index, processes)
+    with tempfile.TemporaryDirectory(prefix="flyweight-compiled-") as folder:
+        if processes > FEW:
+            job = msgspec.structs.replace(job, compiled=folder)
+        for index in range(processes):
+            spent_s = time.monotonic() - start_s
+            next_end_s = spent_s + (spent_s / index if index else 0.0)
+            if deadline_s is not None and index >= 2 and next_end_s > deadline_s:
+                break
+            turn = index % len(job.pairs)  # nobody is always first
+            replies.append(_fresh_process(msgspec.structs.replace(job, pairs=job.pairs[turn:] + job.pairs[:turn])))
+            ended(index, processes)
     return replies
 
 
@@ -258,7 +266,8 @@ def _summarize(
     noise: dict[str, Interval] = {}
     for shape in job.feeds:
         processes = [[pair for pair in reply.times if pair.shape == shape] for reply in replies]
-        noise[shape] = _share([_of(pairs, TWIN) for pairs in processes])
+        if any(name == TWIN for name, _, _ in job.pairs):
+            noise[shape] = _share([_of(pairs, TWIN) for pairs in processes])
         times[reference][shape] = _reference_timing(processes)
         for name in names:
             if name != reference:

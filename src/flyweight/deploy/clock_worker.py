@@ -48,6 +48,7 @@ class Job(msgspec.Struct, frozen=True):
     cores: tuple[int, ...] | None
     reply: str
     asked_by: int = 0  # the process that waits for the reply; 0: nobody to watch
+    compiled: str = ""  # the folder that keeps compiled models for the next process; "": they are not kept
 
 
 class PairTimes(msgspec.Struct, frozen=True):
@@ -134,6 +135,8 @@ def _block(predict: Predict, feeds: Feeds, runs: int) -> NDArray[np.float64]:
 def run(job: Job) -> Reply:
     """All pairs at all shapes. Raises our errors for models or inputs that the runtime refuses."""
     feeds = {shape: _read_feeds(Path(path)) for shape, path in job.feeds.items()}
+    for name in {job.runtime, *(runtime for _, _, runtime in job.pairs)} if job.compiled else ():
+        runtimes.get(name).keep_compiled(Path(job.compiled))
     reference = runtimes.get(job.runtime).load(Path(job.reference), job.threads)
     times: list[PairTimes] = []
     for name, path, runtime in job.pairs:

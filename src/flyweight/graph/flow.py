@@ -23,7 +23,7 @@ __all__ = ["Flow", "Values", "affordable", "chunked", "first", "split"]
 Batch = tuple[Tensor, ...]
 Values = dict[fx.Node, object]
 MEMORY_BYTES = 800_000_000  # for what waits of two networks, beside their inputs
-WORK_MACS = 2.5e12  # for running two networks, a minute or so
+WORK_MACS = 1.2e12  # for running two networks, half a minute or so
 AT_ONCE = 1 << 23  # numbers that are alive at once: more leave the caches, and every layer asks for fresh memory
 
 

@@ -22,8 +22,9 @@ from torch import Tensor, fx
 from flyweight.graph.flow import Flow, Values, affordable, chunked
 from flyweight.graph.operators import Layer, input_rows, layers, matrix, module_of, set_matrix, sharers
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
-from flyweight.numerics.moments import WIDEST, Moments, add_rows, empty_moments, merged
+from flyweight.numerics.moments import WIDEST
 from flyweight.numerics.obs import row_errors
+from flyweight.numerics.regression import Pairs, add_pairs, both, empty_pairs
 from flyweight.recover.normstats import matched
 
 __all__ = ["resolve"]
@@ -191,20 +192,17 @@ def _with_bias(
 def _solved(module: torch.nn.Module, teacher: torch.nn.Module, target: Tensor, layer: Layer, task: _Task) -> _Fit:
     """Moments of the compressed inputs beside the outputs wanted, and the weights that follow, group by group."""
     groups, start = layer.groups, _by_group(matrix(module), layer.groups)
-    width = start.shape[2]
-    used, held = _moments(module, teacher, _by_group(target, groups), layer, task)
+    used, held = _pairs(module, teacher, _by_group(target, groups), layer, task)
     centred = layer.bias or bool(layer.norm)
-    both = merged(used, held)
+    seen = both(used, held)
     weights = start
-    share = _best_share(start, _parts(used, width, groups, centred), _parts(held, width, groups, centred))
-    if not held.count or share is not None:
-        second, cross, _ = _parts(both, width, groups, centred)
+    share = _best_share(start, used.about(centred), held.about(centred))
+    if not held.x.count or share is not None:
+        second, cross, _ = seen.about(centred)
         weights = _ridge(start, second, cross, RIDGES[0] if share is None else share)
-    mean = both.mean.reshape(groups, -1)
-    expected = (weights @ mean[:, :width, None])[..., 0]
-    second, _, power = _parts(both, width, groups, True)
-    given = expected.flatten(), row_errors(weights, second).flatten()
-    return _Fit(weights.flatten(0, 1), given, (mean[:, width:].flatten(), power.flatten()))
+    expected = (weights @ seen.x_mean[..., None])[..., 0]
+    given = expected.flatten(), row_errors(weights, seen.about(centred=True)[0]).flatten()
+    return _Fit(weights.flatten(0, 1), given, (seen.mean.flatten(), seen.power.flatten()))
 
 
 _Parts = tuple[Tensor, Tensor, Tensor]
@@ -220,36 +218,27 @@ def _best_share(start: Tensor, used: _Parts, held: _Parts) -> float | None:
     return best
 
 
-def _moments(
+def _pairs(
     module: torch.nn.Module, teacher: torch.nn.Module, target: Tensor, layer: Layer, task: _Task
-) -> tuple[Moments, Moments]:
-    """Moments of (inputs, outputs wanted) over the samples that fit, and over those held back."""
+) -> tuple[Pairs, Pairs]:
+    """Inputs and outputs wanted over the samples that fit, and over those held back."""
     groups, width = layer.groups, matrix(module).shape[1]
     looks, seen = _looks(layer, task.samples), 0
-    found = [empty_moments(width + target.shape[1], groups) for _ in range(2)]
+    found = [empty_pairs(width, target.shape[1], groups) for _ in range(2)]
     for mask, (x, y, lost) in zip(task.masks, task, strict=True):
         rows = input_rows(module, x, seen, looks).reshape(-1, groups, width)
         given = input_rows(teacher, y, seen, looks).reshape(-1, groups, target.shape[2])
         wanted = torch.einsum("ngi,goi->ngo", given, target.to(y.dtype))
         if lost is not None:
             wanted += lost.reshape(wanted.shape)
-        joined = torch.cat([rows, wanted], 2).flatten(1)
         back = (seen + torch.arange(len(x))) % HELD_BACK == HELD_BACK - 1
-        back = back.repeat_interleave(len(joined) // len(x))
+        back = back.repeat_interleave(len(rows) // len(x))
         real = real_rows(module, x, mask)
         for k, chosen in enumerate((~back, back)):
-            found[k] = add_rows(found[k], joined[chosen if real is None else chosen & real])
+            chosen = chosen if real is None else chosen & real
+            found[k] = add_pairs(found[k], rows[chosen], wanted[chosen])
         seen += len(x)
     return found[0], found[1]
-
-
-def _parts(both: Moments, width: int, groups: int, centred: bool) -> _Parts:
-    """Of moments of (x, y): those of x, of y with x, and the power of y."""
-    moment = both.gram if centred else both.raw
-    assert isinstance(moment, Tensor)
-    moment = moment.reshape(groups, both.mean.numel() // groups, -1).to(torch.float64)
-    power = moment[:, width:, width:].diagonal(dim1=-2, dim2=-1)
-    return moment[:, :width, :width], moment[:, width:, :width], power
 
 
 def _error(weights: Tensor, second: Tensor, cross: Tensor, power: Tensor) -> float:

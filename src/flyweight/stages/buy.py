@@ -314,7 +314,7 @@ def _trial(
         if timed:
             timings: Timings = clocked(
                 job.graph, files, job.judged, job.shapes, job.settings.target, job.settings.threads,
-                processes=9, seconds_per_shape=0.25,  # so many that one disturbed process does not move the interval
+                noise=False, seconds_per_shape=0.25, processes=9,  # so many that one disturbed one does not move the interval
             )  # fmt: skip
             # the upper end of the interval: the promise will be weighed by that of a measurement to come
             measured |= {f"latency@{s}": timing.share.high for s, timing in timings.times[COMPRESSED].items()}

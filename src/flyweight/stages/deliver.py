@@ -120,11 +120,14 @@ def _nearer(original: fx.GraphModule, offered: Sequence[fx.GraphModule], batches
     """The graph whose outputs are nearest to the original's on the last batches, which large networks are not fitted to."""
     last = deque(batches, maxlen=JUDGING_BATCHES)
 
+    def answers(graph: fx.GraphModule) -> list[Tensor]:
+        return [leaf.double() for x in last for leaf in tree_leaves(graph(*x)) if isinstance(leaf, Tensor)]
+
     def distance(graph: fx.GraphModule) -> float:
-        pairs = (pair for x in last for pair in zip(tree_leaves(original(*x)), tree_leaves(graph(*x)), strict=True))
-        return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs if isinstance(a, Tensor))
+        return sum(float((a - b).square().sum()) for a, b in zip(wanted, answers(graph), strict=True))
 
     with torch.no_grad():
+        wanted = answers(original)
         return min(reversed(offered), key=distance)
 
 

@@ -213,13 +213,14 @@ def clocked(
     deadline_s: float | None = None,
     seconds_per_shape: float | None = None,
     processes: int | None = None,
+    noise: bool = True,
 ) -> Timings:
     """The time of every file beside the float original's, which is one of `files` (see `deploy.clock`)."""
     with tempfile.TemporaryDirectory(prefix="flyweight-feeds-") as place:
         feeds = feeds_of(graph, data, shapes, Path(place))
         return compare(
             files, feeds, reference=ORIGINAL, runtime=runtime, threads=threads, deadline_s=deadline_s,
-            seconds_per_shape=seconds_per_shape, processes=processes,
+            seconds_per_shape=seconds_per_shape, processes=processes, noise=noise,
         )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ class Runtime(NamedTuple):
     skips_roundings: bool  # whether a value between two integer operators may stay unrounded
     snippet: str  # how a user loads {file}, a quoted name
     roundoff: float = 2**-24  # of the numbers that float layers calculate with
+    keep_compiled: Callable[[Path], None] = lambda folder: None  # loads what it compiled before from there, if it can
 
     @property
     def install(self) -> str:
