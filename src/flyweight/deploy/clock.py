@@ -96,11 +96,10 @@ def compare(
     `others` names the runtimes of artifacts that do not run in that of the reference. `feeds` maps a shape's name
     ("batch=1") to an .npz with the inputs by name. `seconds_per_shape` is the time that one artifact gets at one
     shape in one process; `block_runs` and `blocks` (of each of the two models) fix what is else chosen from it.
-    `quick` only changes the defaults: 2 processes of 0.12 s instead of 5 of 0.5 s, for latency tables. Without `noise` the
-    reference is not timed against itself. `deadline_s`
-    is the time from now within which the clock should end: it measures shorter, then in fewer processes (never below
-    two), and says so in a Note. `cores` pins the processes; by default the system places them. `ended` is told when a
-    process ends: which, of how many.
+    `quick` only changes the defaults: 2 processes of 0.12 s instead of 5 of 0.5 s, for latency tables. Without `noise`
+    the reference is timed against itself only if it is alone. `deadline_s` is the time from now within which the clock
+    should end: it measures shorter, then in fewer processes (never below two), and says so in a Note. `cores` pins the
+    processes; by default the system places them. `ended` is told when a process ends: which, of how many.
     Raises UsageError for names that do not fit, ModelError for a model or input that the runtime refuses, DataError for
     inputs that cannot be read, FlyweightError (with the last lines it wrote) if a timing process dies, ResourceError if
     it hangs or runs out of memory.

@@ -15,7 +15,7 @@ __all__ = ["Pairs", "add_pairs", "both", "empty_pairs"]
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Moments of the rows x, and what they say about rows y; all float64, group by group.
+    """Moments of the rows x, and what they say about rows y (float64), group by group.
 
     `mean` is E[y], `cross` E[(y - E[y]) (x - E[x])^T], `power` the variances of y. How the columns of y go together is not
     kept: where y is wider than x, that would be most of the work.
@@ -53,12 +53,11 @@ def add_pairs(pairs: Pairs, x: Float[Tensor, "rows groups in"], y: Float[Tensor,
         return pairs
     own = add_rows(empty_moments(x.shape[2], x.shape[1]), x.flatten(1))
     mean = y.mean(0, dtype=torch.float64)
-    centred_x, centred_y = (x - own.mean.reshape(x.shape[1:]).to(x.dtype)), y - mean.to(y.dtype)
+    centred_x, centred_y = x - own.mean.reshape(x.shape[1:]).to(x.dtype), y - mean.to(y.dtype)
     # a product with centred x asks for no more than some centre of y
     cross = (centred_y.permute(1, 2, 0) @ centred_x.transpose(0, 1)).double() / len(x)
     power = centred_y.square().sum(0).double() / len(x) - (mean - mean.to(y.dtype).double()).square()
-    new = Pairs(own, mean, cross, power)
-    return both(pairs, new)
+    return both(pairs, Pairs(own, mean, cross, power))
 
 
 def both(first: Pairs, second: Pairs) -> Pairs:

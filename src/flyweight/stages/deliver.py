@@ -118,17 +118,16 @@ def restructured(
 
 def _nearer(original: fx.GraphModule, offered: Sequence[fx.GraphModule], batches: Iterable[Batch]) -> fx.GraphModule:
     """The graph whose outputs are nearest to the original's on the last batches, which large networks are not fitted to."""
-    last = deque(batches, maxlen=JUDGING_BATCHES)
-
-    def answers(graph: fx.GraphModule) -> list[Tensor]:
-        return [leaf.double() for x in last for leaf in tree_leaves(graph(*x)) if isinstance(leaf, Tensor)]
-
-    def distance(graph: fx.GraphModule) -> float:
-        return sum(float((a - b).square().sum()) for a, b in zip(wanted, answers(graph), strict=True))
-
+    apart = [0.0] * len(offered)
     with torch.no_grad():
-        wanted = answers(original)
-        return min(reversed(offered), key=distance)
+        for x in deque(batches, maxlen=JUDGING_BATCHES):
+            wanted = tree_leaves(original(*x))
+            for i, graph in enumerate(offered):
+                pairs = zip(wanted, tree_leaves(graph(*x)), strict=True)
+                apart[i] += sum(
+                    float((a.double() - b.double()).square().sum()) for a, b in pairs if isinstance(a, Tensor)
+                )
+    return offered[min(reversed(range(len(offered))), key=apart.__getitem__)]
 
 
 def prepared(

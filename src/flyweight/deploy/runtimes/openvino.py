@@ -60,10 +60,7 @@ def load(path: Path, threads: int, precision: str = "f32") -> Predict:
 
 
 def keep_compiled(folder: Path) -> None:
-    """From now on compiled models are kept in `folder` and read from there.
-
-    A model from there has the operators, answers and times of one compiled anew, and is there in a third of the time.
-    """
+    """From now on compiled models are kept in `folder` and read from there, with the operators and answers they had."""
     _core().set_property({"CACHE_DIR": str(folder)})
 
 
