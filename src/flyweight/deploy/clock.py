@@ -1,15 +1,18 @@
 """The timing protocol: how fast artifacts are, beside a reference, and how sure that is.
 
 *What it does.* Every artifact is timed in pairs with the reference: blocks of both in the order ABBA BAAB …, 10 to 50
-ms a block, the first two runs of a block dropped, in several fresh processes. A round's ratio is (B + B) / (A + A) of
-its block medians; a process gives the median of its rounds, the result is the median of the processes.
+ms a block, the first two runs of a block dropped, in several fresh processes. A round is a block of B twice beside one of
+A twice, by their medians; the result is the lower quartile of B's rounds over that of A's, those of all processes together.
 
-*Why so.* Within a process such ratios repeat to 0.1-0.5 %, while the same pair in eight fresh processes gave six times
-0.66, once 0.51, and once changed midway: memory placement differs between processes. So processes are the sample, and
-only ratios within the same blocks are compared. Pairs, because many models in turn find cold caches.
+*Why so.* Only times of the same blocks are compared; in pairs, because many models in turn find cold caches. Memory
+placement differs between processes (the same pair in eight of them gave six times 0.66, once 0.51, and once changed
+midway), so processes are the sample. The lower quartile, because neighbours on a shared machine disturb for a second or
+less what runs then, the small model more than the large one: all rounds that a short measurement has in a process, and
+the mean of two processes with them. A quarter of the rounds in quiet is enough for it; the least would do with one, but
+falls with the number of rounds.
 
-*The interval* is Student's t on the logarithms of the process ratios (a ratio's error is relative, and log makes the
-interval of B/A the reciprocal of that of A/B), widened where needed to hold the median. Minimum and maximum of five
+*The interval* is Student's t on the logarithms of the processes' own ratios (a ratio's error is relative, and log makes
+the interval of B/A the reciprocal of that of A/B), widened where needed to hold the result. Minimum and maximum of five
 would cover the median in only 93.75 % of cases and hide how little five say about the scatter. A 95 % interval of two
 processes is honest and useless: t is 12.7 there; take five for a claim.
 
@@ -31,6 +34,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 import flyweight
 from flyweight import errors
@@ -49,11 +54,11 @@ FEW = 2  # processes for which keeping compiled models saves no time; tables hav
 class Timing(msgspec.Struct, frozen=True):
     """One artifact at one shape. Seconds for one call."""
 
-    latency_s: float  # median over processes of the median over blocks
+    latency_s: float  # median over processes of the median over blocks: as it was, disturbed or not
     low_s: float  # smallest and largest process median: the spread
     high_s: float
     p99_s: float  # median over processes of the 99th percentile of single runs
-    share: Interval  # of the reference's time in the same blocks; 1 for the reference itself
+    share: Interval  # of the reference's time in the same blocks, in quiet; 1 for the reference itself
     p99_share: Interval  # the same of the 99th percentiles
     runs: int  # timed runs of all processes
 
@@ -273,7 +278,7 @@ def _summarize(
                 times[name][shape] = _artifact_timing([_of(pairs, name) for pairs in processes])
     how = (
         f"{len(replies)} fresh processes, {job.threads} thread(s), every model in ABBA blocks with {reference!r}, "
-        "first 2 runs of a block dropped, median of medians, 95 % interval over processes"
+        "first 2 runs of a block dropped, lower quartiles of rounds, 95 % interval over processes"
     )
     return Timings(
         reference,
@@ -292,16 +297,25 @@ def _of(pairs: Sequence[PairTimes], name: str) -> PairTimes:
     return next(pair for pair in pairs if pair.name == name)
 
 
-def _rounds(pair: PairTimes) -> list[float]:
-    """(B + B) / (A + A) of every round."""
-    b, a = pair.artifact_block_s, pair.reference_block_s
-    return [(b[i] + b[i + 1]) / (a[i] + a[i + 1]) for i in range(0, len(b), 2)]
+def _rounds(pair: PairTimes) -> NDArray[np.float64]:
+    """What B + B and A + A take in every round: "model round", in seconds."""
+    found: NDArray[np.float64] = np.array([pair.artifact_block_s, pair.reference_block_s]).reshape(2, -1, 2).sum(2)
+    return found
+
+
+def _quiet(rounds: NDArray[np.float64]) -> float:
+    """The ratio of the two models where nobody disturbs them."""
+    b, a = np.quantile(rounds, 0.25, axis=1)
+    return float(b / a)
 
 
 def _share(pairs: Sequence[PairTimes]) -> Interval:
     """Over processes; one process alone gives the scatter of its rounds (FEWEST_ROUNDS is two)."""
     rounds = [_rounds(pair) for pair in pairs]
-    return ratio_interval(rounds[0] if len(rounds) == 1 else [median(found) for found in rounds])
+    value = _quiet(np.hstack(rounds))
+    alone = len(rounds) == 1
+    found = ratio_interval((rounds[0][0] / rounds[0][1]).tolist() if alone else [_quiet(one) for one in rounds])
+    return Interval(value, min(value, found.low), max(value, found.high), found.level)
 
 
 def _artifact_timing(pairs: Sequence[PairTimes]) -> Timing:

@@ -78,8 +78,8 @@ def _rows(results: Results) -> str:
     table = [head, *(_row(row, results.shapes, metrics) for row in results.rows)]
     machine = _escaped(results.machine.get("cpu", "this machine"))
     notice = (
-        f"Latency is of one call, in the same run, on {machine}; 100 % is the float original, and shares are medians of "
-        "ratios within the same blocks, not ratios of the times shown."
+        f"Latency is of one call, in the same run, on {machine}; 100 % is the float original, and shares compare "
+        "the same blocks of runs where nothing disturbed them: they are not ratios of the times shown."
     )
     return f"{_table(table, right=len(head) - 1)}\n\n{notice}"
 
