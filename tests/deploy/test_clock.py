@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -263,6 +265,28 @@ def test_blocks_fill_the_time_they_are_given(call_s, seconds):
         assert 0.009 <= runs * call_s <= 0.051
     if rounds not in (2, 12):
         assert 4 * rounds * (runs + 2) * call_s == pytest.approx(seconds, rel=0.26)  # rounds are rounded: 1/2 of 2
+
+
+def test_where_the_reference_is_slower_than_beside_the_last_models_more_is_timed():
+    """A reference that is disturbed in its first calls, warming up and two rounds: blocks go on until a quarter is quiet."""
+    calls = []
+
+    def quiet(feeds):
+        time.sleep(0.002)
+
+    def disturbed(feeds):
+        calls.append(0.010 if len(calls) < 3 + 7 + 2 * 2 * 2 * 7 else 0.002)
+        time.sleep(calls[-1])
+
+    job = Job("none", 1, "", (), {}, 0.05, 5, None, None, "")
+    before = deque[float]()
+    alone = clock_worker.time_pair("b", "s", {"A": quiet, "B": quiet}, {}, job, before)
+    found = clock_worker.time_pair("b", "s", {"A": disturbed, "B": quiet}, {}, job, before)
+    assert len(found.reference_block_s) > len(alone.reference_block_s)
+    assert np.quantile(found.reference_block_s, 0.25) < 0.005
+    calls.clear()
+    few = msgspec.structs.replace(job, blocks=4)
+    assert len(clock_worker.time_pair("b", "s", {"A": disturbed, "B": quiet}, {}, few, before).reference_block_s) == 4
 
 
 def test_fixed_blocks_are_kept():

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -32,6 +33,8 @@ DROPPED_RUNS = 2  # the first runs of a block find the other model's data in the
 SHORTEST_BLOCK_S, LONGEST_BLOCK_S = 0.010, 0.050
 FEWEST_RUNS, MOST_RUNS = 5, 2000  # in a block, those dropped apart
 FEWEST_ROUNDS, MOST_ROUNDS = 2, 12
+DISTURBED = 1.08  # times what the reference took beside the last models, the quietest of LAST
+LAST, AGAIN = 8, 3
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -98,13 +101,25 @@ def plan_blocks(call_s: float, seconds: float, block_runs: int | None, blocks: i
     return runs, max(rounds, FEWEST_ROUNDS)
 
 
-def time_pair(name: str, shape: str, models: Mapping[str, Predict], feeds: Feeds, job: Job) -> PairTimes:
-    """Times of `models["B"]` beside `models["A"]`, the reference, in interleaved blocks."""
+def time_pair(
+    name: str, shape: str, models: Mapping[str, Predict], feeds: Feeds, job: Job, before: deque[float] | None = None
+) -> PairTimes:
+    """Times of `models["B"]` beside `models["A"]`, the reference, in interleaved blocks.
+
+    `before` are the reference's lower quartiles beside the last models, and gets this one's: where less than a quarter of the
+    blocks was as quiet, there are more of them, a few times at most. A number of blocks that was asked for stays.
+    """
     call_s = (_warm_up(models["A"], feeds) + _warm_up(models["B"], feeds)) / 2
     runs, rounds = plan_blocks(call_s, job.seconds_per_shape, job.block_runs, job.blocks)
     blocks: dict[str, list[NDArray[np.float64]]] = {"A": [], "B": []}
-    for letter in block_order(rounds):
-        blocks[letter].append(_block(models[letter], feeds, runs))
+    before = deque(maxlen=LAST) if before is None else before
+    for turn in range(1 + AGAIN):
+        for letter in block_order(rounds):
+            blocks[letter].append(_block(models[letter], feeds, runs))
+        quartile = float(np.quantile([np.median(block) for block in blocks["A"]], 0.25))
+        if job.blocks or turn == AGAIN or quartile <= DISTURBED * min(before, default=quartile):
+            break
+    before.append(quartile)
     medians = {letter: tuple(float(np.median(block)) for block in found) for letter, found in blocks.items()}
     p99 = {letter: float(np.quantile(np.concatenate(found), 0.99)) for letter, found in blocks.items()}
     return PairTimes(name, shape, medians["B"], medians["A"], p99["B"], p99["A"], runs)
@@ -139,11 +154,12 @@ def run(job: Job) -> Reply:
         runtimes.get(name).keep_compiled(Path(job.compiled))
     reference = runtimes.get(job.runtime).load(Path(job.reference), job.threads)
     times: list[PairTimes] = []
+    before = {shape: deque[float](maxlen=LAST) for shape in feeds}
     for name, path, runtime in job.pairs:
         models = {"A": reference, "B": runtimes.get(runtime).load(Path(path), job.threads)}
         for shape, arrays in feeds.items():
             print(f"timing {name or 'the reference against itself'} at {shape}", file=sys.stderr, flush=True)
-            times.append(time_pair(name, shape, models, arrays, job))
+            times.append(time_pair(name, shape, models, arrays, job, before[shape]))
             if job.asked_by and os.name == "posix" and os.getppid() != job.asked_by:  # do not go on using the processor
                 raise Interrupted("the process that asked for the times has ended")
     return Reply(tuple(times))
