@@ -26,7 +26,8 @@ def places():
         (buy, "clocked", clocked_once),
         (choose, "ROUNDS", 1),
         (clock, "QUICK_S", clock.LEAST_S),
-        (latency, "COPIES", 1),
+        (latency, "COPIES", 2),  # the fewest that scatter
+        (latency, "BASE_PROCESSES", 2),
     ]
 
 

@@ -1,36 +1,41 @@
 """The latency table: what widths and number formats buy on this machine, measured as differences of whole models.
 
 Per-node profiles of a runtime are too coarse for small nets (their sum is up to 48 % off), so every price is the share
-of the float reference's time that a whole variant takes in the same blocks, less that of the variant it came from.
+of the float reference's time that a whole variant takes, less that of the base it came from. A variant is timed beside its
+base, which takes about as long and minds the same disturbances; only the bases are timed beside the reference.
 """
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
-from statistics import median, stdev
+from statistics import stdev
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from flyweight.deploy.clock import Timings, compare
+from flyweight.deploy.clock import Timing, Timings, compare
 from flyweight.deploy.splits import with_split_layer
 from flyweight.deploy.variants import Width, patched, products, with_float_layer
 from flyweight.graph.axes import Group, Numbers, rows_of
 from flyweight.graph.operators import Layer
 from flyweight.types import Interval, Note, to_json
 
-__all__ = ["LatencyTable", "Mix", "measure_table", "table_hash", "touched", "variance_of_saving", "widths_of"]
+__all__ = ["LatencyTable", "Mix", "measure_table", "table_hash", "touched", "widths_of"]
 
 FLOAT, INT8 = "float", "int8"
-COPIES = 5  # times that a base is measured: each session has its own luck with memory, and all savings start from it
+COPIES = 5  # of a base that are timed beside it: how far they scatter is how far variants do
+BASE_PROCESSES = 5  # of the clock, for the bases: what all shares are multiplied with
 REFERENCE = "reference"
 Weights = NDArray[np.float32]
+ByShape = Mapping[str, float]
 
 
 class Mix(msgspec.Struct, frozen=True):
@@ -154,15 +159,13 @@ def measure_table(
     ranks, without = ranks or {}, without or {}
     made: list[Mix] = []
     with tempfile.TemporaryDirectory(prefix="flyweight-table-") as folder:
-        files: dict[str, Path] = {REFERENCE: reference}
-
-        def keep(name: str, model: onnx.ModelProto) -> None:
-            files[name] = Path(folder) / f"{len(files)}.onnx"
-            onnx.save(model, files[name])
-
+        variants: dict[str, dict[str, Path]] = {regime: {} for regime in bases}
         for regime, base in bases.items():
-            files[regime] = base
-            files |= {f"{regime}|copy|{number}": base for number in range(1, COPIES)}
+
+            def keep(name: str, model: onnx.ModelProto, regime: str = regime) -> None:
+                variants[regime][name] = Path(folder) / f"{regime}-{len(variants[regime])}.onnx"
+                onnx.save(model, variants[regime][name])
+
             model = onnx.load(base)
             turned = products(model, sequences or {})
             plain = {group.name for group in groups if is_plain(group, layers, turned.values())}
@@ -184,14 +187,22 @@ def measure_table(
                     keep(
                         f"mix|{i}", narrow(mix.levels) if mix.levels else reduce(with_float_layer, mix.in_float, model)
                     )
-        timings = _timed(files, feeds, runtime, threads, deadline_s, seconds_per_shape, advance)
+        clock = _Clock(
+            feeds, runtime, threads, deadline_s, seconds_per_shape, advance, sum(map(len, variants.values()))
+        )
+        timings = clock.beside(REFERENCE, reference, bases, processes=BASE_PROCESSES)
+        share, spread = _shares(timings.times), {}
+        for regime, base in bases.items():
+            found, spread[regime] = clock.variants(regime, base, variants[regime], share[regime])
+            share |= found
     regimes = [regime for regime in bases if regime in widths_in]
-    table = _table(timings, bases, regimes, groups, levels, float_layers, list(without))
+    table = _table(timings, share, bases, regimes, groups, levels, float_layers, list(without))
     offered = {layer: some for layer, (_, some) in ranks.items()}
-    share = _shares(timings)
     return msgspec.structs.replace(
         table,
-        split={regime: _split(timings, regime, offered) for regime in regimes},
+        notes=tuple(clock.notes),
+        spread={regime: found for regime, found in spread.items() if found},
+        split={regime: _split(share, regime, offered) for regime in regimes},
         mixes=tuple(msgspec.structs.replace(mix, share=share[f"mix|{i}"]) for i, mix in enumerate(made)),
     )
 
@@ -219,11 +230,6 @@ def _narrow(
     return patched(model, {name: widths[name] for name in cut}, turned)
 
 
-def variance_of_saving(spread: float) -> float:
-    """Of the difference between a variant and its base, the median of its copies, if one variant scatters by `spread`."""
-    return spread**2 * (1 + 1 / COPIES)
-
-
 def _splits(
     model: onnx.ModelProto, ranks: Mapping[str, tuple[Weights, Sequence[int]]]
 ) -> Iterator[tuple[str, int, onnx.ModelProto]]:
@@ -234,12 +240,13 @@ def _splits(
                 yield layer, rank, split
 
 
-def _split(timings: Timings, regime: str, ranks: Mapping[str, Sequence[int]]) -> dict[str, dict[str, dict[str, float]]]:
+def _split(
+    share: Mapping[str, ByShape], regime: str, ranks: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, dict[str, float]]]:
     """What every layer made two saves, by rank and shape; layers without a variant are left out."""
-    share = _shares(timings)
     return {
         layer: {
-            str(rank): {s: share[regime][s] - share[f"{regime}||{layer}|{rank}"][s] for s in timings.noise}
+            str(rank): {s: whole - share[f"{regime}||{layer}|{rank}"][s] for s, whole in share[regime].items()}
             for rank in offered
         }
         for layer, offered in ranks.items()
@@ -258,26 +265,53 @@ def is_plain(group: Group, layers: Mapping[str, Layer], found: Collection[str] =
     return known and all(len(one.path) == 2 and one.path[1] == 1 for one in group.literals) and group.kind != "heads"
 
 
-def _timed(
-    files: Mapping[str, Path],
-    feeds: Mapping[str, Path],
-    runtime: str,
-    threads: int,
-    deadline_s: float | None,
-    seconds_per_shape: float | None,
-    advance: Callable[[int], None],
-) -> Timings:
-    return compare(
-        files, feeds, reference=REFERENCE, runtime=runtime, threads=threads, quick=True,
-        deadline_s=deadline_s, seconds_per_shape=seconds_per_shape,
-        ended=lambda process, processes: advance(
-            len(files) * (process + 1) // processes - len(files) * process // processes
-        ),
-    )  # fmt: skip
+class _Clock:
+    """Times models in two steps, bases beside the reference and variants beside their base, within one deadline."""
+
+    def __init__(
+        self,
+        feeds: Mapping[str, Path],
+        runtime: str,
+        threads: int,
+        deadline_s: float | None,
+        seconds_per_shape: float | None,
+        advance: Callable[[int], None],
+        count: int,
+    ) -> None:
+        self.settings: dict[str, Any] = {"runtime": runtime, "threads": threads, "seconds_per_shape": seconds_per_shape}
+        self.feeds, self.advance, self.left = feeds, advance, count
+        self.notes: dict[Note, None] = {}
+        self.ends_s = None if deadline_s is None else time.monotonic() + deadline_s
+
+    def beside(self, name: str, reference: Path, others: Mapping[str, Path], processes: int | None = None) -> Timings:
+        left_s = None if self.ends_s is None else max(0.0, self.ends_s - time.monotonic())
+        count = len(others)
+        timings = compare(
+            {name: reference, **others}, self.feeds, reference=name, quick=True, processes=processes,
+            deadline_s=None if left_s is None else left_s * count / max(1, count + self.left),
+            ended=lambda process, all_: self.advance(count * (process + 1) // all_ - count * process // all_),
+            **self.settings,
+        )  # fmt: skip
+        self.notes |= dict.fromkeys(timings.notes)
+        return timings
+
+    def variants(
+        self, name: str, base: Path, others: Mapping[str, Path], whole: ByShape
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """The shares of the reference's time that the variants of a base take, and how far those of its copies scatter."""
+        if not others:
+            self.advance(COPIES)
+            return {}, {}
+        copies = dict.fromkeys((f"{name}|copy|{number}" for number in range(COPIES)), base)
+        self.left -= len(others)
+        ratio = _shares(self.beside(name, base, {**copies, **others}).times)
+        share = {one: {s: whole[s] * ratio[one][s] for s in whole} for one in others}
+        return share, {s: whole[s] * stdev(ratio[one][s] for one in copies) for s in whole}
 
 
 def _table(
     timings: Timings,
+    share: Mapping[str, ByShape],
     bases: Mapping[str, Path],
     regimes: Sequence[str],
     groups: Sequence[Group],
@@ -286,7 +320,6 @@ def _table(
     blocks: Sequence[str],
 ) -> LatencyTable:
     shapes = list(timings.noise)
-    share = _shares(timings)
     return LatencyTable(
         reference_s={s: timings.times[REFERENCE][s].latency_s for s in shapes},
         whole={regime: share[regime] for regime in bases},
@@ -309,28 +342,18 @@ def _table(
             for regime in regimes
         },
         noise=timings.noise,
-        spread={regime: _spread(timings, regime) for regime in bases} if COPIES > 1 else {},
         fingerprint=timings.fingerprint,
         runtime=timings.runtime,
         threads=timings.threads,
-        notes=timings.notes,
     )
 
 
-def _spread(timings: Timings, regime: str) -> dict[str, float]:
-    copies = [regime, *(f"{regime}|copy|{number}" for number in range(1, COPIES))]
-    return {s: stdev(timings.times[name][s].share.value for name in copies) for s in timings.noise}
+def _shares(times: Mapping[str, Mapping[str, Timing]]) -> dict[str, dict[str, float]]:
+    """The share of the reference's time that every file takes, by shape."""
+    return {name: {s: one.share.value for s, one in by.items()} for name, by in times.items()}
 
 
-def _shares(timings: Timings) -> dict[str, dict[str, float]]:
-    """The share of the reference's time that every file takes, by shape; of a base the median of its copies."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for name, by in timings.times.items():
-        found.setdefault(name.partition("|copy|")[0], []).append({s: by[s].share.value for s in timings.noise})
-    return {name: {s: median(one[s] for one in copies) for s in timings.noise} for name, copies in found.items()}
-
-
-def _difference(share: Mapping[str, Mapping[str, float]], regime: str, variant: str, shape: str) -> float:
+def _difference(share: Mapping[str, ByShape], regime: str, variant: str, shape: str) -> float:
     """What a variant saves; where it exists in float only, the same part of the whole."""
     if f"{regime}|{variant}" in share:
         return share[regime][shape] - share[f"{regime}|{variant}"][shape]

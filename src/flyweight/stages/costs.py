@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 from scipy.optimize import nnls
 
-from flyweight.deploy.latency import FLOAT, INT8, LatencyTable, variance_of_saving
+from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.graph.axes import Group, rows_of
 from flyweight.graph.cost import Other, layer_macs, weight_bytes
 from flyweight.graph.numbers import INT8 as INT8_WEIGHTS
@@ -337,7 +337,7 @@ def _believed(measured: float, expected: float, spread: float) -> float:
     """The mean of a measurement that scatters by `spread` and an expectation that may be off by a part of itself, weighed by
     how sure they are: of many noisy savings a search would choose those that luck made large."""
     doubt = (UNEVEN * expected) ** 2
-    noise = variance_of_saving(spread)
+    noise = spread**2
     return measured if noise == 0 else expected + (measured - expected) * doubt / (doubt + noise)
 
 

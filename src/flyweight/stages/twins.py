@@ -9,7 +9,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from flyweight.deploy.latency import INT8, LatencyTable, variance_of_saving
+from flyweight.deploy.latency import INT8, LatencyTable
 from flyweight.graph.axes import Group
 from flyweight.graph.operators import Layer
 from flyweight.stages.menu import Menu
@@ -69,7 +69,7 @@ def _shared(measured: Mapping[str, Mapping[str, ByShape]], spread: ByShape) -> d
         means = {level: float(np.mean(list(some.values()))) for level, some in values.items()}
         apart = sum((v - means[level]) ** 2 for level, some in values.items() for v in some.values())
         free = sum(len(some) - 1 for some in values.values())
-        own = max(0.0, 1 - variance_of_saving(scatter) * free / apart) if free and apart > 0 else 0.0
+        own = max(0.0, 1 - scatter**2 * free / apart) if free and apart > 0 else 0.0
         for level, some in values.items():
             for name in measured:
                 made[name][level][shape] = means[level] + own * (some.get(name, means[level]) - means[level])
