@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flyweight.deploy.latency import Mix
+from flyweight.deploy.latency import LatencyTable, Mix
 from flyweight.search.problem import evaluate
-from flyweight.stages.additive import additivity, mix_notes, mixes
+from flyweight.stages.additive import COMMON, additivity, agreeing, mix_notes, mixes
 from flyweight.stages.price import Market, problem
 
 from . import menus
@@ -73,3 +73,70 @@ def test_mixes_of_another_menu_say_nothing():
     assert list(additivity(built, table)) == []
     assert mix_notes(built, table) == ()
     assert mix_notes(built, None) == ()
+
+
+def times(factor: float, kept: dict) -> dict:
+    """A table's prices, of whatever depth, times a factor."""
+    return {k: times(factor, v) if isinstance(v, dict) else v * factor for k, v in kept.items()}
+
+
+def timed(widths: float, floats: float, **changes) -> LatencyTable:
+    """A table whose mixes took what savings and what float adds, times these factors, say of them."""
+    menu, plain = menus.menu(), menus.table(**changes)
+    true = menus.table(**changes, saved=times(widths, plain.saved), extra=times(floats, plain.extra))
+    built = Market(menu, problem(menu, true))
+    least = {lad.group.name: lad.levels[-1] for lad in menu.ladders}
+    told_of = [Mix(levels=least), Mix(in_float=tuple(plain.extra)), Mix(in_float=tuple(plain.extra)[:2])]
+    shown = tuple(Mix(m.levels, m.in_float, {menus.SHAPE: told(built, m)}) for m in told_of)
+    return menus.table(**changes, mixes=shown)
+
+
+def factors(table, before) -> tuple[float, float]:
+    """What all savings, and all that float layers add, were multiplied by: alike for all of them."""
+    group, layer = next(iter(before.saved["int8"])), next(iter(before.extra))
+    level = next(iter(before.saved["int8"][group]))
+    widths = table.saved["int8"][group][level][menus.SHAPE] / before.saved["int8"][group][level][menus.SHAPE]
+    floats = table.extra[layer][menus.SHAPE] / before.extra[layer][menus.SHAPE]
+    for regime, groups in before.saved.items():
+        for name, by in groups.items():
+            assert table.saved[regime][name] == {k: pytest.approx(times(widths, v)) for k, v in by.items()}
+    assert table.extra == {k: pytest.approx(times(floats, v)) for k, v in before.extra.items()}
+    return widths, floats
+
+
+@pytest.mark.parametrize("fixed", [(), ("gone",)])
+def test_mixes_that_add_up_change_no_price(fixed):
+    table = timed(1.0, 1.0, fixed=fixed)
+    assert factors(agreeing(table, menus.menu()), table) == pytest.approx((1.0, 1.0), abs=1e-9)
+
+
+def test_without_mixes_that_are_known_no_price_changes():
+    plain = menus.table(fixed=("gone",))
+    assert agreeing(plain, menus.menu()) is plain
+    strange = menus.table(fixed=("gone",), mixes=(Mix({"gone": 3}, (), {menus.SHAPE: 9.0}),))
+    assert factors(agreeing(strange, menus.menu()), strange) == pytest.approx((1.0, 1.0), abs=1e-9)
+
+
+@pytest.mark.parametrize(("widths", "floats"), [(1.15, 0.9), (0.9, 1.2), (1.1, 1.0), (1.0, 0.85)])
+def test_prices_move_towards_what_mixes_say_and_not_beyond(widths: float, floats: float):
+    table = timed(widths, floats, fixed=("gone",))
+    after = agreeing(table, menus.menu())
+    for moved, there in zip(factors(after, table), (widths, floats), strict=True):
+        assert min(1.0, there) - 0.01 <= moved <= max(1.0, there) + 0.01
+    menu = menus.menu()
+    built = Market(menu, problem(menu, after))
+    was = [abs(ratio - 1) for _, ratio in additivity(Market(menu, problem(menu, table)), table)]
+    now = [abs(ratio - 1) for _, ratio in additivity(built, after)]
+    assert sum(now) < sum(was) / 2
+
+
+def test_one_mix_far_off_moves_prices_by_little_more_than_the_prior_allows():
+    """Of a ridge the answer is at most what the data ask for; mixes of 1 % beat a prior of 5 %, those of noise do not."""
+    table = timed(1.3, 1.0, fixed=("gone",), spread={"int8": {menus.SHAPE: 5.0}})
+    widths, floats = factors(agreeing(table, menus.menu()), table)
+    assert (widths, floats) == pytest.approx((1.0, 1.0), abs=COMMON**2)
+
+
+def test_what_all_float_models_set_stays_as_it_was_timed():
+    table = timed(1.0, 1.2)
+    assert factors(agreeing(table, menus.menu()), table)[1] == 1.0

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
+from typing import Any
 
+import msgspec
 import numpy as np
 
-from flyweight.deploy.latency import LatencyTable, Mix
+from flyweight.deploy.latency import INT8, LatencyTable, Mix
 from flyweight.search.problem import evaluate
-from flyweight.stages.menu import FLOAT_FORM, INT8_FORM
-from flyweight.stages.price import Market
+from flyweight.stages.menu import FLOAT_FORM, INT8_FORM, Menu
+from flyweight.stages.price import Market, markets
 from flyweight.types import Note
 
-__all__ = ["additivity", "mix_notes", "mixes"]
+__all__ = ["additivity", "agreeing", "mix_notes", "mixes"]
 
 EACH = 2  # mixes of widths, and of number formats
 NEAR = 0.05  # as far off as the sum of prices may be without a word
+COMMON = 0.05  # that all savings, or all that float layers add, may be off together: as near as sums have to be
+EXACT = 0.01  # of a mix's time that not even one that adds up is nearer to
 
 
 def mixes(float_layers: Sequence[str], levels: Mapping[str, Sequence[int]], seed: int) -> tuple[Mix, ...]:
@@ -37,6 +41,12 @@ def _some(names: Sequence[str], draw: np.random.Generator) -> list[str]:
 
 def additivity(market: Market, table: LatencyTable) -> Iterator[tuple[Mix, float]]:
     """Every mix, and what it took as a multiple of the sum of its prices (mean over shapes)."""
+    for mix, ratio in _ratios(market, table):
+        yield mix, float(np.mean(list(ratio.values())))
+
+
+def _ratios(market: Market, table: LatencyTable) -> Iterator[tuple[Mix, dict[str, float]]]:
+    """Every mix that the menu knows, and what it took as a multiple of the sum of its prices, by shape."""
     menu, where = market.menu, market.menu.format_index()
     known = {ladder.group.name: ladder.levels for ladder in menu.ladders}
     for mix in table.mixes:
@@ -50,7 +60,53 @@ def additivity(market: Market, table: LatencyTable) -> Iterator[tuple[Mix, float
             allowed = menu.formats[v - len(menu.ladders)].allowed
             choices[v] = FLOAT_FORM if name in mix.in_float or INT8_FORM not in allowed else INT8_FORM
         _, costs = evaluate(market.problem, choices)
-        yield mix, float(np.mean([share / costs[f"latency@{shape}"] for shape, share in mix.share.items()]))
+        yield mix, {shape: share / costs[f"latency@{shape}"] for shape, share in mix.share.items()}
+
+
+def agreeing(table: LatencyTable, menu: Menu) -> LatencyTable:
+    """The table with savings of widths, and what float layers add, times one factor each by which its mixes come out nearest.
+
+    Ridge regression towards factors of 1 (Hoerl and Kennard 1970), the prior's scatter COMMON, the mixes' EXACT of their time
+    or what the base's copies show; what a factor does is found by a finite difference, as prices are not quite linear in it.
+    Where float layers have a price for neighbours, all-float models set it, and what they add stays as it was timed.
+    """
+    if not table.mixes:
+        return table
+    step, pairs = COMMON, [(1.0, 0.0)] + ([(0.0, 1.0)] if table.fixed else [])
+    now = _sums(menu, table)
+    moved = [_sums(menu, _scaled(table, 1 + step * a, 1 + step * b)) - now for a, b in pairs]
+    took = np.array([[mix.share[s] for s in table.reference_s] for mix in table.mixes])
+    scatter = np.array([table.spread.get(INT8, {}).get(s, 0.0) for s in table.reference_s])
+    unsure = np.maximum(EXACT * took, scatter)
+    left = np.stack([(m / step / unsure)[np.isfinite(now)] for m in moved], 1)
+    right = ((took - now) / unsure)[np.isfinite(now)]
+    prior = np.eye(len(pairs)) / COMMON
+    found, *_ = np.linalg.lstsq(np.vstack([left, prior]), np.concatenate([right, np.zeros(len(pairs))]), rcond=None)
+    widths, floats = 1 + found @ np.array(pairs)
+    return _scaled(table, float(widths), float(floats))
+
+
+def _sums(menu: Menu, table: LatencyTable) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What prices say of every mix: "mix shape"; nothing (NaN) of mixes that the menu does not know."""
+    told = {
+        id(mix): [mix.share[s] / ratio[s] for s in table.reference_s]
+        for mix, ratio in _ratios(markets(menu, table)[0], table)
+    }
+    unknown = [np.nan] * len(table.reference_s)
+    return np.array([told.get(id(mix), unknown) for mix in table.mixes])
+
+
+def _scaled(table: LatencyTable, widths: float, floats: float) -> LatencyTable:
+    """The table with savings of widths and what float layers add times a factor each."""
+    saved = {
+        regime: {
+            group: {level: {s: v * widths for s, v in by.items()} for level, by in levels.items()}
+            for group, levels in groups.items()
+        }
+        for regime, groups in table.saved.items()
+    }
+    extra = {layer: {s: v * floats for s, v in by.items()} for layer, by in table.extra.items()}
+    return msgspec.structs.replace(table, saved=saved, extra=extra)
 
 
 def mix_notes(market: Market, table: LatencyTable | None) -> tuple[Note, ...]:

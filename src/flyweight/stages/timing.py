@@ -21,7 +21,7 @@ from flyweight.graph.rewrite import refresh
 from flyweight.graph.surgery import cut
 from flyweight.methods import blocks, int8
 from flyweight.methods.blocks import Block
-from flyweight.stages.additive import mixes
+from flyweight.stages.additive import agreeing, mixes
 from flyweight.stages.deliver import Prepared, with_numbers
 from flyweight.stages.menu import INT8_FORM, Menu
 from flyweight.stages.quote import largest_integer
@@ -87,8 +87,9 @@ def measured_table(
         ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
         mixes=mixed,
     )  # fmt: skip
-    table = pooled(table, menu)
-    return msgspec.structs.replace(table, fixed=tuple(n for n in timed_formats(menu) if n not in float_layers))
+    fixed = tuple(n for n in timed_formats(menu) if n not in float_layers)
+    table = msgspec.structs.replace(pooled(table, menu), fixed=fixed)
+    return agreeing(table, offered(menu, table))
 
 
 def _worth_timing(
