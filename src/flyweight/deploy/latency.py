@@ -143,6 +143,7 @@ def measure_table(
     without: Mapping[str, Callable[[str], onnx.ModelProto]] | None = None,
     ranks: Mapping[str, tuple[Weights, Sequence[int]]] | None = None,
     mixes: Sequence[Mix] = (),
+    processes: int | None = None,
 ) -> LatencyTable:
     """Times every variant against `reference` and takes differences.
 
@@ -154,7 +155,8 @@ def measure_table(
     counts to price per group, those of plain groups in the formats of `widths_in`, as are blocks and ranks; `float_layers`
     are priced one by one as float inside the int8 model; `without` makes, for a number format, the model that lacks a
     block; `ranks` are those to price per layer, beside its weight "out in" (a layer that no node of the file computes gets
-    no price). Of `mixes` the part is timed that can be made in the file of the last number format.
+    no price). Of `mixes` the part is timed that can be made in the file of the last number format. `processes` of the clock
+    are for the variants; bases have more.
     """
     ranks, without = ranks or {}, without or {}
     made: list[Mix] = []
@@ -188,7 +190,7 @@ def measure_table(
                         f"mix|{i}", narrow(mix.levels) if mix.levels else reduce(with_float_layer, mix.in_float, model)
                     )
         clock = _Clock(
-            feeds, runtime, threads, deadline_s, seconds_per_shape, advance, sum(map(len, variants.values()))
+            feeds, runtime, threads, deadline_s, seconds_per_shape, advance, sum(map(len, variants.values())), processes
         )
         timings = clock.beside(REFERENCE, reference, bases, processes=BASE_PROCESSES)
         share, spread = _shares(timings.times), {}
@@ -277,9 +279,10 @@ class _Clock:
         seconds_per_shape: float | None,
         advance: Callable[[int], None],
         count: int,
+        processes: int | None,
     ) -> None:
         self.settings: dict[str, Any] = {"runtime": runtime, "threads": threads, "seconds_per_shape": seconds_per_shape}
-        self.feeds, self.advance, self.left = feeds, advance, count
+        self.feeds, self.advance, self.left, self.processes = feeds, advance, count, processes
         self.notes: dict[Note, None] = {}
         self.ends_s = None if deadline_s is None else time.monotonic() + deadline_s
 
@@ -292,7 +295,8 @@ class _Clock:
             ended=lambda process, all_: self.advance(count * (process + 1) // all_ - count * process // all_),
             **self.settings,
         )  # fmt: skip
-        self.notes |= dict.fromkeys(timings.notes)
+        asked = "clock.one-process" if processes == 1 else ""  # copies of the base say how far variants scatter
+        self.notes |= dict.fromkeys(note for note in timings.notes if note.code != asked)
         return timings
 
     def variants(
@@ -304,7 +308,7 @@ class _Clock:
             return {}, {}
         copies = dict.fromkeys((f"{name}|copy|{number}" for number in range(COPIES)), base)
         self.left -= len(others)
-        ratio = _shares(self.beside(name, base, {**copies, **others}).times)
+        ratio = _shares(self.beside(name, base, {**copies, **others}, self.processes).times)
         share = {one: {s: whole[s] * ratio[one][s] for s in whole} for one in others}
         return share, {s: whole[s] * stdev(ratio[one][s] for one in copies) for s in whole}
 

@@ -20,6 +20,7 @@ __all__ = ["Choice", "Reference", "choose", "corrected", "cost_limits", "goal", 
 ROUNDS = 4  # corrections by what the delivered file really takes
 MARGIN = 0.985  # a corrected limit on time aims a little lower, so that the interval of the next measurement has room
 USED = 0.97  # of what is allowed: nearer to the limit than this the next measurement may say otherwise
+MISSES = 2  # behind a choice that holds, that end the search for what room it leaves
 LITTLE = 1.003  # a limit moved by less is taken to be where it was
 TAIL = 1.1
 AS_NEAR = 1.02  # of the time of the nearest point to a limit that cannot be met
@@ -119,7 +120,7 @@ def corrected(
     choice that was measured to hold, else the last one; when it is `late`, of those so far. If `hopeful`, a first choice that is
     said to be a little out of reach is measured as well, and counts as others do where it holds.
     """
-    factors = dict.fromkeys(limits, 1.0)  # that the choice was made under
+    factors, misses = dict.fromkeys(limits, 1.0), 0  # that the choice was made under; since one holds
     missed: dict[str, float] = {}  # the last factors that are too loose
     held: Choice | None = None
     for turn in range(ROUNDS if limits else 0):
@@ -148,7 +149,9 @@ def corrected(
             if all(factors[name] <= before[name] * LITTLE for name in limits):
                 break  # the room is between two options, and trying them again would take as long as the first time
         else:
-            missed = dict(factors)
+            missed, misses = dict(factors), misses + (held is not None)
+            if misses >= MISSES:
+                break
             for name, share in used.items():
                 if share > 1.0:
                     margin = 1.0 if held is not None else _margin(name)

@@ -37,7 +37,7 @@ __all__ = ["measured_table", "offered", "timed_formats"]
 # what they run in milliseconds.
 TABLE_S = 60.0
 CLEAR = 0.8  # int8 that takes no more than this of float's time is the only regime worth timing
-PROCESSES = 2  # of the clock, for tables
+PROCESSES = 2  # of the clock, for tables; one where the time is short for all variants, as loading them takes most of it
 
 
 def timed_formats(menu: Menu) -> list[str]:
@@ -76,6 +76,7 @@ def measured_table(
     variants += regimes * _always_timed(menu)
     mixed = mixes(float_layers, levels, job.settings.seed)
     variants += len(mixed)
+    short = variants > affordable or bool(set(timed_formats(menu)) - set(float_layers)) or levels != _every_level(menu)
     advance = stage("measure latencies", variants)
     table = measure_table(
         bases, reference, roundable(job.graph), menu.groups, levels, feeds, runtime=target, threads=threads,
@@ -85,7 +86,7 @@ def measured_table(
         sequences={n: weights_of(job.graph, one) for n, one in menu.layers.items() if one.sequences},
         without={p.block.node: partial(_without, job, ready, p.block, timed_formats(menu), place) for p in menu.blocks},
         ranks={r.layer: (weights_of(job.graph, menu.layers[r.layer]), r.levels[1:]) for r in menu.ranks},
-        mixes=mixed,
+        mixes=mixed, processes=1 if short else PROCESSES,
     )  # fmt: skip
     fixed = tuple(n for n in timed_formats(menu) if n not in float_layers)
     table = msgspec.structs.replace(pooled(table, menu), fixed=fixed)
@@ -96,7 +97,7 @@ def _worth_timing(
     menu: Menu, affordable: int, regimes: int, int8_alone: bool
 ) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """The layers to time as float among int8 ones, in the menu's order, and the levels of every group: so many variants."""
-    every, levels = timed_formats(menu), {lad.group.name: lad.levels[1:] for lad in menu.ladders}
+    every, levels = timed_formats(menu), _every_level(menu)
     left = affordable - regimes * _always_timed(menu)
     if len(every) + regimes * sum(map(len, levels.values())) <= left:
         return every, levels
@@ -106,6 +107,11 @@ def _worth_timing(
         every = [name for name in every if name in dearest]
     each = max(2, (left - len(every)) // max(1, regimes * len(levels)))
     return every, in_turns(menu, each)
+
+
+def _every_level(menu: Menu) -> dict[str, tuple[int, ...]]:
+    """The levels that each group is offered below all."""
+    return {lad.group.name: lad.levels[1:] for lad in menu.ladders}
 
 
 def _always_timed(menu: Menu) -> int:
