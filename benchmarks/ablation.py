@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -120,12 +121,12 @@ def _recipes(quotes: Quotes, menu: Menu, table: LatencyTable, limits: dict[str, 
     offers = markets(menu, table)
     both, floats = offers[0], offers[-1]
     solved = steps_of(both.menu, solve(both.problem, limits))
-    numbers = tuple(int8.step(f.layer) for f in menu.formats)
+    numbers = tuple(menu.in_int8(f.layer) for f in menu.formats)
     return {
         "channels, solved": steps_of(floats.menu, solve(floats.problem, limits)),
         "channels, uniform": _uniform(floats, limits, int8_too=False),
         "int8": numbers,
-        "int8, plain": tuple(int8.step(s.target, compensate=False) for s in numbers),
+        "int8, plain": tuple(_plain(quotes, s) for s in numbers),
         "both, solved": solved,
         "both, uniform": _uniform(both, limits, int8_too=True),
         "both, solved, plain": tuple(_plain(quotes, step) for step in solved),
@@ -157,7 +158,7 @@ def _uniform(offer: Market, limits: dict[str, float], int8_too: bool) -> Steps:
 def _plain(quotes: Quotes, step: Step) -> Step:
     """The same step as plain tools do it: channels of least magnitude dropped, weights rounded to nearest."""
     if step.method == int8.NAME:
-        return int8.step(step.target, compensate=False)
+        return msgspec.structs.replace(step, setting={**step.setting, "compensate": False})
     group = quotes.network.groups[step.target]
     gone = by_magnitude(quotes.network.graph, group)
     return channels.step(group, channels.kept_channels(group, gone, len(step.setting["kept"])), compensate=False)

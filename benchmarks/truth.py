@@ -37,7 +37,7 @@ from flyweight.stages.buy import REFERENCE_FILE, priced, reference_of
 from flyweight.stages.choose import steps_of
 from flyweight.stages.deliver import deliver
 from flyweight.stages.price import Market, markets
-from flyweight.stages.quote import Quotes, largest_integer, quote
+from flyweight.stages.quote import Quotes, quote
 from flyweight.stages.setup import Job, Settings, job_of
 from flyweight.stages.weigh import feeds_of
 from peers_cases import CASES, Case
@@ -60,7 +60,7 @@ def timed(
             files[str(i)] = place / f"{start + i}.onnx"
             graph = deliver(
                 quotes.network, steps_of(market.menu, _as_solution(market, choices)), lambda: islice(job.calib(), 1),
-                largest_integer(), rough=True,
+                rough=True,
             )[0]  # fmt: skip
             export(graph, job.example, files[str(i)])
         timings = clock.compare(
@@ -109,9 +109,7 @@ def shaken(market: Market, draw: np.random.Generator) -> Market:
 
 def true_divergence(job: Job, quotes: Quotes, market: Market, choices: tuple[int, ...]) -> float:
     """The mean divergence, on the samples that choose, of the plan made whole."""
-    graph, _ = deliver(
-        quotes.network, steps_of(market.menu, _as_solution(market, choices)), job.calib, largest_integer()
-    )
+    graph, _ = deliver(quotes.network, steps_of(market.menu, _as_solution(market, choices)), job.calib)
     batches = list(job.judged)
     with torch.no_grad():
         before, _ = joined([job.graph(*b.inputs) for b in batches], [])

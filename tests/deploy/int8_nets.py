@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from flyweight.deploy.machine import largest_weight
 from flyweight.graph.operators import Layer, roundable
 from flyweight.graph.trace import trace
 from flyweight.methods import int8
@@ -113,5 +114,7 @@ def delivered(name: str, *int8_layers: str) -> Delivered:
     """The net with the layers named in int8 (none named: all)."""
     model, graph, prepared_graph, example, batches = ready(name)
     present = roundable(graph)
-    quantized, _ = with_numbers(prepared_graph, [int8.step(n) for n in int8_layers or present])
+    quantized, _ = with_numbers(
+        prepared_graph, [int8.step(n, largest=largest_weight()) for n in int8_layers or present]
+    )
     return Delivered(model, prepared_graph, quantized, present, example, batches)

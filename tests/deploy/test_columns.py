@@ -16,6 +16,7 @@ import flyweight as fw
 from flyweight.deploy import runtimes
 from flyweight.deploy.formats.columns import laid
 from flyweight.deploy.formats.onnx import export
+from flyweight.deploy.machine import largest_weight
 from flyweight.graph.operators import roundable
 from flyweight.graph.trace import trace
 from flyweight.methods import int8
@@ -109,7 +110,7 @@ def test_int8_layers_are_laid_and_still_run_in_int8(name: str, runtime: str, tmp
     graph, rows = trace(built(name), COLUMN).module, [(torch.randn(16, 2, 40, 1),) for _ in range(4)]
     names = list(roundable(graph))
     ready = prepared(graph, COLUMN, names, lambda: iter(rows))
-    quantized, _ = with_numbers(ready, [int8.step(one) for one in names])
+    quantized, _ = with_numbers(ready, [int8.step(one, largest=largest_weight()) for one in names])
     export(quantized, COLUMN, tmp_path / "plain.onnx", plain=True)
     export(quantized, COLUMN, tmp_path / "laid.onnx")
     assert on_rows(onnx.load(tmp_path / "laid.onnx")) > on_rows(onnx.load(tmp_path / "plain.onnx"))

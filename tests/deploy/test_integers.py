@@ -13,6 +13,7 @@ from torch import nn
 from flyweight.deploy import runtimes
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.integers import Executor, Fixed, _nearest
+from flyweight.deploy.machine import largest_weight
 from flyweight.errors import ModelError
 from flyweight.graph.operators import roundable
 from flyweight.graph.trace import trace
@@ -71,7 +72,7 @@ def made(name: str, path):
     graph = trace(model, (x[:2],)).module
     names = list(roundable(graph))
     ready = prepared(graph, (x[:2],), names, lambda: iter([(x,)]))
-    fixed, _ = with_numbers(ready, [int8.step(n, fixed=True) for n in names])
+    fixed, _ = with_numbers(ready, [int8.step(n, fixed=True, largest=largest_weight()) for n in names])
     export(fixed, (x[:2],), path)
     return fixed, x
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from flyweight.deploy import latency
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import LatencyTable, Mix, is_plain, measure_table, table_hash
+from flyweight.deploy.machine import largest_weight
 from flyweight.graph.axes import groups
 from flyweight.graph.operators import layers
 from flyweight.graph.trace import trace
@@ -41,7 +42,7 @@ def measured(folder: Path) -> LatencyTable:
     ready = prepared(graph, EXAMPLE, list(present), lambda: iter([batch]))
     files = {"float": folder / "float.onnx", "int8": folder / "int8.onnx"}
     export(ready.graph, EXAMPLE, files["float"])
-    export(with_numbers(ready, [int8.step(n) for n in present])[0], EXAMPLE, files["int8"])
+    export(with_numbers(ready, [int8.step(n, largest=largest_weight()) for n in present])[0], EXAMPLE, files["int8"])
     np.savez(folder / "one.npz", x=batch[0][:1].numpy())
     return measure_table(
         files, files["float"], present, found, LEVELS, {"batch=1": folder / "one.npz"},

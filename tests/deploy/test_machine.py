@@ -61,3 +61,7 @@ def test_the_fingerprint_changes_with_the_processor(monkeypatch):
 def test_vnni_is_read_from_the_flags(monkeypatch, flag, expected):
     monkeypatch.setattr(machine, "flags", lambda: frozenset({"fpu", flag}))
     assert machine.has_vnni() is expected
+    # pairs of products of an unsigned and a signed byte are added in 16 bits where there is no VNNI
+    largest = machine.largest_weight()
+    assert largest == 127 if expected else 2 * 255 * largest < 2**15
+    assert (largest + 1).bit_count() == 1

@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from flyweight.deploy import runtimes
+from flyweight.deploy.machine import largest_weight
 from flyweight.deploy.runtimes import onnxruntime as adapter
 from flyweight.errors import ModelError, RuntimeMissing, UsageError
 
@@ -47,7 +48,7 @@ def qdq_linear(path: Path, *, transpose: bool, bias: bool, quantize_input=True) 
     rng = np.random.default_rng(0)
     constants = {
         "xs": np.float32(0.02), "xz": np.uint8(128), "wz": np.int8(0), "ws": np.float32(0.01),
-        "fc.weight_q": rng.integers(-127, 128, (16, 32) if transpose else (32, 16)).astype(np.int8),
+        "fc.weight_q": rng.integers(-largest_weight(), largest_weight() + 1, (16, 32) if transpose else (32, 16)).astype(np.int8),
         "fc.bias": rng.random(16).astype(np.float32),
     }  # fmt: skip
     node, source, weight = helper.make_node, "x", "w"

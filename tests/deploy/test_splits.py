@@ -16,6 +16,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from flyweight.deploy.formats.onnx import export
+from flyweight.deploy.machine import largest_weight
 from flyweight.deploy.splits import with_split_layer
 from flyweight.graph.surgery import folded
 from flyweight.methods import int8, lowrank
@@ -61,7 +62,11 @@ def written(folder: Path, names: tuple[str, ...], split: str = "") -> onnx.Model
         graph = lowrank.restructure(graph, one().layers, one().stats, [lowrank.step(split, RANK)])
     wanted = [*names, *([f"{split}_in"] if split in names else [])]
     ready = prepared(graph, one().example, wanted, lambda: iter(one().batches))
-    made = with_numbers(ready, [int8.step(name) for name in wanted])[0] if wanted else ready.graph
+    made = (
+        with_numbers(ready, [int8.step(name, largest=largest_weight()) for name in wanted])[0]
+        if wanted
+        else ready.graph
+    )
     export(made, one().example, folder / "x.onnx")
     return onnx.load(folder / "x.onnx")
 

@@ -61,6 +61,17 @@ def test_plain_rounding_is_to_the_nearest_of_the_largest_weight(exact: Prepared)
         assert float(away.max()) <= 0.5 + 1e-5
 
 
+def test_a_step_says_its_largest_weight_and_what_is_made_of_it_keeps_to_it(ready: Prepared):
+    for largest, told in ((63, {"bits": 8, "largest": 63}), (127, {"bits": 8})):
+        made = int8.step("block.conv2", largest=largest)
+        assert made.setting == told
+        graph, _ = with_numbers(ready, [made])
+        scale = graph.meta["extra_tensors"]["block.conv2.weight_scale"].double()
+        integers = (matrix(graph.get_submodule("block.conv2")) / scale[:, None]).round().abs().amax(1)
+        assert bool((integers <= largest).all())
+        assert float(integers.max()) > largest // 2
+
+
 def test_compensation_errs_less_and_keeps_the_mean(exact: Prepared):
     for name, layer in exact.layers.items():
         graph, plain = copy.deepcopy(exact.graph), copy.deepcopy(exact.graph)

@@ -173,9 +173,9 @@ def test_layers_of_lower_rank_are_fitted_again_on_what_reaches_them():
 def test_the_meeting_of_rank_and_rounding_is_what_was_measured():
     r = ranked().ranks[4]
     middle = len(r.levels) // 2
-    share = meeting(network(), r, 0.0, one().judge, lambda: iter(one().batches), int8.step, 127)
+    share = meeting(network(), r, 0.0, one().judge, lambda: iter(one().batches), int8.step)
     assert -0.5 <= share <= 2.0
-    more = meeting(network(), r, r.errors[middle] / 4, one().judge, lambda: iter(one().batches), int8.step, 127)
+    more = meeting(network(), r, r.errors[middle] / 4, one().judge, lambda: iter(one().batches), int8.step)
     assert more == pytest.approx(max(-0.5, share - 0.25), abs=1e-6)
     built = problem(replace(ranked(), meetings={r.layer: 0.5}), None)
     choice = np.zeros(len(built.sizes), dtype=int)

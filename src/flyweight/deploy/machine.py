@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["describe", "fingerprint", "flags", "has_vnni", "version_of", "versions"]
+__all__ = ["describe", "fingerprint", "flags", "has_vnni", "largest_weight", "version_of", "versions"]
 
 # The flags that choose between the runtime's kernels; prefixes, since the kernel spells amx_int8, amx_tile, …
 KERNEL_FLAGS = (
@@ -59,6 +59,12 @@ def versions() -> dict[str, str]:
 def has_vnni() -> bool:
     """Whether this processor multiplies and adds int8 in one instruction (VNNI of either kind, AMX, or Arm's i8mm)."""
     return any(flag.startswith(("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")) for flag in flags())
+
+
+def largest_weight() -> int:
+    """The largest int8 weight with which no product saturates here: 127; 63, seven bits, where the processor adds two products
+    of an unsigned and a signed byte in 16 bits (2 * 255 * 64 fits, 2 * 255 * 127 does not)."""
+    return 127 if has_vnni() else 63
 
 
 def fingerprint(runtime: str = "onnxruntime") -> str:

@@ -70,10 +70,12 @@ class Slot(Protocol):
         """The nodes that read it stored; () means all."""
 
 
-def step(layer: str, compensate: bool = True, *, fixed: bool = False) -> Step:
-    """The record of storing a layer in int8; in `fixed` point all scales are powers of two."""
+def step(layer: str, compensate: bool = True, *, fixed: bool = False, largest: int = LARGEST) -> Step:
+    """The record of storing a layer in int8, weights from -`largest` to `largest`; in `fixed` point all scales are powers of
+    two."""
     changed: dict[str, Any] = {} if compensate else {"compensate": False}
-    return Step(NAME, layer, {"bits": 8} | changed | ({"fixed": True} if fixed else {}))
+    changed |= {"fixed": True} if fixed else {}
+    return Step(NAME, layer, {"bits": 8} | changed | ({"largest": largest} if largest != LARGEST else {}))
 
 
 def grids(graph: fx.GraphModule, slots: Sequence[Slot], stats: Stats, *, fixed: bool = False) -> dict[str, Grid]:
@@ -168,7 +170,6 @@ def apply(
     steps: Collection[Step],
     slots: Sequence[Slot],
     stats: Stats,
-    largest: int = LARGEST,
 ) -> dict[str, float]:
     """Stores the layers and embeddings of `steps` in int8, in place: rounds weights and biases, sets fake quantizers behind
     `slots`.
@@ -181,6 +182,7 @@ def apply(
     errors: dict[str, float] = {}
     scales: dict[str, Tensor] = {}
     for one in steps:
+        largest = one.setting.get("largest", LARGEST)
         if one.target in layers:
             keep = one.setting.get("compensate", True)
             scale, errors[one.target] = round_weights(graph, layers[one.target], stats, keep, largest, fixed=fixed)

@@ -26,7 +26,6 @@ from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.errors import UsageError
 from flyweight.graph.cost import total_macs, weight_bytes
 from flyweight.graph.numbers import FLOAT32
-from flyweight.methods import int8
 from flyweight.numerics.ragged import joined
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution
@@ -37,7 +36,7 @@ from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.footprint import Footprint, measured_footprint, with_memory
 from flyweight.stages.packing import packed_overhead
 from flyweight.stages.price import Menu, Sizes, markets, options
-from flyweight.stages.quote import Quotes, largest_integer
+from flyweight.stages.quote import Quotes
 from flyweight.stages.ranks import split_overhead, timed_ranks
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
@@ -201,7 +200,7 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
     per_packed = packed_overhead(menu, ready, job.example, bases[FLOAT])
     if not everything:
         return bases, Sizes(overhead, 0.0, per_split, per_packed), ready
-    graph, _ = with_numbers(ready, [int8.step(name, fixed=job.fixed_point) for name in everything], largest_integer())
+    graph, _ = with_numbers(ready, [job.in_int8(name) for name in everything])
     bases[INT8] = place / "int8.onnx"
     export(graph, job.example, bases[INT8])
     extra = bases[INT8].stat().st_size - stored(everything) - overhead
@@ -213,7 +212,7 @@ Outcome = tuple[fx.GraphModule, tuple[Note, ...]]
 
 def delivered(job: Job, quotes: Quotes, steps: Sequence[Step]) -> Outcome:
     """The compressed graph that `steps` make."""
-    return deliver(quotes.network, steps, job.calib, largest_integer())
+    return deliver(quotes.network, steps, job.calib)
 
 
 def _unmade(steps: Sequence[Step]) -> tuple[None, list[tuple[Limit, Interval]]]:
@@ -223,7 +222,7 @@ def _unmade(steps: Sequence[Step]) -> tuple[None, list[tuple[Limit, Interval]]]:
 def _rough(job: Job, quotes: Quotes, choice: Choice) -> fx.GraphModule:
     """What takes the time and the bytes of the choice, made in seconds."""
     steps = steps_of(choice.market.menu, choice.solution)
-    return deliver(quotes.network, steps, lambda: islice(job.calib(), 1), largest_integer(), rough=True)[0]
+    return deliver(quotes.network, steps, lambda: islice(job.calib(), 1), rough=True)[0]
 
 
 def _attempt(

@@ -62,7 +62,6 @@ def deliver(
     network: Network,
     steps: Collection[Step],
     calib: Callable[[], Iterable[Batch]],
-    largest: int = int8.LARGEST,
     *,
     rough: bool = False,
 ) -> tuple[fx.GraphModule, tuple[Note, ...]]:
@@ -81,7 +80,7 @@ def deliver(
         return graph, ()
     in_integers = {s.target for s in numbers if s.method == int8.NAME}
     ready = prepared(graph, network.example, in_integers, calib, packed={s.target for s in numbers} - in_integers)
-    return with_numbers(ready, numbers, largest)[0], _folded_note(network, graph, ready.graph)
+    return with_numbers(ready, numbers)[0], _folded_note(network, graph, ready.graph)
 
 
 def _of_both_parts(graph: fx.GraphModule, numbers: Sequence[Step]) -> list[Step]:
@@ -154,14 +153,12 @@ def prepared(
     return Prepared(folded, present, stats, migrations(folded, calls, stats))
 
 
-def with_numbers(
-    ready: Prepared, steps: Sequence[Step], largest: int = int8.LARGEST
-) -> tuple[fx.GraphModule, dict[str, float]]:
+def with_numbers(ready: Prepared, steps: Sequence[Step]) -> tuple[fx.GraphModule, dict[str, float]]:
     """A copy of the prepared graph with the layers of `steps` in their number formats, and each layer's weight error."""
     graph = copy.deepcopy(ready.graph)
     integers = [step for step in steps if step.method == int8.NAME]
     stats = migrated(graph, ready.stats, ready.migrations, {step.target for step in integers})
-    errors = int8.apply(graph, ready.layers, integers, _slots(graph, integers), stats, largest)
+    errors = int8.apply(graph, ready.layers, integers, _slots(graph, integers), stats)
     return graph, errors | stored.apply(graph, ready.layers, [s for s in steps if s.method == stored.NAME], stats)
 
 

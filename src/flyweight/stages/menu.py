@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import Other, weight_bytes
 from flyweight.graph.numbers import FLOAT32, INT8, Form
 from flyweight.graph.operators import Layer
+from flyweight.methods import int8
 from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
 from flyweight.numerics.packed import packed_bytes
+from flyweight.types import Step
 
 __all__ = ["FLOAT_FORM", "INT8_FORM", "Format", "Menu", "Packed", "Rest", "Sizes"]
 
@@ -103,7 +105,7 @@ class Menu:
     rest: Mapping[str, Rest] = field(default_factory=dict)  # by the block's node
     tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # embeddings with a format: rows and columns
     depthwise: Mapping[str, Layer] = field(default_factory=dict)  # convolutions whose format alone is decided
-    fixed_point: bool = False  # whether int8 has powers of two as scales
+    in_int8: Callable[[str], Step] = int8.step  # the step that stores a layer in int8
 
     @property
     def groups(self) -> tuple[Group, ...]:

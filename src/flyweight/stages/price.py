@@ -16,7 +16,7 @@ from torch import fx
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.graph.numbers import Form
 from flyweight.graph.operators import Layer
-from flyweight.methods import blocks, channels, int8, lowrank, stored
+from flyweight.methods import blocks, channels, lowrank, stored
 from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
@@ -170,7 +170,7 @@ def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float],
 def _shown(form: Form, menu: Menu) -> str:
     if form.packed:
         return f"{form.bits}-bit weights"
-    return "fixed point" if menu.fixed_point else "int8"
+    return "fixed point" if menu.in_int8("").setting.get("fixed") else "int8"
 
 
 def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:
@@ -186,4 +186,4 @@ def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:
             return (blocks.step(block),)
         case Format(layer=layer, forms=forms):
             form = forms[option]
-            return (stored.step(layer, form.bits) if form.packed else int8.step(layer, fixed=menu.fixed_point),)
+            return (stored.step(layer, form.bits) if form.packed else menu.in_int8(layer),)

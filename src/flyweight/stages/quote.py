@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, fx
 
-from flyweight.deploy.machine import has_vnni
+from flyweight.deploy.machine import largest_weight
 from flyweight.deploy.runtimes import get
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
@@ -37,9 +36,9 @@ from flyweight.stages.setup import Inputs, Job
 from flyweight.stages.tidy import tidy
 from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store, better, sensitivities, together
-from flyweight.types import Note
+from flyweight.types import Note, Step
 
-__all__ = ["Quotes", "Store", "groups_offered", "judge_on", "largest_integer", "quote"]
+__all__ = ["Quotes", "Store", "groups_offered", "judge_on", "quote"]
 
 JUDGE_SAMPLES = 512
 LEAST_SAMPLES = 32
@@ -125,16 +124,11 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     sizes = Sizes(0, 0.0)
     menu = Menu(
         present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest, rows, passed,
-        job.fixed_point,
+        job.in_int8,
     )  # fmt: skip
     few = _few_samples(job, network)
-    notes = (*notes, *blind, *few, *cut_off(unpriced))
+    notes = (*notes, *blind, *few, *_seven_bits(menu), *cut_off(unpriced))
     return Quotes(network, menu, (*frozen, *late), refused, notes, any(unpriced.values()), ready)
-
-
-def largest_integer() -> int:
-    """The largest weight: 127, or 63 where the processor's int8 products saturate at 16 bits."""
-    return int8.LARGEST if has_vnni() else 63
 
 
 def groups_offered(job: Job) -> tuple[tuple[Group, ...], tuple[Group, ...], tuple[Note, ...]]:
@@ -248,8 +242,7 @@ def _ranks(
             one = lowrank.ranks(network.graph, network.layers[name], network.stats, offered[name], judge)
             extra = 0.0
             if name in rounding:
-                step = partial(int8.step, fixed=job.fixed_point)
-                extra = meeting(network, one, rounding[name], judge, job.calib, step, largest_integer())
+                extra = meeting(network, one, rounding[name], judge, job.calib, job.in_int8)
             p = _Prices((), one.levels, one.layer_errors, one.errors, extra)
             store.save(f"ranks-{i}.json", msgspec.json.encode(p))
         made.append(Ranks(name, p.levels, p.layer_errors, p.errors))
@@ -280,15 +273,14 @@ def _formats(
             if late() and FLOAT_FORM in options:
                 continue
             job.checkpoint(f"pricing {name} in int8", needed=False)
-            graph, errors = with_numbers(ready, [int8.step(name, fixed=job.fixed_point)], largest_integer())
+            graph, errors = with_numbers(ready, [job.in_int8(name)])
             behind = judge.behind(ready.graph, [name], quantized_values(ready, [name]))
             prices[name] = _Prices(layer_errors=(errors[name],), errors=(behind(graph),))
             advance(1)
         whole = all(name in prices for name in allowed) and len(ladders) == len(network.groups)
         for lad in ladders:
-            prices[f"group {lad.group.name}"] = _Prices(
-                combined=_meeting(network, ready, lad, prices, judge, job.fixed_point)
-            )
+            combined = _meeting(network, ready, lad, prices, judge, job.in_int8)
+            prices[f"group {lad.group.name}"] = _Prices(combined=combined)
             advance(1)
         if whole:
             store.save("numbers.json", msgspec.json.encode(prices))
@@ -300,7 +292,12 @@ def _formats(
 
 
 def _meeting(
-    network: Network, ready: Prepared, lad: Ladder, prices: Mapping[str, _Prices], judge: Judge, fixed: bool
+    network: Network,
+    ready: Prepared,
+    lad: Ladder,
+    prices: Mapping[str, _Prices],
+    judge: Judge,
+    in_int8: Callable[[str], Step],
 ) -> float:
     """What removal and rounding of a group's readers cost together beyond both prices, as a share of the removal's.
 
@@ -320,7 +317,7 @@ def _meeting(
         channels.apply(changed, network.layers[name], new)
     alone = judge(changed)
     rounded = _transplanted(ready, changed, network)
-    graph, _ = with_numbers(rounded, [int8.step(name, fixed=fixed) for name in readers], largest_integer())
+    graph, _ = with_numbers(rounded, [in_int8(name) for name in readers])
     return max(-0.5, min(2.0, (judge(graph) - alone - rounding) / lad.errors[middle]))
 
 
@@ -335,6 +332,17 @@ def _transplanted(ready: Prepared, changed: fx.GraphModule, network: Network) ->
             if module.bias is not None:
                 module.bias.copy_(bias)
     return Prepared(graph, ready.layers, ready.stats, ready.migrations)
+
+
+def _seven_bits(menu: Menu) -> tuple[Note, ...]:
+    """A note where int8 weights do not use all of their eight bits."""
+    if not menu.integers or largest_weight() == int8.LARGEST:
+        return ()
+    text = (
+        "int8 weights have seven bits: this processor adds their products in pairs of 16 bits, which eight would pass"
+    )
+    fix = "compress on a processor like that of the target; one with VNNI takes all eight"
+    return (Note("int8.seven-bits", text, fix=fix),)
 
 
 def _few_samples(job: Job, network: Network) -> tuple[Note, ...]:

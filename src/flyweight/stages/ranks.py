@@ -122,7 +122,6 @@ def meeting(
     judge: Judge,
     calib: Callable[[], Iterable[tuple[Tensor, ...]]],
     step_of: Callable[[str], Step],
-    largest: int,
 ) -> float:
     """What low rank and int8 of one layer cost together beyond both prices, as a share of the rank's.
 
@@ -136,6 +135,6 @@ def meeting(
     refresh(graph, network.example)
     both = [one.layer, part_before(graph, one.layer)]
     ready = prepared(graph, network.example, both, lambda: first(calib(), FEW_SAMPLES))
-    rounded, _ = with_numbers(ready, [step_of(name) for name in both], largest)
+    rounded, _ = with_numbers(ready, [step_of(name) for name in both])
     share = (judge(rounded) - one.errors[middle] - rounding) / one.errors[middle]
     return float(max(-0.5, min(2.0, share)))

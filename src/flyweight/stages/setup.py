@@ -19,10 +19,12 @@ from flyweight.audit.quality import Yardstick
 from flyweight.data import Batch, Batches, Roles, bind_example, roles
 from flyweight.deploy import runtimes
 from flyweight.deploy.latency import LatencyTable, table_hash
+from flyweight.deploy.machine import largest_weight
 from flyweight.errors import DataError, Interrupted, ResourceError, UsageError
 from flyweight.graph.places import user_line
 from flyweight.graph.proofs import check_unrounded, check_weights, first_line
 from flyweight.graph.trace import own_copy, trace
+from flyweight.methods import int8
 from flyweight.numerics import divergence as div
 from flyweight.numerics.packed import WIDTHS
 from flyweight.quantities import with_metric
@@ -30,7 +32,7 @@ from flyweight.stages import lengths
 from flyweight.stages.deadline import Deadline
 from flyweight.stages.tidy import tidy
 from flyweight.stages.yardstick import try_limits, unjudged, yardstick_of
-from flyweight.types import Budget, Note, Rule
+from flyweight.types import Budget, Note, Rule, Step
 
 __all__ = [
     "METHODS",
@@ -121,6 +123,10 @@ class Job:
     def fixed_point(self) -> bool:
         """Whether what is stored in int8 has powers of two as scales."""
         return "fixed" in self.methods
+
+    def in_int8(self, layer: str, compensate: bool = True) -> Step:
+        """The step that stores a layer in int8, as this job and this processor want it."""
+        return int8.step(layer, compensate, fixed=self.fixed_point, largest=largest_weight())
 
     def kept_reason(self, layers: Sequence[str]) -> str:
         """Why the user wants these layers left alone, "" if nothing says so."""

@@ -16,9 +16,8 @@ from torch import fx
 from flyweight.deploy.clock import Timings, compare
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import FLOAT, INT8
-from flyweight.methods import int8
 from flyweight.stages.deliver import prepared, with_numbers
-from flyweight.stages.quote import Quotes, largest_integer
+from flyweight.stages.quote import Quotes
 from flyweight.stages.setup import Inputs, Job
 from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import feeds_of
@@ -66,8 +65,7 @@ def whole_files(
     export(graph, job.example, files[FLOAT], plain=True)
     if int8_layers:
         ready = prepared(graph, job.example, int8_layers, calib)
-        steps = [int8.step(name, compensate=compensate) for name in int8_layers]
-        graph, _ = with_numbers(ready, steps, largest_integer())
+        graph, _ = with_numbers(ready, [job.in_int8(name, compensate) for name in int8_layers])
         files[INT8] = place / "int8.onnx"
         export(graph, job.example, files[INT8])
     return files, graph

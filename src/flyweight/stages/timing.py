@@ -19,12 +19,11 @@ from flyweight.graph.axes import Group
 from flyweight.graph.operators import roundable
 from flyweight.graph.rewrite import refresh
 from flyweight.graph.surgery import cut
-from flyweight.methods import blocks, int8
+from flyweight.methods import blocks
 from flyweight.methods.blocks import Block
 from flyweight.stages.additive import agreeing, mixes
 from flyweight.stages.deliver import Prepared, with_numbers
 from flyweight.stages.menu import INT8_FORM, Menu
-from flyweight.stages.quote import largest_integer
 from flyweight.stages.ranks import weights_of
 from flyweight.stages.setup import Job
 from flyweight.stages.twins import in_turns, pooled
@@ -37,7 +36,9 @@ __all__ = ["measured_table", "offered", "timed_formats"]
 # what they run in milliseconds.
 TABLE_S = 60.0
 CLEAR = 0.8  # int8 that takes no more than this of float's time is the only regime worth timing
-PROCESSES = 2  # of the clock, for tables; one where the time is short for all variants, as loading them takes most of it
+PROCESSES = (
+    2  # of the clock, for tables; one where the time is short for all variants, as loading them takes most of it
+)
 
 
 def timed_formats(menu: Menu) -> list[str]:
@@ -127,8 +128,8 @@ def _without(
     refresh(graph, job.example)
     if regime == INT8:
         present = roundable(graph)
-        steps = [int8.step(name) for name in int8_layers if name in present]
-        graph, _ = with_numbers(Prepared(graph, present, ready.stats, ready.migrations), steps, largest_integer())
+        steps = [job.in_int8(name) for name in int8_layers if name in present]
+        graph, _ = with_numbers(Prepared(graph, present, ready.stats, ready.migrations), steps)
     path = place / "without.onnx"
     export(graph, job.example, path)
     return onnx.load(path)
