@@ -1,0 +1,240 @@
+"""One loop for everything that follows a slope: checkpoints, the best kept, stops by time and by NaN.
+
+It knows neither labels nor teachers: `loss` turns a batch into a number. Use it, or the losses alone in a loop of your own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from flyweight.errors import DataError, UsageError
+from flyweight.train.fit import one_cycle
+
+__all__ = ["Descent", "Store", "descend"]
+
+HEAD = "descent"  # the entry of a checkpoint that holds its numbers
+LATE = "the time was over"
+
+
+class Store(Protocol):
+    """Where checkpoints are kept, complete or absent (`deploy.folder.Folder` is one)."""
+
+    def save(self, name: str, payload: bytes) -> None:
+        """Keeps `payload` under `name`."""
+
+    def load(self, name: str) -> bytes | None:
+        """What was kept under `name`, None if nothing (or nothing sound) was."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How it went: the mean loss of every finished epoch, what the judge said (before the first, then behind each), the epoch
+    whose weights the model has (0: those it came with), and why it ended before its time, "" if it did not."""
+
+    losses: tuple[float, ...]
+    judged: tuple[float, ...]
+    best: int
+    stopped: str = ""
+
+
+@dataclass
+class _State:
+    """Where a descent is."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    total: float = 0.0  # of the epoch's losses, by rows
+    rows: int = 0
+    losses: list[float] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
+    best: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def descend(
+    model: nn.Module,
+    batches: Callable[[int], Iterable[Any]],
+    loss: Callable[[Any], Tensor],
+    *,
+    steps: int,
+    epochs: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    warmup: float = 0.1,
+    judge: Callable[[], float] | None = None,
+    parameters: Sequence[nn.Parameter] | None = None,
+    rows: Callable[[Any], int] = lambda batch: 1,
+    store: Store | None = None,
+    name: str = "descent.safetensors",
+    key: str = "",
+    every_s: float = 30.0,
+    late: Callable[[], bool] = lambda: False,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Descent:
+    """Trains `model` in place, in the mode (train, eval) that its parts are in, and leaves it with the best weights.
+
+    `batches(epoch)` walks the `steps` batches of an epoch; the same epoch gives the same ones. `loss(batch)` is a mean over its
+    `rows`. AdamW with peak rate `lr`, one cycle over all epochs, decay for matrices alone; `parameters`: those that learn,
+    default all. `judge()` says before the first and behind every epoch how bad the model is (less is better): the best
+    weights are kept; without it the last. `store` keeps a checkpoint behind every epoch and every `every_s` seconds, from
+    which the same call goes on: on one CPU process with the same bits. `late` is asked between steps. A loss or a judge that
+    becomes NaN or infinite ends the descent, with the best weights before. Raises UsageError for settings out of range or a
+    checkpoint of another descent (`key`), DataError for batches that are not `steps`.
+    Source: Loshchilov Hutter 2019, arXiv:1711.05101; Smith 2018, arXiv:1803.09820.
+    """
+    if epochs < 1 or steps < 1 or not (math.isfinite(lr) and lr > 0):
+        raise UsageError(
+            f"{epochs} epochs of {steps} steps at the rate {lr} are no descent",
+            fix="give at least one epoch, one batch, and a rate above 0",
+        )
+    learning = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
+    if not learning:
+        raise UsageError("no parameter is to learn: none requires a gradient", fix="call model.requires_grad_(True)")
+    optimizer = _optimizer(learning, weight_decay)
+    state = _restored(store, name, key, model, optimizer) or _State()
+    if not state.judged:
+        _judge(state, model, judge)
+    advance(state.epoch * steps + state.step)
+    saved_s, why = time.monotonic(), ""
+
+    def step(batch: Any) -> str:
+        nonlocal saved_s
+        if late():
+            return LATE
+        share = one_cycle(state.epoch * steps + state.step, epochs * steps, warmup)
+        value = _step(loss, batch, optimizer, lr * share)
+        if not math.isfinite(value):
+            return f"the loss became {value} at epoch {state.epoch + 1}, step {state.step + 1}"
+        state.step, state.total, state.rows = (
+            state.step + 1,
+            state.total + value * rows(batch),
+            state.rows + rows(batch),
+        )
+        advance(1)
+        if store is not None and time.monotonic() - saved_s >= every_s:
+            store.save(name, _packed(state, key, model, optimizer))
+            saved_s = time.monotonic()
+        return ""
+
+    while state.epoch < epochs and not why:
+        why = _epoch(state, batches(state.epoch), steps, step)
+        if not why:
+            state.losses.append(state.total / state.rows)
+            state.epoch, state.step, state.total, state.rows = state.epoch + 1, 0, 0.0, 0
+        if not why or (why == LATE and state.step):
+            why = _judge(state, model, judge) or why
+        if store is not None and not why:
+            store.save(name, _packed(state, key, model, optimizer))
+    optimizer.zero_grad(set_to_none=True)
+    model.load_state_dict(state.best_weights)
+    return Descent(tuple(state.losses), tuple(state.judged), state.best, why)
+
+
+def _epoch(state: _State, batches: Iterable[Any], steps: int, step: Callable[[Any], str]) -> str:
+    """Takes the steps of an epoch that the state has not taken; returns why it did not end, "" if it did."""
+    seen = 0
+    with torch.enable_grad():
+        for batch in batches:
+            seen += 1
+            if seen > steps:
+                break
+            if seen > state.step and (why := step(batch)):  # those before were taken before the checkpoint
+                return why
+    if seen != steps:
+        raise DataError(
+            f"the batches said they are {steps} and were {min(seen, steps)}{' or more' if seen > steps else ''}",
+            where=f"epoch {state.epoch + 1}",
+            fix="pass batches that are the same in number each time they are walked",
+        )
+    return ""
+
+
+def _step(loss: Callable[[Any], Tensor], batch: Any, optimizer: torch.optim.Optimizer, rate: float) -> float:
+    """One step, unless the loss is no number: then nothing changes."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    value = loss(batch)
+    found = value.item()
+    if math.isfinite(found):
+        torch.autograd.backward(value)
+        optimizer.step()
+    return found
+
+
+def _judge(state: _State, model: nn.Module, judge: Callable[[], float] | None) -> str:
+    """Notes what the judge says, and keeps the weights if none were better; returns why it is of no use, "" if it is."""
+    said = (
+        float(state.epoch == 0 and not state.judged) if judge is None else judge()
+    )  # without one the last are the best
+    if not math.isfinite(said):
+        if not state.judged:
+            raise UsageError(
+                f"the model is judged {said} before its first step", fix="check the model and the data that judge"
+            )
+        return f"the model was judged {said} behind epoch {state.epoch}"
+    if not state.judged or said <= min(state.judged):
+        state.best = len(state.judged)
+        state.best_weights = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    state.judged.append(said)
+    return ""
+
+
+def _optimizer(parameters: Sequence[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW; vectors (biases, norms) are not decayed."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]])
+
+
+def _packed(state: _State, key: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> bytes:
+    """A checkpoint: safetensors with the numbers as JSON."""
+    tensors = {f"model/{name}": x for name, x in model.state_dict().items()}
+    tensors |= {f"best/{name}": x for name, x in state.best_weights.items()}
+    for number, one in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{part}": torch.as_tensor(x) for part, x in one.items()}
+    numbers = {field.name: getattr(state, field.name) for field in fields(_State) if field.name != "best_weights"}
+    head = json.dumps({"key": key, **numbers}).encode()
+    tensors[HEAD] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    return save({name: x.detach().clone().contiguous() for name, x in tensors.items()})  # shared storage is refused
+
+
+def _restored(
+    store: Store | None, name: str, key: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> _State | None:
+    """The state of a checkpoint, its weights put into the model and the optimizer; None where there is none."""
+    kept = store.load(name) if store is not None else None
+    if kept is None:
+        return None
+    tensors = load(kept)
+    numbers = json.loads(tensors.pop(HEAD).numpy().tobytes())
+    if numbers.pop("key") != key:
+        raise UsageError(
+            f"the checkpoint {name!r} is of another descent",
+            why="its model, data or settings differ",
+            fix="start in a new folder",
+        )
+    parts = {part: _below(tensors, f"{part}/") for part in ("model", "best", "optimizer")}
+    model.load_state_dict(parts["model"])
+    state = optimizer.state_dict()
+    of_parameters: dict[int, dict[str, Tensor]] = {}
+    for path, x in parts["optimizer"].items():
+        number, _, part = path.partition("/")
+        of_parameters.setdefault(int(number), {})[part] = x
+    optimizer.load_state_dict({**state, "state": of_parameters})
+    return _State(**numbers, best_weights=dict(parts["best"]))
+
+
+def _below(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
