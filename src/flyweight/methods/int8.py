@@ -43,6 +43,7 @@ __all__ = ["NAME", "apply", "factored", "grids", "round_table", "round_weights",
 NAME = "int8"
 FLOOR = 0.01  # least shrinkage of the second moment: rounding errors are small, a sharp inverse is not needed
 LARGEST = 127
+BIAS = 2.0**30  # the largest integer of a bias is twice as large: what rounding gives back to it has room
 WIDE = 2048  # columns from which a factor is dear enough to be worth its memory
 
 
@@ -106,21 +107,24 @@ def round_weights(
     largest: int = LARGEST,
     *,
     fixed: bool = False,
+    finest: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Rounds a layer's weights onto int8 grids in place; returns the scale per row and the error (mean over rows).
 
-    With `compensate` the constant lost on average is given back to the bias; without, it counts as error.
+    With `compensate` the constant lost on average is given back to the bias; without, it counts as error. No scale is finer
+    than `finest` (one a row): a bias is rounded to the scale of its row as well, in 32 bits.
     """
     module, moments = graph.get_submodule(layer.name), stats.inputs[layer.name]
     weights, gram = matrix(module), gram_of(layer, moments)
     to_grid = partial(nearest, low=-largest, high=largest)
     if not compensate:
         scale = unclipped(weights, largest)[:, 0].float().double()
-        scale = torch.exp2(scale.log2().ceil()) if fixed else scale
+        scale = _no_finer(torch.exp2(scale.log2().ceil()) if fixed else scale, finest, fixed=fixed)
         new = to_grid(weights, scale[:, None])
     else:
         search = power_scales if fixed else weight_scales
         scale = search(weights, seen_by(weights, forms.diagonal(gram).to(weights.dtype)), largest)
+        scale = _no_finer(scale, finest, fixed=fixed)
         new = forms.rounded(weights, factored(layer, moments), to_grid, scale[:, None])
     change = weights - new
     set_matrix(module, new)
@@ -128,6 +132,13 @@ def round_weights(
         with torch.no_grad():
             module.bias.add_(forms.mean_outputs(change, moments.mean).to(module.bias.dtype))  # type: ignore[operator,arg-type]
     return scale.float(), float(forms.row_errors(change, gram if compensate else moments.raw).sum())
+
+
+def _no_finer(scale: Tensor, finest: Tensor | None, *, fixed: bool) -> Tensor:
+    if finest is None:
+        return scale
+    least = torch.exp2(finest.log2().ceil()) if fixed else finest.float().double()
+    return torch.maximum(scale, least.to(scale.dtype))
 
 
 def round_table(module: nn.Module, largest: int = LARGEST, *, fixed: bool = False) -> tuple[Tensor, float]:
@@ -181,16 +192,21 @@ def apply(
     chosen = grids(graph, slots, stats, fixed=fixed)
     errors: dict[str, float] = {}
     scales: dict[str, Tensor] = {}
+    nodes = {n.name: n for n in graph.graph.nodes}
+    read = _rounded_with_biases(graph, layers, steps, chosen, nodes)
     for one in steps:
         largest = one.setting.get("largest", LARGEST)
         if one.target in layers:
             keep = one.setting.get("compensate", True)
-            scale, errors[one.target] = round_weights(graph, layers[one.target], stats, keep, largest, fixed=fixed)
+            module: Any = graph.get_submodule(one.target)
+            finest = module.bias.detach().double().abs() / BIAS / read[one.target] if one.target in read else None
+            scale, errors[one.target] = round_weights(
+                graph, layers[one.target], stats, keep, largest, fixed=fixed, finest=finest
+            )
         else:
             scale, errors[one.target] = round_table(graph.get_submodule(one.target), largest, fixed=fixed)
         scales[f"{one.target}.weight_scale"] = scale
-    nodes = {n.name: n for n in graph.graph.nodes}
-    _round_biases(graph, layers, steps, scales, chosen, nodes)
+    _round_biases(graph, scales, read)
     for slot in slots:
         _set_quantizer(graph, nodes[slot.node], chosen[slot.node], slot.readers)
     graph.recompile()
@@ -199,23 +215,28 @@ def apply(
     return errors
 
 
-def _round_biases(
+def _rounded_with_biases(
     graph: fx.GraphModule,
     layers: Mapping[str, Layer],
     steps: Collection[Step],
-    scales: Mapping[str, Tensor],
     chosen: Mapping[str, Grid],
     nodes: Mapping[str, fx.Node],
-) -> None:
-    """Biases onto the grid of the products, where the runtime adds them as int32 (layers called once, not on sequences)."""
+) -> dict[str, float]:
+    """The scale of what they read, of the layers whose bias the runtime adds as int32 (called once, not on sequences)."""
+    found: dict[str, float] = {}
     for one in steps:
         module: Any = graph.get_submodule(one.target)
         calls = layers[one.target].nodes if one.target in layers else ()
-        if len(calls) != 1 or module.bias is None:
-            continue
-        if on_sequences(graph, nodes[calls[0]]):
-            continue
-        unit = scales[f"{one.target}.weight_scale"].double() * chosen[value_read(graph, nodes[calls[0]]).name].scale
+        if len(calls) == 1 and module.bias is not None and not on_sequences(graph, nodes[calls[0]]):
+            found[one.target] = chosen[value_read(graph, nodes[calls[0]]).name].scale
+    return found
+
+
+def _round_biases(graph: fx.GraphModule, scales: Mapping[str, Tensor], read: Mapping[str, float]) -> None:
+    """Biases onto the grid of the products. `read`: by layer the scale of its input."""
+    for name, scale in read.items():
+        module: Any = graph.get_submodule(name)
+        unit = scales[f"{name}.weight_scale"].double() * scale
         with torch.no_grad():
             module.bias.copy_((module.bias.double() / unit).round().clamp(-(2**31), 2**31 - 1) * unit)
 
