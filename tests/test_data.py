@@ -235,6 +235,14 @@ def test_dicts_bind_by_name_in_the_order_of_the_signature():
     assert notes.count("data.fields-dropped") == 1
 
 
+def test_the_one_field_of_a_dict_is_the_one_input_whatever_its_name():
+    batch, notes = bound(one, {"image": A, "labels": LABELS})
+    assert torch.equal(batch.kwargs["x"], A)
+    assert batch.labels.tolist() == LABELS.tolist()
+    assert notes.count("data.field-renamed") == 1
+    assert "data.fields-dropped" not in notes
+
+
 def test_the_labels_of_a_hugging_face_forward_are_never_fed_to_it():
     ids = torch.arange(12).reshape(4, 3)
     parts = [{"input_ids": ids + by, "labels": LABELS, "token_type_ids": ids} for by in (0, 20, 40)]
@@ -250,7 +258,7 @@ def test_the_labels_of_a_hugging_face_forward_are_never_fed_to_it():
 @pytest.mark.parametrize(
     ("forward", "raw", "message", "fix"),
     [
-        (one, {"image": A, "label": LABELS}, "has no x", "inputs={'x': 'image'}"),
+        (one, {"image": A, "mask": A, "label": LABELS}, "has no x", "inputs={'x': 'image'}"),
         (two, {"a": A}, "has no b", "fw.data"),
         (two, (A,), "1 fields", "fw.data"),
         (one, (A, B, A, B), "4 fields", "fw.data"),
