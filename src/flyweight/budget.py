@@ -61,12 +61,13 @@ def parse(
     if isinstance(text, Budget):
         read = text
         _check_pairs(tuple(_read_again(limit, metrics) for limit in read.limits))
-    elif isinstance(text, Mapping):
+    elif isinstance(text, Mapping) and all(isinstance(name, str) for name in text):
         read = _build(text, metrics)
     elif isinstance(text, str):
         read = Budget(limits=_check_pairs(tuple(_limit(part, metrics) for part in _split(text))))
     else:
-        raise BudgetError(f"a budget is text, not {type(text).__name__}", fix=f"write budget={_EXAMPLE}")
+        what = "a mapping whose names are no text" if isinstance(text, Mapping) else type(text).__name__
+        raise BudgetError(f"a budget is text, not {what}", fix=f"write budget={_EXAMPLE}")
     if not read.limits:
         raise BudgetError("the budget names no limit", fix=f"write for example {_EXAMPLE}")
     return msgspec.structs.replace(read, prefer=_preference(read.prefer if prefer is None else prefer))

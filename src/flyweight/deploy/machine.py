@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["describe", "fingerprint", "flags", "has_vnni", "largest_weight", "version_of", "versions"]
+__all__ = ["SEVEN_BITS", "describe", "fingerprint", "flags", "has_vnni", "largest_weight", "version_of", "versions"]
 
 # The flags that choose between the runtime's kernels; prefixes, since the kernel spells amx_int8, amx_tile, …
 KERNEL_FLAGS = (
@@ -25,6 +25,7 @@ KERNEL_FLAGS = (
     "asimd",
     "i8mm",
 )
+SEVEN_BITS = 63  # the largest weight of so many
 PACKAGES = (
     "flyweight",
     "torch",
@@ -64,7 +65,7 @@ def has_vnni() -> bool:
 def largest_weight() -> int:
     """The largest int8 weight with which no product saturates here: 127; 63, seven bits, where the processor adds two products
     of an unsigned and a signed byte in 16 bits (2 * 255 * 64 fits, 2 * 255 * 127 does not)."""
-    return 127 if has_vnni() else 63
+    return 127 if has_vnni() else SEVEN_BITS
 
 
 def fingerprint(runtime: str = "onnxruntime") -> str:

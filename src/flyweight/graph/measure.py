@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
+from flyweight.errors import ModelError
 from flyweight.graph.flow import chunked
 from flyweight.graph.operators import CONVOLUTIONS, Layer, input_rows, patches_at, windows, zeros_around
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
@@ -181,6 +182,8 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         if n.name in self.histograms:
             assert isinstance(value, Tensor)
+            if not bool(value.isfinite().all()):
+                raise _no_number(f"the value {n.name}")
             self.histograms[n.name] = add_values(self.histograms[n.name], _spread(value), value)
         if n.name in self.rows and sum(map(len, self.rows[n.name])) < KEPT:
             assert isinstance(value, Tensor)
@@ -239,7 +242,18 @@ class _Recorder(fx.Interpreter):
                 if several:  # longer inputs are seen at some positions, and count as much as short ones
                     part = replace(part, count=samples * min(self.looks[layer], math.prod(map(len, at))))
             total = part if total is None else merged(total, part)
+        if total is not None and not all(bool(x.isfinite().all()) for x in (total.mean, *_parts(total).values())):
+            raise _no_number(f"what the layer {layer} reads")
         return _empty(self.layers[layer]) if total is None else total
+
+
+def _no_number(where: str) -> ModelError:
+    return ModelError(
+        "the model computes NaN, infinity, or numbers too large to be squared",
+        where=where,
+        why="nothing can be measured of them, although its answers may be finite",
+        fix="look at the weights, and at norms whose variance is 0, up to that place",
+    )
 
 
 def _spread(value: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ __all__ = ["measured_table", "offered", "timed_formats"]
 # That the clock may take for a shape, about (what must be exported for it comes before): some runtimes compile for a second
 # what they run in milliseconds.
 TABLE_S = 60.0
-CLEAR = 0.8  # int8 that takes no more than this of float's time is the only regime worth timing
+CLEAR = 0.65  # int8 that takes no more than this of float's time is the only regime worth timing; nearer, one process can err
 PROCESSES = (
     2  # of the clock, for tables; one where the time is short for all variants, as loading them takes most of it
 )
