@@ -106,7 +106,7 @@ def flyweight_variants(subject: Subject, folder: Path) -> list[Variant]:
         menu, table, _ = priced(job, quotes, store, lambda name, total: lambda done: None)
         assert table is not None
         for name, steps in _recipes(quotes, menu, table, cost_limits(job.budget, reference, table)).items():
-            graph, _ = delivered(job, quotes, steps)
+            graph, _ = delivered(job, quotes, steps, store, lambda *_: lambda *_: None)
             path = folder / f"flyweight-{len(variants)}.onnx"
             export(graph, job.example, path)
             variants.append(Variant(f"flyweight {name}", path, macs(graph, job.example[0][:1])))

@@ -26,6 +26,7 @@ _HOME = {
     "apply": "flyweight.compress:apply",
     "compress": "flyweight.compress:compress",
     "data": "flyweight.data:data",
+    "distill": "flyweight.recover.distill:distill",
     "inspect": "flyweight.compress:inspect",
     "load": "flyweight.compress:load",
     "plan": "flyweight.compress:plan",
@@ -44,6 +45,7 @@ __all__ = [
     "apply",
     "compress",
     "data",
+    "distill",
     "inspect",
     "load",
     "plan",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from flyweight.compress import advise, apply, compress, inspect, load, plan, rule, verify
     from flyweight.data import data
     from flyweight.errors import FlyweightError
+    from flyweight.recover.distill import distill
     from flyweight.stages.result import Result
     from flyweight.types import Note, Plan, Results
 

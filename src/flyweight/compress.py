@@ -18,6 +18,7 @@ from flyweight.deploy.latency import LatencyTable
 from flyweight.errors import UsageError
 from flyweight.face.progress import Progress
 from flyweight.graph.program import load_files
+from flyweight.recover.distill import Distill, distill, read_recover
 from flyweight.stages.advise import Advice, advised
 from flyweight.stages.again import replayed, reweighed
 from flyweight.stages.buy import Purchase, buy
@@ -45,9 +46,10 @@ APART = {  # what runs with the same prices may differ in, and the checkpoints t
     "table": ("correction-", "table."),
     "test": ("correction-",),
     "evaluate": (),
+    "recover": (),
 }
 
-__all__ = ["Result", "advise", "apply", "compress", "inspect", "load", "plan", "rule", "verify"]
+__all__ = ["Result", "advise", "apply", "compress", "distill", "inspect", "load", "plan", "rule", "verify"]
 
 
 def rule(pattern: str, *, bits: int | None = None, keep: bool = False) -> Rule:
@@ -79,7 +81,7 @@ def compress(
     methods: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     rules: Sequence[Rule] = (),
-    recover: Any = None,
+    recover: Distill | str | None = None,
     time_limit: str | float | None = None,
     seed: int = 0,
     workdir: str | Path = "out/",
@@ -101,7 +103,8 @@ def compress(
     seconds or "20m"; what it leaves no time to price stays as it is, and the best so far is delivered, with a note; a run
     that has nothing to choose from yet raises ResourceError and is resumable. The same call in the same folder resumes;
     `fresh` starts over. `prices`: the folder of a run of the same model, data and methods whose statistics, prices and
-    latencies hold here too: another budget then takes a fraction of the time. `ladder`: further points, each at least so
+    latencies hold here too: another budget then takes a fraction of the time. `recover`: `fw.distill(...)`, by which the original
+    teaches what was cut, on the inputs of calib. `ladder`: further points, each at least so
     much faster than the original ("1.5x,2x,4x") and within the budget's other limits, verified and reported in
     workdir/ladder. `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that cannot be met is
     no error: the nearest artifact is delivered with `budget_met` False.
@@ -155,15 +158,16 @@ def apply(
 ) -> Result:
     """Replays `plan` (a record or its file) on `model`: the same choices, made, verified and reported in `workdir`.
 
-    Arguments are those of `compress` but budget, prefer, methods, rules and keep, which the plan holds. Raises UsageError
-    if the plan was made for another model or asks for what there is not, UnsafeFileError if its folder was changed.
+    Arguments are those of `compress` but budget, prefer, methods, rules, keep and recover, which the plan holds. Raises
+    UsageError if the plan was made for another model or asks for what there is not, UnsafeFileError if its folder was changed.
     """
-    held = sorted({"budget", "prefer", "methods", "rules", "keep"} & set(arguments))
+    held = sorted({"budget", "prefer", "methods", "rules", "keep", "recover"} & set(arguments))
     if held:
         raise UsageError(f"apply takes no {held[0]}", why="the plan says what is done", fix="plan anew with it")
     found = plan if isinstance(plan, Plan) else read_plan(plan)
     arguments = {"workdir": "out/", **arguments}
-    run = _Run.of(model, calib=calib, budget=found.budget, **arguments)
+    recover = Distill(**found.recover) if found.recover else None
+    run = _Run.of(model, calib=calib, budget=found.budget, recover=recover, **arguments)
     with run.open(extra_key={"plan": hashlib.sha256(to_json(found).encode()).hexdigest()}) as (job, folder, stage):
         if folder.finished:
             return _stored(folder)
@@ -288,8 +292,6 @@ class _Run:
         stop: Callable[[], bool] = lambda: False,
         **others: Any,
     ) -> _Run:
-        if recover is not None:
-            raise UsageError("recover comes with a later version", fix="leave it out")
         known = {field.name for field in dataclasses.fields(Settings)}
         unknown = sorted(set(others) - known)
         if unknown:
@@ -308,6 +310,7 @@ class _Run:
             time_limit_s=duration_s(time_limit),
             keep=kept,
             rules=tuple(rules or ()),
+            recover=read_recover(recover),
             **others,
         )
         data = {"calib": calib, "tune": tune, "test": test, "example": example}

@@ -150,6 +150,7 @@ class Plan(msgspec.Struct, frozen=True):
     made_with: Provenance
     feasible: bool = True
     binding: str = ""  # the limit that binds when the budget cannot be met
+    recover: Mapping[str, Any] = {}  # the settings of what taught the compressed network; none: nothing did
     schema_version: int = 1
 
 

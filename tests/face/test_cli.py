@@ -193,7 +193,7 @@ def test_the_page_says_what_help_says(shell):
 
 @pytest.mark.parametrize("name", ["compress", "plan", "advise", "apply", "verify", "inspect"])
 def test_options_are_the_arguments_of_the_twin(name):
-    """What only Python can say: progress (--quiet), stop (Ctrl-C), recover and fn-valued things have other names."""
+    """What only Python can say: progress (--quiet), stop (Ctrl-C) and fn-valued things have other names."""
     import inspect
 
     twin = inspect.signature(getattr(flyweight, name)).parameters
@@ -201,7 +201,7 @@ def test_options_are_the_arguments_of_the_twin(name):
     known = set(inspect.signature(flyweight.compress).parameters) | set(twin)
     assert ours - known <= {"weights", "as_json", "quiet", "verbose"}
     if name == "compress":
-        assert set(twin) - ours == {"progress", "stop", "recover"}
+        assert set(twin) - ours == {"progress", "stop"}
 
 
 # --- a run that is terminated, interrupted, finished ------------------------------------------------------------------

@@ -34,6 +34,7 @@ from flyweight.face.options import (
     PLAN,
     PRICES,
     QUIET,
+    RECOVER,
     RUN,
     SEED,
     TARGET,
@@ -124,7 +125,7 @@ def advise(model: str, weights: str | None, as_json: bool, quiet: bool, **given:
 
 
 @cli.command(short_help="Says what compress would do and save.")
-@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, PRICES, JSON, QUIET)
+@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, RECOVER, *RUN, PRICES, JSON, QUIET)
 @click.pass_obj
 def plan(session: Session, /, as_json: bool, **given: Any) -> int:
     """Says what compress would do and what it would save; makes nothing but FOLDER/plan.json."""
@@ -139,7 +140,7 @@ def plan(session: Session, /, as_json: bool, **given: Any) -> int:
 
 
 @cli.command(short_help="Makes MODEL smaller and faster inside the budget.")
-@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, *RUN, PRICES, LADDER, JSON, QUIET)
+@options(MODEL, WEIGHTS, *DATA, *GOAL, *JUDGE, *TARGET, RECOVER, *RUN, PRICES, LADDER, JSON, QUIET)
 @click.pass_obj
 def compress(session: Session, /, as_json: bool, **given: Any) -> int:
     """Makes MODEL smaller and faster inside the budget, and proves it."""

@@ -28,6 +28,7 @@ __all__ = [
     "PLAN",
     "PRICES",
     "QUIET",
+    "RECOVER",
     "RUN",
     "SEED",
     "TARGET",
@@ -183,6 +184,9 @@ LADDER = _option(
 )
 PRICES = _option(
     "--prices", metavar="FOLDER", help="A run of the same model and data whose measurements are taken over."
+)
+RECOVER = _option(
+    "--recover", metavar="HOW", help="distill, or distill:epochs=5,lr=0.0005: the original teaches what was cut."
 )
 RUN = (
     _option("--time-limit", metavar="TIME", help="90s, 20m, 1.5h: then ends with the best so far, marked."),

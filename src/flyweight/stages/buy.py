@@ -38,11 +38,13 @@ from flyweight.stages.packing import packed_overhead
 from flyweight.stages.price import Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes
 from flyweight.stages.ranks import split_overhead, timed_ranks
+from flyweight.stages.recovery import teaching
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.timing import measured_table, offered, timed_formats
 from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, peaks_of
+from flyweight.stages.weighing import Store
 from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Step, from_json, to_json
 
 __all__ = ["REFERENCE_FILE", "Purchase", "buy", "delivered", "priced", "reference_of"]
@@ -82,7 +84,7 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
         offers = tuple(replace(one, problem=with_memory(one.problem, one.menu, footprint)) for one in offers)
     aim = goal(job.budget, table)
     # where the error decides, nothing is tried: what is chosen is made once, when its costs have been measured
-    judge = _attempt(job, quotes, POWER)
+    judge = _attempt(job, quotes, POWER, folder, stage)
     attempt = _unmade if aim == "error" else judge
     job.checkpoint("choosing", needed=False)
     late = job.deadline.part(CHOOSING)
@@ -96,7 +98,8 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     if corrected.outcome is None:
         job.checkpoint("making what was chosen", needed=False)
         corrected = replace(
-            corrected, outcome=delivered(job, quotes, steps_of(corrected.market.menu, corrected.solution))
+            corrected,
+            outcome=delivered(job, quotes, steps_of(corrected.market.menu, corrected.solution), folder, stage),
         )
     advance(1)
     bought = _purchase(quotes, reference, table, corrected)
@@ -210,9 +213,9 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
 Outcome = tuple[fx.GraphModule, tuple[Note, ...]]
 
 
-def delivered(job: Job, quotes: Quotes, steps: Sequence[Step]) -> Outcome:
-    """The compressed graph that `steps` make."""
-    return deliver(quotes.network, steps, job.calib)
+def delivered(job: Job, quotes: Quotes, steps: Sequence[Step], folder: Store, stage: Stage) -> Outcome:
+    """The compressed graph that `steps` make, and what it learned of the original where that was asked for."""
+    return deliver(quotes.network, steps, job.calib, teach=teaching(job, steps, folder, stage))
 
 
 def _unmade(steps: Sequence[Step]) -> tuple[None, list[tuple[Limit, Interval]]]:
@@ -226,7 +229,7 @@ def _rough(job: Job, quotes: Quotes, choice: Choice) -> fx.GraphModule:
 
 
 def _attempt(
-    job: Job, quotes: Quotes, power: float
+    job: Job, quotes: Quotes, power: float, folder: Store, stage: Stage
 ) -> Callable[[Sequence[Step]], tuple[Outcome, list[tuple[Limit, Interval]]]]:
     """Delivers a combination and measures the quality limits on the data that choose."""
     wanted = [limit for limit in job.budget.limits if is_quality(limit)]
@@ -243,7 +246,7 @@ def _attempt(
 
     def attempt(steps: Sequence[Step]) -> tuple[Outcome, list[tuple[Limit, Interval]]]:
         job.checkpoint("trying a combination", needed=False)
-        outcome = delivered(job, quotes, steps)
+        outcome = delivered(job, quotes, steps, folder, stage)
         (before, labels), (after, _) = original(), answers(outcome[0])
         found = [measured(limit, job.yardstick, before, after, labels) for limit in wanted]
         return outcome, [(limit, _widened(one, stretch)) for limit, one in zip(wanted, found, strict=True)]

@@ -34,6 +34,10 @@ NUMBERS = (int8.NAME, stored.NAME)  # the methods that change how weights are st
 # each, and both networks see the same ones.
 MOST_SAMPLES, LEAST_SAMPLES = 1024, 256
 LOOKING_MACS = 1.5e11  # for looking at them, half a minute or so
+NOTHING_CUT = Note(
+    "recover.nothing-cut", "nothing was cut, so nothing was taught: rounding alone is not trained for",
+    fix='methods=["channels", "int8"], or leave recover out',
+)  # fmt: skip
 JUDGING_BATCHES = 4  # that say whether layers fitted once more are better
 
 
@@ -64,23 +68,28 @@ def deliver(
     calib: Callable[[], Iterable[Batch]],
     *,
     rough: bool = False,
+    teach: Callable[[fx.GraphModule], tuple[Note, ...]] | None = None,
 ) -> tuple[fx.GraphModule, tuple[Note, ...]]:
     """The compressed graph, eval mode, and notes. `calib()` walks the calibration batches anew.
 
     A `rough` one has the shapes and the operators of the delivered one, so its file takes the same time and bytes, but
-    nothing is fitted again, and numbers are rounded to the nearest.
+    nothing is fitted again, and numbers are rounded to the nearest. `teach` trains what was cut, in place, before numbers are
+    rounded.
     """
     structure = [s for s in steps if s.method not in NUMBERS]
     graph = restructured(network, structure, calib, fitted=not rough)
+    taught: tuple[Note, ...] = ()
+    if teach and not rough:
+        taught = teach(graph) if structure else (NOTHING_CUT,)
     left = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}  # without those of blocks left out
     numbers = _of_both_parts(graph, [s for s in steps if s.method in NUMBERS and s.target in left])
     if rough:
         numbers = [Step(s.method, s.target, {**s.setting, "compensate": False}) for s in numbers]
     if not numbers:
-        return graph, ()
+        return graph, taught
     in_integers = {s.target for s in numbers if s.method == int8.NAME}
     ready = prepared(graph, network.example, in_integers, calib, packed={s.target for s in numbers} - in_integers)
-    return with_numbers(ready, numbers)[0], _folded_note(network, graph, ready.graph)
+    return with_numbers(ready, numbers)[0], (*taught, *_folded_note(network, graph, ready.graph))
 
 
 def _of_both_parts(graph: fx.GraphModule, numbers: Sequence[Step]) -> list[Step]:

@@ -28,6 +28,7 @@ from flyweight.methods import int8
 from flyweight.numerics import divergence as div
 from flyweight.numerics.packed import WIDTHS
 from flyweight.quantities import with_metric
+from flyweight.recover.distill import Distill
 from flyweight.stages import lengths
 from flyweight.stages.deadline import Deadline
 from flyweight.stages.tidy import tidy
@@ -68,6 +69,7 @@ class Settings:
     time_limit_s: float | None = None
     seed: int = 0
     evaluate: Callable[..., float] | None = None
+    recover: Distill | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -165,7 +167,7 @@ class Job:
             "keep": list(s.keep),
             "rules": [f"{r.pattern}:{r.bits}:{r.keep}" for r in s.rules],
             "seed": s.seed,
-        }
+        } | ({"recover": s.recover.setting()} if s.recover else {})
 
     def checkpoint(self, stage: str, *, needed: bool = True) -> None:
         """Between two steps: raises Interrupted if the user asked to stop, ResourceError when time ran out before a step that

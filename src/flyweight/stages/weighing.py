@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from safetensors.torch import load, save
 
@@ -17,21 +16,12 @@ from flyweight.methods.pricing import Judge, Ladder, Trial, ladder, tried
 from flyweight.stages.deliver import Network
 from flyweight.stages.setup import Job
 from flyweight.stages.watch import Stage
+from flyweight.train.descent import Store
 from flyweight.types import Note
 
 __all__ = ["Store", "better", "sensitivities", "together"]
 
 SAMPLES = 512  # whose gradients are taken: few of them make the weighted moments noisier than their weights are worth
-
-
-class Store(Protocol):
-    """Where finished stages are kept (`deploy.folder.Folder` is one)."""
-
-    def save(self, name: str, payload: bytes) -> None:
-        """Keeps `payload` under `name`."""
-
-    def load(self, name: str) -> bytes | None:
-        """What was kept under `name`, None if nothing (or nothing sound) was."""
 
 
 def sensitivities(

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load, save
@@ -25,6 +25,7 @@ HEAD = "descent"  # the entry of a checkpoint that holds its numbers
 LATE = "the time was over"
 
 
+@runtime_checkable
 class Store(Protocol):
     """Where checkpoints are kept, complete or absent (`deploy.folder.Folder` is one)."""
 

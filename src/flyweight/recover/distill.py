@@ -1,0 +1,196 @@
+"""Distillation: what was compressed learns from what it was made of, on inputs alone.
+
+What it does      Trains all weights of the compressed network towards the original's answers, by the divergence that the
+                  task's budgets limit (softened where a temperature is set); the best epoch, judged on other data, is kept.
+When to use       Deep cuts, where fitting layers once more leaves a loss; calibration data in numbers.
+When not          Few calibration samples (hundreds): they are learned by heart, and the judge keeps the first weights.
+Cost to run       Three forward passes of the compressed network a sample and epoch, one of the original for all epochs.
+What it changes   Values of weights, biases and norms. Norms keep their running statistics: they are part of the network that
+                  is exported, and data of another spread would move them.
+Example           flyweight.compress(model, calib=loader, budget="latency<=35%", recover=flyweight.distill(epochs=5))
+Known problems    Batches are mixed within a window, so data sorted by class stay partly sorted.
+Source            Hinton Vinyals Dean 2015, arXiv:1503.02531.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from flyweight.errors import DataError, UsageError
+from flyweight.numerics.divergence import main_output
+from flyweight.recover.losses import soft_labels
+from flyweight.train.descent import Descent, Store, descend
+
+__all__ = ["Distill", "distill", "distilled", "lessons", "read_recover"]
+
+Inputs = tuple[Tensor, ...]
+Lesson = tuple[Inputs, Tensor]
+WINDOW = 32  # batches whose samples are mixed
+REMEMBERED = 2**28  # bytes of the original's answers that are kept; more are asked for anew in every epoch
+
+
+@dataclass(frozen=True)
+class Distill:
+    """How the compressed network is taught: `fw.distill(...)` makes one, `compress(recover=...)` takes it."""
+
+    epochs: int = 3
+    lr: float = 1e-3
+    temperature: float = 1.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if type(self.epochs) is not int or self.epochs < 1:
+            raise UsageError(f"epochs is {self.epochs!r}", fix="a whole number from 1")
+        for name in ("lr", "temperature"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} is {value!r}", fix="a number above 0")
+        if not (isinstance(self.weight_decay, (int, float)) and 0 <= self.weight_decay < 1):
+            raise UsageError(f"weight_decay is {self.weight_decay!r}", fix="a number from 0 to below 1")
+
+    def setting(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def distill(*, epochs: int = 3, lr: float = 1e-3, temperature: float = 1.0, weight_decay: float = 0.0) -> Distill:
+    """What to give `compress` as `recover`: the original teaches the compressed network on the inputs of calib, no labels.
+
+    `epochs` over calib; `lr`: AdamW's peak rate, one cycle; `temperature` softens the answers of a classifier of logits. The
+    weights that are nearest to the original on tune are kept, those before the first epoch too. Raises UsageError for
+    values out of range.
+    """
+    return Distill(epochs, lr, temperature, weight_decay)
+
+
+def read_recover(value: object) -> Distill | None:
+    """What `recover` says: None, a record of `distill`, or the text "distill" or "distill:epochs=5,lr=0.0005".
+
+    Raises UsageError for anything else.
+    """
+    if value is None or isinstance(value, Distill):
+        return value
+    fix = 'recover=fw.distill(epochs=5), or the text "distill:epochs=5,lr=0.0005"'
+    name, _, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if name.strip() != "distill":
+        raise UsageError(f"recover is {value!r}", why="the one way to recover is to distil", fix=fix)
+    given: dict[str, Any] = {}
+    for pair in filter(None, (part.strip() for part in rest.split(","))):
+        word, _, number = (part.strip() for part in pair.partition("="))
+        try:
+            given[word] = int(number) if word == "epochs" else float(number)
+        except ValueError as error:
+            raise UsageError(f"{pair!r} is no setting of distill", where=str(value), fix=fix) from error
+    try:
+        return Distill(**given)
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(Distill))
+        raise UsageError(
+            f"distill knows no {next(iter(set(given) - set(known.split(', '))))}", fix=f"it has {known}"
+        ) from error
+
+
+def distilled(
+    student: fx.GraphModule,
+    teacher: fx.GraphModule,
+    batches: Callable[[], Iterable[Inputs]],
+    divergence: Callable[[Tensor, Any], Tensor],
+    judge: Callable[[fx.GraphModule], float],
+    settings: Distill,
+    *,
+    seed: int = 0,
+    store: Store | None = None,
+    name: str = "distilled.safetensors",
+    key: str = "",
+    late: Callable[[], bool] = lambda: False,
+    stage: Callable[[int], Callable[[int], None]] = lambda steps: lambda taken: None,
+) -> Descent:
+    """Teaches `student` in place, both in eval mode: `divergence(wanted, outputs)` is one number per sample.
+
+    `judge(student)` says after every epoch how far it is from the teacher, on other samples. Raises DataError if there is no
+    batch, or none that the divergence has a slope for. Other arguments as in `train.descent`.
+    """
+    walk, steps = lessons(batches, teacher, seed)
+
+    def loss(lesson: Lesson) -> Tensor:
+        inputs, wanted = lesson
+        outputs = student(*inputs)
+        if settings.temperature != 1.0:
+            return soft_labels(main_output(outputs)[0], wanted, settings.temperature)
+        return divergence(wanted, outputs).mean()
+
+    learned = {name: p.requires_grad for name, p in student.named_parameters()}
+    student.requires_grad_(True)
+    try:
+        return descend(
+            student, walk, loss, steps=steps, epochs=settings.epochs, lr=settings.lr, weight_decay=settings.weight_decay,
+            judge=lambda: judge(student), rows=lambda lesson: len(lesson[1]), store=store, name=name, key=key, late=late,
+            advance=stage(steps * settings.epochs),
+        )  # fmt: skip
+    finally:
+        for one, parameter in student.named_parameters():
+            parameter.requires_grad_(learned[one])
+
+
+def lessons(
+    batches: Callable[[], Iterable[Inputs]], teacher: fx.GraphModule, seed: int
+) -> tuple[Callable[[int], Iterator[Lesson]], int]:
+    """(a walk over the batches of an epoch with what the teacher answers, how many they are): mixed anew for each epoch.
+
+    Answers are remembered where all of them take no more than REMEMBERED bytes. Raises DataError if there are none.
+    """
+    known: list[Tensor] | None = []
+    count, size = 0, 0
+    for inputs in batches():
+        count += 1
+        if known is not None:
+            known.append(_answer(teacher, inputs))
+            size += known[-1].nbytes
+            known = known if size <= REMEMBERED else None
+    if count == 0:
+        raise DataError("there is nothing to learn from: calib has no batch", fix="give calibration inputs")
+
+    def walk(epoch: int) -> Iterator[Lesson]:
+        if known is not None:
+            taught: Iterator[Lesson] = zip(batches(), known, strict=True)
+        else:
+            taught = ((inputs, _answer(teacher, inputs)) for inputs in batches())
+        return _mixed(taught, torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+    return walk, count
+
+
+def _answer(teacher: fx.GraphModule, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return main_output(teacher(*inputs))[0].detach()
+
+
+def _mixed(lessons: Iterator[Lesson], draw: torch.Generator) -> Iterator[Lesson]:
+    """The same samples in batches of the same sizes: mixed within a window, among batches of equal shapes."""
+    waiting: list[Lesson] = []
+    for lesson in lessons:
+        waiting.append(lesson)
+        if len(waiting) == WINDOW:
+            yield from _dealt(waiting, draw)
+            waiting = []
+    yield from _dealt(waiting, draw)
+
+
+def _dealt(waiting: list[Lesson], draw: torch.Generator) -> Iterator[Lesson]:
+    alike: dict[object, list[Lesson]] = {}
+    for inputs, wanted in waiting:
+        alike.setdefault(tuple((x.shape[1:], x.dtype) for x in (*inputs, wanted)), []).append((inputs, wanted))
+    ready: list[Lesson] = []
+    for some in alike.values():
+        columns = [torch.cat(parts) for parts in zip(*((*inputs, wanted) for inputs, wanted in some), strict=True)]
+        order = torch.randperm(len(columns[0]), generator=draw)
+        sizes = [len(wanted) for _, wanted in some]
+        dealt = [torch.split(column[order], sizes) for column in columns]
+        ready += [(parts[:-1], parts[-1]) for parts in zip(*dealt, strict=True)]
+    yield from (ready[i] for i in torch.randperm(len(ready), generator=draw).tolist())

@@ -1,0 +1,104 @@
+"""Recovery from end to end: what was cut is taught on inputs alone, replayed, resumed and told."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import flyweight as fw
+from flyweight.errors import Interrupted, UsageError
+
+from .conftest import World, bytes_of
+
+BUDGET = "macs<=10%, divergence<=100"
+HOW = fw.distill(epochs=6, lr=3e-3)
+
+
+def told(result: fw.Result) -> list[str]:
+    return [note.text for note in result.notes if note.code == "recover.distilled"]
+
+
+@pytest.fixture(scope="module")
+def asked(world: World) -> dict:
+    """A deep cut and int8; inputs alone, no labels."""
+    return {
+        "calib": world.data["calib"][0], "tune": world.data["tune"][0], "test": world.data["test"][0], "budget": BUDGET,
+        "rules": [fw.rule("head", bits=8)], "progress": False,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bare(world: World, asked: dict, tmp_path_factory) -> fw.Result:
+    return fw.compress(world.net(), **asked, workdir=tmp_path_factory.mktemp("bare") / "o")
+
+
+@pytest.fixture(scope="module")
+def taught(world: World, asked: dict, bare: fw.Result, tmp_path_factory) -> fw.Result:
+    place = tmp_path_factory.mktemp("taught") / "o"
+    return fw.compress(world.net(), **asked, recover=HOW, prices=bare.folder, workdir=place)
+
+
+def test_the_original_teaches_what_was_cut(bare: fw.Result, taught: fw.Result):
+    assert taught.plan.choices == bare.plan.choices  # the plan is the same, its values are not
+    before, after = (one.results.behaviour.divergence.value for one in (bare, taught))
+    assert after < 0.85 * before  # on test samples, which taught nothing and chose nothing; .76 when written
+    assert not told(bare)
+    (text,) = told(taught)
+    assert "for 6 epoch(s)" in text
+    assert taught.results.rows[-1].macs == bare.results.rows[-1].macs
+    assert all(claim.state == "holds" for claim in taught.results.claims if claim.kind == "proof")
+
+
+def test_a_plan_says_how_it_was_taught_and_replays_to_the_same_bytes(
+    world: World, asked: dict, taught: fw.Result, tmp_path
+):
+    assert taught.plan.recover == HOW.setting()
+    roles = {name: asked[name] for name in ("calib", "tune", "test", "progress")}
+    again = fw.apply(world.net(), taught.plan, **roles, workdir=tmp_path / "o")
+    names = ("model.onnx", "weights.safetensors")
+    assert bytes_of(again.folder, names) == bytes_of(taught.folder, names)
+    with pytest.raises(UsageError, match="apply takes no recover"):
+        fw.apply(world.net(), taught.plan, **roles, recover=HOW, workdir=tmp_path / "p")
+
+
+def test_an_interrupted_run_learns_on_to_the_same_bytes(
+    world: World, asked: dict, bare: fw.Result, taught: fw.Result, tmp_path
+):
+    steps = {"left": 20}
+
+    arguments = {**asked, "recover": HOW, "prices": bare.folder, "workdir": tmp_path / "o"}
+
+    def in_the_middle() -> bool:
+        if sys._getframe(1).f_locals["stage"] == "learning on":
+            steps["left"] -= 1
+        return steps["left"] == 0
+
+    with pytest.raises(Interrupted, match="learning on"):
+        fw.compress(world.net(), **arguments, stop=in_the_middle)
+    again = fw.compress(world.net(), **arguments)
+    assert bytes_of(again.folder) == bytes_of(taught.folder)
+
+
+def test_where_nothing_was_cut_nobody_is_taught(world: World, asked: dict, tmp_path):
+    made = fw.compress(
+        world.net(), **{**asked, "budget": "size<=60%", "rules": []}, methods=["int8"], recover="distill:epochs=1",
+        workdir=tmp_path / "o",
+    )  # fmt: skip
+    assert not told(made)
+    assert [note.code for note in made.notes].count("recover.nothing-cut") == 1
+
+
+def test_learning_that_diverges_keeps_what_was_before_and_says_so(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    x = torch.randn(400, 16)
+    made = fw.compress(
+        net, calib=x[:200], tune=x[200:300], test=x[300:], budget="macs<=50%, divergence<=100",
+        recover=fw.distill(epochs=2, lr=1e25), workdir=tmp_path / "o", progress=False,
+    )  # fmt: skip
+    (text,) = told(made)
+    assert "ended early" in text
+    assert "was kept" in text
