@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import flyweight as fw
+from flyweight.deploy import machine
 from flyweight.errors import DataError, ModelError, UnsafeFileError, UsageError
 from flyweight.types import Plan, to_json
 
@@ -78,9 +79,9 @@ def test_apply_takes_nothing_that_the_plan_says(plan: Plan, name: str, tmp_path)
         fw.apply(model(), plan, calib=rows(), workdir=tmp_path / "out", **{name: ["0"]})
 
 
-def changed(plan: Plan, **changes: object) -> Plan:
-    """The plan with its first cut made another one."""
-    name = next(n for n, option in plan.choices.items() if option.steps and option.steps[0].method == "channels")
+def changed(plan: Plan, of: str = "channels", **changes: object) -> Plan:
+    """The plan with its first cut (or step of another method) made another one."""
+    name = next(n for n, option in plan.choices.items() if option.steps and option.steps[0].method == of)
     option = plan.choices[name]
     step = msgspec.structs.replace(option.steps[0], **changes)
     return msgspec.structs.replace(
@@ -103,6 +104,71 @@ def changed(plan: Plan, **changes: object) -> Plan:
 def test_a_plan_that_makes_no_sense_is_refused(plan: Plan, changes: dict, words: str, tmp_path):
     with pytest.raises(UsageError, match=words):
         fw.apply(model(), changed(plan, **changes), calib=rows(), workdir=tmp_path / "out", progress=False)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory) -> fw.Result:
+    place = tmp_path_factory.mktemp("rounded")
+    return fw.compress(
+        model(), calib=rows(), budget="size<=60%, divergence<=100", methods=["int8"], workdir=place, progress=False
+    )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"bits": "four"}, {}, {"bits": 8, "largest": 7}, {"bits": 8, "largest": "63"}, {"bits": 8, "fixed": 1}],
+)
+def test_a_plan_with_settings_of_int8_that_there_are_not_is_refused(rounded: fw.Result, setting: dict, tmp_path):
+    with pytest.raises(UsageError, match="settings that there are not"):
+        fw.apply(
+            model(),
+            changed(rounded.plan, "int8", setting=setting),
+            calib=rows(),
+            workdir=tmp_path / "o",
+            progress=False,
+        )
+
+
+def test_weights_of_eight_bits_are_refused_where_their_products_overflow(rounded: fw.Result, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "has_vnni", lambda: False)
+    eight = changed(rounded.plan, "int8", setting={"bits": 8})
+    with pytest.raises(UsageError, match="VNNI"):
+        fw.apply(model(), eight, calib=rows(), workdir=tmp_path / "eight", progress=False)
+    seven = fw.apply(
+        model(), changed(rounded.plan, "int8", setting={"bits": 8, "largest": 63}), calib=rows(), workdir=tmp_path / "seven",
+        progress=False,
+    )  # fmt: skip
+    assert [note.code for note in seven.notes].count("int8.seven-bits") == 1
+
+
+def test_seven_bits_are_told_only_where_something_is_in_int8(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "has_vnni", lambda: False)
+    codes = {}
+    for methods in (["int8"], ["channels"]):
+        made = fw.compress(
+            model(), calib=rows(), budget="size<=75%, divergence<=100", methods=methods, workdir=tmp_path / methods[0],
+            progress=False,
+        )  # fmt: skip
+        codes[methods[0]] = [note.code for note in made.notes]
+    assert "int8.seven-bits" in codes["int8"]
+    assert "int8.seven-bits" not in codes["channels"]
+
+
+def test_what_is_weighed_again_is_summed_up_again(rounded: fw.Result, tmp_path):
+    found = fw.verify(rounded.folder, test=rows(), progress=False)
+    share = found.rows[-1].latency_share["batch=1"].value
+    assert f"{share:.1%} of the time" in found.summary
+    with pytest.raises(UsageError, match="threads is 0"):
+        fw.verify(rounded.folder, test=rows(), threads=0, progress=False)
+
+
+def test_numbers_that_are_none_inside_of_the_model_are_named(tmp_path):
+    net = nn.Sequential(nn.Linear(6, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        net[2].weight[2] = 3e38  # sums overflow, and a sigmoid makes 1 of infinity: the answers are finite
+    with pytest.raises(ModelError, match="NaN, infinity") as caught:
+        fw.compress(net, calib=rows()[:, :6], budget="size<=60%", methods=["int8"], workdir=tmp_path, progress=False)
+    assert caught.value.where
 
 
 def test_a_plan_is_read_out_of_a_folder_only_if_the_folder_is_whole(plan: Plan, tmp_path):

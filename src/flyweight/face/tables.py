@@ -219,7 +219,7 @@ def verdict(results: Results) -> tuple[State, str]:
     states = {kind: [c.state for c in results.claims if c.kind == kind] for kind in ("proof", "promise")}
     if "fails" in states["proof"]:
         return "fails", "Verification failed"
-    if "fails" in states["promise"] or not results.plan.feasible:
+    if "fails" in states["promise"]:
         return "fails", "Budget not met"
     if "undecided" in states["proof"] + states["promise"]:
         return "undecided", "Budget undecided"

@@ -14,13 +14,14 @@ from flyweight.budget import limits_memory
 from flyweight.data import role
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder, read_manifest
+from flyweight.deploy.machine import SEVEN_BITS, largest_weight
 from flyweight.errors import DataError, UsageError, VerificationError
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.measure import measure
 from flyweight.graph.numbers import integer_layers
 from flyweight.graph.operators import embeddings, layers, roundable
 from flyweight.graph.program import load_files
-from flyweight.methods import channels
+from flyweight.methods import channels, int8
 from flyweight.methods.blocks import blocks
 from flyweight.search.problem import Solution
 from flyweight.stages.buy import REFERENCE_FILE, Purchase, delivered, reference_of
@@ -30,6 +31,7 @@ from flyweight.stages.make import ARTIFACT_FILE
 from flyweight.stages.price import Menu, Sizes
 from flyweight.stages.quote import Quotes
 from flyweight.stages.setup import METHODS, Job
+from flyweight.stages.tell import summary_of
 from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import (
     COMPRESSED,
@@ -67,7 +69,7 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     found, _ = sensitivities(job, present, cut, None, stage)
     network = Network(job.graph, present, known, replace(stats, sensed=found), job.example)
     quotes = Quotes(network, Menu(present, (), (), {}, (), Sizes(0, 0.0)), (), {}, ())
-    graph, notes = delivered(job, quotes, steps)
+    graph, notes = delivered(job, quotes, steps, folder, stage)
     reference = reference_of(job, folder)
     costs = {"size": float(plan.predicted.file_bytes or 0), "macs": float(plan.predicted.macs)}
     solution = Solution((), plan.error, costs, plan.error, 0.0, plan.feasible, plan.binding)
@@ -84,6 +86,8 @@ def _check_step(one: Step, known: Mapping[str, Group]) -> None:
     fix = "plan this model anew, with this version"
     if one.method not in METHODS:
         raise UsageError(f"the plan has a step of the unknown method {one.method!r}", where=one.target, fix=fix)
+    if one.method == int8.NAME:
+        _check_int8(one)
     if one.method == channels.NAME and one.target in known:
         size, kept = known[one.target].size, one.setting.get("kept")
         usable = isinstance(kept, (list, tuple)) and all(type(c) is int and 0 <= c < size for c in kept)
@@ -93,6 +97,29 @@ def _check_step(one: Step, known: Mapping[str, Group]) -> None:
                 why=f"they must be different numbers from 0 to {size - 1}, at least one",
                 fix=fix,
             )
+
+
+def _check_int8(one: Step) -> None:
+    """Raises UsageError for settings of int8 that nothing writes, and for weights whose products saturate here."""
+    largest = one.setting.get("largest", int8.LARGEST)
+    flags = [one.setting.get(name, False) for name in ("fixed", "compensate")]
+    if (
+        one.setting.get("bits") != 8
+        or largest not in (int8.LARGEST, SEVEN_BITS)
+        or any(type(f) is not bool for f in flags)
+    ):
+        raise UsageError(
+            f"the plan stores {one.target!r} in int8 with settings that there are not",
+            where=str(dict(one.setting)),
+            fix="plan this model anew, with this version",
+        )
+    if largest > largest_weight():
+        raise UsageError(
+            "the plan's int8 weights use all eight bits, and sums of their products would overflow on this processor",
+            where=one.target,
+            why="it has no VNNI, and adds products of bytes in pairs of 16 bits",
+            fix="apply the plan on a processor with VNNI, or plan the model anew here",
+        )
 
 
 def _kind(site: str) -> Literal["channels", "rank", "block", "numbers"]:
@@ -113,12 +140,20 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
     data = role(graph, "test", test, seed=results.seed)
     check_fits(graph, data)
     advance = stage("verify", 3)
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"threads is {threads!r}", fix="a whole number from 1, or none for those of the run")
     count = threads or results.threads
     planned = len(integer_layers(graph))
     proofs = parity(graph, folder / ARTIFACT_FILE, data, planned, len(results.layers), results.target, count)
     if any(claim.state == "fails" for claim in proofs):
+        eight = any(s.setting.get("largest", int8.LARGEST) > largest_weight() for s in _int8_steps(results.plan))
         raise VerificationError(
-            "the artifact does not answer here what the graph computes", where=str(folder / ARTIFACT_FILE)
+            "the artifact does not answer here what the graph computes",
+            where=str(folder / ARTIFACT_FILE),
+            why="its int8 weights use eight bits, and this processor, which has no VNNI, overflows with them"
+            if eight
+            else "",
+            fix="run it on a processor with VNNI, or compress the model here" if eight else "",
         )
     advance(1)
     reference = folder / REFERENCE_FILE
@@ -131,6 +166,10 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
     if limits_memory(results.budget):
         peaks = peaks_of(graph, files, data, results.shapes, results.target, count)
     return _updated(results, proofs, found, timings, peaks)
+
+
+def _int8_steps(plan: Plan) -> list[Step]:
+    return [step for option in plan.choices.values() for step in option.steps if step.method == int8.NAME]
 
 
 def _updated(results: Results, proofs: Any, found: Any, timings: Timings, peaks: Mapping[str, Interval]) -> Results:
@@ -150,10 +189,12 @@ def _updated(results: Results, proofs: Any, found: Any, timings: Timings, peaks:
         )
         for row, name in ((before, ORIGINAL), (after, COMPRESSED))
     )
+    met = all(claim.state == "holds" for claim in promised)
     return msgspec.structs.replace(
         results,
+        summary=summary_of(costs, timings.times[COMPRESSED], promised, met, results.plan),
         rows=rows,
         claims=(*proofs, *promised),
-        budget_met=all(claim.state == "holds" for claim in promised),
+        budget_met=met,
         behaviour=behaviour_of(found, yardstick),
     )

@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 from torch import fx
 
-from flyweight.budget import is_time
 from flyweight.data import first_batch
 from flyweight.deploy import machine
 from flyweight.deploy.clock import Timings
@@ -29,10 +28,11 @@ from flyweight.graph.cost import total_macs
 from flyweight.graph.measure import fingerprint
 from flyweight.graph.numbers import integer_layers, number_forms
 from flyweight.graph.operators import roundable
+from flyweight.methods import int8
 from flyweight.stages.buy import REFERENCE_FILE, Purchase
 from flyweight.stages.quote import Quotes
 from flyweight.stages.setup import Job
-from flyweight.stages.tell import forecasts, layer_rows, parameters
+from flyweight.stages.tell import forecasts, layer_rows, parameters, summary_of
 from flyweight.stages.watch import Watch
 from flyweight.stages.weigh import (
     COMPRESSED,
@@ -79,7 +79,10 @@ def plan_of(job: Job, quotes: Quotes, purchase: Purchase) -> Plan:
         file_bytes=round(solution.costs["size"]),
         latency_s=latency or None,
     )
-    return Plan(purchase.choices, predicted, solution.error, job.budget, made_with, solution.feasible, solution.binding)
+    recover = job.settings.recover.setting() if job.settings.recover else {}
+    return Plan(
+        purchase.choices, predicted, solution.error, job.budget, made_with, solution.feasible, solution.binding, recover
+    )  # fmt: skip
 
 
 def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Watch) -> Made:
@@ -166,7 +169,7 @@ def _results(
     notes = (
         *job.notes, *quotes.notes, *purchase.notes, *timings.notes, *noise_notes(timings), *folder.notes,
         *_run_notes(job, artifact, fallen, timings, plan),
-        *_fixed_notes(job, purchase.steps, folder.path / ARTIFACT_FILE),
+        *_seven_bits(purchase.steps), *_fixed_notes(job, purchase.steps, folder.path / ARTIFACT_FILE),
     )  # fmt: skip
     return Results(
         title=job.title,
@@ -178,7 +181,7 @@ def _results(
         shapes=job.shapes,
         budget=job.budget,
         budget_met=met,
-        summary=_summary(costs, timings, promised, met, plan),
+        summary=summary_of(costs, timings.times[COMPRESSED], promised, met, plan),
         rows=_rows(job, purchase, artifact, found, timings, costs),
         claims=(*proofs, *promised, *forecast, *_evaluated(job, purchase)),
         frontier=purchase.frontier,
@@ -251,6 +254,19 @@ def _run_notes(job: Job, artifact: Artifact, fallen: Sequence[str], timings: Tim
     return tuple(notes)
 
 
+def _seven_bits(steps: Sequence[Step]) -> tuple[Note, ...]:
+    """A note where int8 weights use seven of their eight bits."""
+    if not any(step.setting.get("largest", int8.LARGEST) < int8.LARGEST for step in steps if step.method == int8.NAME):
+        return ()
+    text = (
+        "this processor has no VNNI: its sums of int8 products would overflow with weights of eight bits, so seven of them are "
+        "used. The file is a little less accurate for it and runs everywhere; int8 gains less time here than with VNNI"
+    )
+    return (
+        Note("int8.seven-bits", text, fix="nothing, if the target is like this machine; else compress on one like it"),
+    )
+
+
 def _fixed_notes(job: Job, steps: Sequence[Step], file: Path) -> tuple[Note, ...]:
     """Of a network in fixed point: how wide its sums are, or what in it needs floats."""
     if not any(step.setting.get("fixed") for step in steps):
@@ -302,22 +318,3 @@ def _weight_bytes(graph: fx.GraphModule) -> int:
         owner, _, leaf = name.rpartition(".")
         bits += parameter.numel() * (formats[owner].bits if owner in formats and leaf == "weight" else 32)
     return math.ceil(bits / 8)
-
-
-def _summary(
-    costs: Mapping[str, tuple[float, float]], timings: Timings, promised: Sequence[Claim], met: bool, plan: Plan
-) -> str:
-    times = timings.times[COMPRESSED]
-    limited = [limit.shape for limit in plan.budget.limits if is_time(limit) and limit.shape in times]
-    shape = next(iter(limited or times))
-    size = costs["size"][1] / costs["size"][0]
-    parts = f"{size:.1%} of the bytes and {times[shape].share.value:.1%} of the time of the float original"
-    parts += f" at {shape}" if len(times) > 1 else ""
-    if met:
-        return f"All {len(promised)} limits hold: {parts}."
-    broken = ", ".join(c.name for c in promised if c.state == "fails")
-    unknown = ", ".join(c.name for c in promised if c.state == "undecided")
-    text = f"Budget {'not met' if broken or not plan.feasible else 'undecided'}: {parts}."
-    text += f" Fails: {broken}." if broken else ""
-    text += f" Undecided: {unknown}." if unknown else ""
-    return text + (f" Nearest point delivered; {plan.binding} binds." if not plan.feasible else "")

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, fx
 
-from flyweight.deploy.machine import largest_weight
 from flyweight.deploy.runtimes import get
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
@@ -20,7 +19,7 @@ from flyweight.graph.flow import chunked, first
 from flyweight.graph.measure import Sensed, from_tensors, measure, to_tensors
 from flyweight.graph.operators import layers, roundable
 from flyweight.graph.surgery import folded, prove_all
-from flyweight.methods import blocks, channels, int8, lowrank
+from flyweight.methods import blocks, channels, lowrank
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Judge, Ladder, outputs_of
 from flyweight.numerics.moments import enough
@@ -127,7 +126,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
         job.in_int8,
     )  # fmt: skip
     few = _few_samples(job, network)
-    notes = (*notes, *blind, *few, *_seven_bits(menu), *cut_off(unpriced))
+    notes = (*notes, *blind, *few, *cut_off(unpriced))
     return Quotes(network, menu, (*frozen, *late), refused, notes, any(unpriced.values()), ready)
 
 
@@ -332,17 +331,6 @@ def _transplanted(ready: Prepared, changed: fx.GraphModule, network: Network) ->
             if module.bias is not None:
                 module.bias.copy_(bias)
     return Prepared(graph, ready.layers, ready.stats, ready.migrations)
-
-
-def _seven_bits(menu: Menu) -> tuple[Note, ...]:
-    """A note where int8 weights do not use all of their eight bits."""
-    if not menu.integers or largest_weight() == int8.LARGEST:
-        return ()
-    text = (
-        "int8 weights have seven bits: this processor adds their products in pairs of 16 bits, which eight would pass"
-    )
-    fix = "compress on a processor like that of the target; one with VNNI takes all eight"
-    return (Note("int8.seven-bits", text, fix=fix),)
 
 
 def _few_samples(job: Job, network: Network) -> tuple[Note, ...]:

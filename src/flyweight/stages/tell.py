@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from flyweight.deploy.clock import Timings
+from flyweight.budget import is_time
+from flyweight.deploy.clock import Timing, Timings
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import layer_macs, weight_bytes
 from flyweight.graph.numbers import FLOAT32, Form
@@ -30,10 +31,11 @@ from flyweight.types import (
     Interval,
     LayerRow,
     Option,
+    Plan,
     Site,
 )
 
-__all__ = ["decisions", "forecasts", "frontier_points", "layer_rows", "parameters"]
+__all__ = ["decisions", "forecasts", "frontier_points", "layer_rows", "parameters", "summary_of"]
 
 
 SHOWN = 0.998  # of a layer's weights lie inside its histogram
@@ -195,3 +197,26 @@ def _forecast(name: str, predicted: float, measured: Interval, unit: str) -> Cla
         predicted=predicted,
         how="predicted by the menu before any file was made; within the interval or 5 % counts as right",
     )
+
+
+def summary_of(
+    costs: Mapping[str, tuple[float, float]],
+    times: Mapping[str, Timing],
+    promised: Sequence[Claim],
+    met: bool,
+    plan: Plan,
+) -> str:
+    """The result in a sentence or two. `costs`: before and after; `times`: those of the artifact, by shape."""
+    limited = [limit.shape for limit in plan.budget.limits if is_time(limit) and limit.shape in times]
+    shape = next(iter(limited or times))
+    size = costs["size"][1] / costs["size"][0]
+    parts = f"{size:.1%} of the bytes and {times[shape].share.value:.1%} of the time of the float original"
+    parts += f" at {shape}" if len(times) > 1 else ""
+    if met:
+        return f"All {len(promised)} limits hold: {parts}."
+    broken = ", ".join(c.name for c in promised if c.state == "fails")
+    unknown = ", ".join(c.name for c in promised if c.state == "undecided")
+    text = f"Budget {'not met' if broken else 'undecided'}: {parts}."
+    text += f" Fails: {broken}." if broken else ""
+    text += f" Undecided: {unknown}." if unknown else ""
+    return text + (f" Nearest point delivered; {plan.binding} binds." if broken and not plan.feasible else "")
