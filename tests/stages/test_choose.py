@@ -336,3 +336,25 @@ def test_room_that_lies_between_two_options_is_not_looked_for_again():
         first, {"size": limit}, again, lambda c, _: {"size": 0.999 * c.solution.costs["size"]}, whole=True
     )
     assert found is first
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_only_tightened_limits_call_out_of_reach_is_measured(kept: bool):
+    """The first choice takes ten times what was predicted, so that no choice reaches the corrected limit; the fastest takes what
+    was predicted, and holds, unless another limit (as of MACs, which no clock corrects) is passed."""
+    offers, name, limit = markets(menu(), table()), f"latency@{SHAPE}", 0.6
+
+    def again(factors):
+        return choose(offers, {name: limit * factors[name]}, "error", Trials())
+
+    first = again({name: 1.0})
+    fastest = choose(offers, {name: 0.001}, "error", Trials()).solution
+
+    def trial(choice, turn):
+        return {name: choice.solution.costs[name] * (10 if turn == 0 else 1)}
+
+    every = {name: limit, "macs": fastest.costs["macs"] * (1.0 if kept else 0.99)}
+    found = corrected(first, {name: limit}, again, trial, whole=False, every=every)
+    assert found.solution.choices == fastest.choices
+    assert found.solution.feasible == kept
+    assert (found.solution.binding == "") == kept

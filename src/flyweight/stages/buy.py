@@ -287,7 +287,7 @@ def _corrected(
         tried.append((offered, file))
         return measured
 
-    last = corrected(choice, limits, chosen, trial, whole=aim == "error", late=late, hopeful=exact)
+    last = corrected(choice, limits, chosen, trial, whole=aim == "error", every=found, late=late, hopeful=exact)
     # by what was made: a choice that holds against what was said of it is another record
     return last, next((file for one, file in tried if file and one.outcome is last.outcome), None)
 

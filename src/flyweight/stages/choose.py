@@ -109,6 +109,7 @@ def corrected(
     trial: Callable[[Choice, int], Mapping[str, float]],
     *,
     whole: bool,
+    every: Mapping[str, float] | None = None,
     late: Callable[[], bool] = lambda: False,
     hopeful: bool = False,
 ) -> Choice:
@@ -118,13 +119,14 @@ def corrected(
     `again(factors)` chooses with the limits times these factors. If the `whole` budget should be used (for quality), room
     that is left is given back: by the prediction's own error, or halfway to factors that are known to miss. The best
     choice that was measured to hold, else the last one; when it is `late`, of those so far. If `hopeful`, a first choice that is
-    said to be a little out of reach is measured as well, and counts as others do where it holds.
+    said to be a little out of reach is measured as well, and counts as others do where it holds; so is a later one that is out
+    of reach of tighter limits alone (`every`: all limits on costs as they were asked for, default `limits`).
     """
     factors, misses = dict.fromkeys(limits, 1.0), 0  # that the choice was made under; since one holds
     missed: dict[str, float] = {}  # the last factors that are too loose
     held: Choice | None = None
     for turn in range(ROUNDS if limits else 0):
-        near = hopeful and turn == 0 and choice.solution.excess <= HOPE
+        near = hopeful and choice.solution.excess <= HOPE if turn == 0 else _reaches(choice, every or limits)
         if not (choice.solution.feasible or near) or late():
             break
         found = trial(choice, turn)
@@ -161,6 +163,11 @@ def corrected(
             break
         choice = following
     return held or choice
+
+
+def _reaches(choice: Choice, limits: Mapping[str, float]) -> bool:
+    """Whether the choice is said to keep all limits on costs."""
+    return all(choice.solution.costs[name] <= value for name, value in limits.items())
 
 
 def _margin(name: str) -> float:
