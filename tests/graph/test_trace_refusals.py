@@ -107,3 +107,8 @@ def test_lazy_and_uncopyable_models_are_refused():
     model.fc.cached = model.fc.weight * 2  # as old weight_norm leaves it: a tensor with a history
     with pytest.raises(ModelError, match="cannot be copied"):
         trace(model, (torch.randn(2, 4),), {})
+
+
+def test_a_model_that_returns_its_input_is_refused():
+    with pytest.raises(TraceError, match="returns its input 'input'"):
+        trace(nn.Sequential(), (torch.randn(2, 3),))

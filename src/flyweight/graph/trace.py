@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ModelError
+from ..errors import ModelError, TraceError
 from ..types import Note
 from .attention import plain_attention
 from .dense import dense_layers
@@ -74,6 +74,7 @@ def trace(
         notes += _hooks_only_look(model, own, two)
         prove_repeats(own, call, len(program.graph.nodes))
         module, more = _as_graph(own, program, two, beside)
+        _check_computed(module)
         prove_batches(own, module, call)
         for other in beside:
             prove_sizes(own, module, other)
@@ -82,6 +83,18 @@ def trace(
         buffer.copy_(state[name])  # a forward that counts its calls has counted ours
     told = (*around, *notes, *call.notes, *more, *lost_dropout(own, module), *loose_note(module))
     return Traced(module, tuple(dict.fromkeys(told)))  # a line that runs twice is told of once
+
+
+def _check_computed(graph: fx.GraphModule) -> None:
+    """Raises TraceError where an output is an input as it came in: files have one name for one value."""
+    (end,) = [n for n in graph.graph.nodes if n.op == "output"]
+    for node in end.all_input_nodes:
+        if node.op == "placeholder":
+            raise TraceError(
+                f"the model returns its input {node.target!r} as it is",
+                why="nothing computes it, so there is nothing to make smaller, and no file could name it",
+                fix="return only what the model computes",
+            )
 
 
 def own_copy(model: nn.Module) -> tuple[nn.Module, tuple[Note, ...]]:
