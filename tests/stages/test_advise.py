@@ -84,6 +84,7 @@ def test_where_nothing_is_open_it_says_so(given):
         ((Way("int8", "a", 0.3, 1.2),), {"a": 1.0}, "smaller"),
         ((Way("int8", "a", 1.1, 1.2),), {"a": 1.0}, "nothing to gain here"),
         ((), {"a": 1.0}, "nothing to gain here"),
+        ((Way("channels", "a", 1.0, 0.98),), {"a": 1.0}, "deeper cuts than to 75%"),
     ],
 )
 def test_the_verdict_is_what_the_numbers_say(ways, plain, verdict):

@@ -95,8 +95,9 @@ def test_it_is_torchs_adamw_under_the_cycle_step_by_step():
     assert_same(mine, theirs)
 
 
+@pytest.mark.parametrize("every_s", [0.0, 1e9])
 @pytest.mark.parametrize("stop_at", range(STEPS * EPOCHS))
-def test_an_interrupted_descent_goes_on_with_the_same_bits(stop_at: int):
+def test_an_interrupted_descent_goes_on_with_the_same_bits(stop_at: int, every_s: float):
     whole, broken, again = network(), network(), network()
     expected = run(whole, judge=judge_of(whole))
     store, asked = Kept(), itertools.count()
@@ -107,7 +108,7 @@ def test_an_interrupted_descent_goes_on_with_the_same_bits(stop_at: int):
         return False
 
     with pytest.raises(KeyboardInterrupt):
-        run(broken, judge=judge_of(broken), store=store, every_s=0.0, late=late)
+        run(broken, judge=judge_of(broken), store=store, every_s=every_s, late=late)
     taken: list[int] = []
     found = run(again, judge=judge_of(again), store=store, every_s=0.0, advance=taken.append)
     assert_same(again, whole)

@@ -172,7 +172,8 @@ def _verdict(ways: Sequence[Way], plain: dict[str, float]) -> str:
         return f"{best.method} in {best.runtime} takes {best.latency:.0%} of its float time"
     if plain[fastest] <= GAIN:
         return f"nothing makes it faster but another runtime: {fastest} takes {plain[fastest]:.0%} of {next(iter(plain))}'s time"
+    untried = f" (deeper cuts than to {LEFT:.0%} were not tried)" if any(one.method == CHANNELS for one in ways) else ""
     smallest = min(ways, key=lambda one: one.size, default=None)
     if smallest is not None and smallest.size <= GAIN:
-        return f"nothing makes it faster here; {smallest.method} makes its file smaller"
-    return "nothing to gain here"
+        return f"nothing makes it faster here; {smallest.method} makes its file smaller{untried}"
+    return f"nothing to gain here{untried}"

@@ -87,9 +87,10 @@ def descend(
     `rows`. AdamW with peak rate `lr`, one cycle over all epochs, decay for matrices alone; `parameters`: those that learn,
     default all. `judge()` says before the first and behind every epoch how bad the model is (less is better): the best
     weights are kept; without it the last. `store` keeps a checkpoint behind every epoch and every `every_s` seconds, from
-    which the same call goes on: on one CPU process with the same bits. `late` is asked between steps. A loss or a judge that
-    becomes NaN or infinite ends the descent, with the best weights before. Raises UsageError for settings out of range or a
-    checkpoint of another descent (`key`), DataError for batches that are not `steps`.
+    which the same call goes on: on one CPU process with the same bits. `late` is asked between steps; if it raises, a
+    checkpoint is kept first. A loss or a judge that becomes NaN or infinite ends the descent, with the best weights before.
+    Raises UsageError for settings out of range or a checkpoint of another descent (`key`), DataError for batches that are
+    not `steps`.
     Source: Loshchilov Hutter 2019, arXiv:1711.05101; Smith 2018, arXiv:1803.09820.
     """
     if epochs < 1 or steps < 1 or not (math.isfinite(lr) and lr > 0):
@@ -107,10 +108,19 @@ def descend(
     advance(state.epoch * steps + state.step)
     saved_s, why = time.monotonic(), ""
 
-    def step(batch: Any) -> str:
+    def keep() -> None:
         nonlocal saved_s
-        if late():
-            return LATE
+        if store is not None:
+            store.save(name, _packed(state, key, model, optimizer))
+            saved_s = time.monotonic()
+
+    def step(batch: Any) -> str:
+        try:
+            if late():
+                return LATE
+        except BaseException:  # whoever stops the run here loses no step
+            keep()
+            raise
         share = one_cycle(state.epoch * steps + state.step, epochs * steps, warmup)
         value = _step(loss, batch, optimizer, lr * share)
         if not math.isfinite(value):
@@ -121,9 +131,8 @@ def descend(
             state.rows + rows(batch),
         )
         advance(1)
-        if store is not None and time.monotonic() - saved_s >= every_s:
-            store.save(name, _packed(state, key, model, optimizer))
-            saved_s = time.monotonic()
+        if time.monotonic() - saved_s >= every_s:
+            keep()
         return ""
 
     while state.epoch < epochs and not why:
@@ -133,8 +142,8 @@ def descend(
             state.epoch, state.step, state.total, state.rows = state.epoch + 1, 0, 0.0, 0
         if not why or (why == LATE and state.step):
             why = _judge(state, model, judge) or why
-        if store is not None and not why:
-            store.save(name, _packed(state, key, model, optimizer))
+        if not why:
+            keep()
     optimizer.zero_grad(set_to_none=True)
     model.load_state_dict(state.best_weights)
     return Descent(tuple(state.losses), tuple(state.judged), state.best, why)
