@@ -171,6 +171,31 @@ def test_numbers_that_are_none_inside_of_the_model_are_named(tmp_path):
     assert caught.value.where
 
 
+class Two(nn.Module):
+    """So small that what int8 adds to a file is more than what it saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b, self.head = nn.Linear(8, 32), nn.Linear(12, 32), nn.Linear(64, 3)
+
+    def forward(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([torch.tanh(self.a(u)), torch.sigmoid(self.b(v))], 1))
+
+
+def test_a_size_out_of_reach_never_makes_the_file_larger(tmp_path):
+    calib = [{"u": rows(16)[:, :8] + by, "v": rows(16)[:, :12] - by} for by in range(4)]
+    made = fw.compress(
+        Two().eval(), calib=calib, budget="size<=70%", methods=["int8"], workdir=tmp_path, progress=False
+    )
+    before, after = made.results.rows[0], made.results.rows[-1]
+    assert after.file_bytes <= before.file_bytes
+    (claim,) = [one for one in made.results.claims if one.name.startswith("size<=")]
+    assert claim.state == "fails"
+    assert [note.code for note in made.notes].count("budget.original-kept") == 1
+    assert not any(option.steps for option in made.plan.choices.values())
+
+
 def test_a_plan_is_read_out_of_a_folder_only_if_the_folder_is_whole(plan: Plan, tmp_path):
     result = fw.apply(model(), plan, calib=rows(), workdir=tmp_path / "out", progress=False)
     file = result.folder / "plan.json"

@@ -28,14 +28,14 @@ from flyweight.graph.cost import total_macs, weight_bytes
 from flyweight.graph.numbers import FLOAT32
 from flyweight.numerics.ragged import joined
 from flyweight.search.pareto import frontier
-from flyweight.search.problem import Solution
+from flyweight.search.problem import Solution, evaluate
 from flyweight.stages.additive import mix_notes
 from flyweight.stages.choose import Choice, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.deadline import CUT, GO_ON, Part
 from flyweight.stages.deliver import Prepared, deliver, prepared, with_numbers
 from flyweight.stages.footprint import Footprint, measured_footprint, with_memory
 from flyweight.stages.packing import packed_overhead
-from flyweight.stages.price import Menu, Sizes, markets, options
+from flyweight.stages.price import Market, Menu, Sizes, markets, options
 from flyweight.stages.quote import Quotes
 from flyweight.stages.ranks import split_overhead, timed_ranks
 from flyweight.stages.recovery import teaching
@@ -101,11 +101,38 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
             corrected,
             outcome=delivered(job, quotes, steps_of(corrected.market.menu, corrected.solution), folder, stage),
         )
+    corrected, file, kept = _no_larger(job, quotes, reference, offers[0], corrected, file)
     advance(1)
     bought = _purchase(quotes, reference, table, corrected)
-    notes = (*bought.notes, *_search_notes(choice, corrected, late.cut), *_untimed_notes(quotes.menu, menu, table))
+    notes = (
+        *bought.notes,
+        *kept,
+        *_search_notes(choice, corrected, late.cut),
+        *_untimed_notes(quotes.menu, menu, table),
+    )
     notes += mix_notes(offers[0], table)
     return replace(bought, notes=notes, file=file)
+
+
+def _no_larger(
+    job: Job, quotes: Quotes, reference: Reference, whole: Market, choice: Choice, file: bytes | None
+) -> tuple[Choice, bytes | None, tuple[Note, ...]]:
+    """The choice and its file; the original as it is, and a note, where a size out of reach led to a file that is larger."""
+    if choice.solution.feasible or "size" not in choice.solution.binding or job.times_matter:
+        return choice, file, ()
+    if file is None:
+        with tempfile.TemporaryDirectory(prefix="flyweight-nearest-") as place:
+            export(choice.outcome[0], job.example, Path(place) / "nearest.onnx")
+            file = (Path(place) / "nearest.onnx").read_bytes()
+    nothing = (0,) * len(whole.problem.sizes)
+    error, costs = evaluate(whole.problem, nothing)
+    if len(file) < reference.file_bytes or not math.isfinite(error):  # rules may demand more than nothing
+        return choice, file, ()
+    text = f"the network nearest to the size asked for takes {len(file)} bytes, the original {reference.file_bytes}: that stays"
+    solution = replace(choice.solution, choices=nothing, error=error, costs=costs)
+    graph, notes = deliver(quotes.network, (), job.calib)
+    note = Note("budget.original-kept", text, fix="a limit on size that such a small network can meet, if any")
+    return replace(choice, market=whole, solution=solution, outcome=(graph, notes)), None, (note,)
 
 
 def reference_of(job: Job, folder: Folder) -> Reference:
