@@ -39,7 +39,8 @@ from flyweight.methods import channels, int8
 from flyweight.methods.pricing import by_magnitude
 from flyweight.search.knapsack import solve
 from flyweight.search.problem import evaluate
-from flyweight.stages.buy import delivered, priced, reference_of
+from flyweight.stages.bases import priced, reference_of
+from flyweight.stages.buy import delivered
 from flyweight.stages.choose import cost_limits, steps_of
 from flyweight.stages.price import Market, Menu, markets
 from flyweight.stages.price import steps as price_steps

@@ -33,7 +33,7 @@ from flyweight.deploy.folder import Folder, open_folder
 from flyweight.deploy.formats.onnx import export
 from flyweight.numerics.ragged import joined
 from flyweight.search import Factor, Solution, evaluate, minimum, solve
-from flyweight.stages.buy import REFERENCE_FILE, priced, reference_of
+from flyweight.stages.bases import REFERENCE_FILE, priced, reference_of
 from flyweight.stages.choose import steps_of
 from flyweight.stages.deliver import deliver
 from flyweight.stages.price import Market, markets

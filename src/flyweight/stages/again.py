@@ -24,7 +24,8 @@ from flyweight.graph.program import load_files
 from flyweight.methods import channels, int8
 from flyweight.methods.blocks import blocks
 from flyweight.search.problem import Solution
-from flyweight.stages.buy import REFERENCE_FILE, Purchase, delivered, reference_of
+from flyweight.stages.bases import REFERENCE_FILE, reference_of
+from flyweight.stages.buy import Purchase, delivered
 from flyweight.stages.deliver import NUMBERS, Network
 from flyweight.stages.lengths import check_fits
 from flyweight.stages.make import ARTIFACT_FILE

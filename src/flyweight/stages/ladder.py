@@ -15,7 +15,7 @@ from flyweight.deploy.folder import read_manifest
 from flyweight.errors import BudgetError, UsageError
 from flyweight.graph.program import load_files
 from flyweight.graph.transplant import stand_ins
-from flyweight.stages.buy import REFERENCE_FILE
+from flyweight.stages.bases import REFERENCE_FILE
 from flyweight.types import Budget, Results, from_json
 
 __all__ = ["picked", "rungs", "speedups"]

@@ -29,7 +29,8 @@ from flyweight.graph.measure import fingerprint
 from flyweight.graph.numbers import integer_layers, number_forms
 from flyweight.graph.operators import roundable
 from flyweight.methods import int8
-from flyweight.stages.buy import REFERENCE_FILE, Purchase
+from flyweight.stages.bases import REFERENCE_FILE
+from flyweight.stages.buy import Purchase
 from flyweight.stages.quote import Quotes
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import forecasts, layer_rows, parameters, summary_of

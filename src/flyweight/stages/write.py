@@ -8,7 +8,7 @@ from flyweight.deploy.folder import Folder
 from flyweight.face.card import card
 from flyweight.face.report import report
 from flyweight.graph import program
-from flyweight.stages.buy import REFERENCE_FILE
+from flyweight.stages.bases import REFERENCE_FILE
 from flyweight.stages.make import ARTIFACT_FILE, Made
 from flyweight.types import to_json
 
