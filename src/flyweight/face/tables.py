@@ -223,7 +223,8 @@ def verdict(results: Results) -> tuple[State, str]:
         return "fails", "Budget not met"
     if "undecided" in states["proof"] + states["promise"]:
         return "undecided", "Budget undecided"
-    return ("holds", "Budget met") if results.budget_met else ("fails", "Budget not met")
+    met = results.budget_met and results.plan.feasible
+    return ("holds", "Budget met") if met else ("fails", "Budget not met")
 
 
 def state_icon_and_word(claim: Claim, icons: Mapping[str, str] = ICONS) -> tuple[str, str]:
