@@ -125,11 +125,8 @@ def descend(
         value = _step(loss, batch, optimizer, lr * share)
         if not math.isfinite(value):
             return f"the loss became {value} at epoch {state.epoch + 1}, step {state.step + 1}"
-        state.step, state.total, state.rows = (
-            state.step + 1,
-            state.total + value * rows(batch),
-            state.rows + rows(batch),
-        )
+        count = rows(batch)
+        state.step, state.total, state.rows = state.step + 1, state.total + value * count, state.rows + count
         advance(1)
         if time.monotonic() - saved_s >= every_s:
             keep()
