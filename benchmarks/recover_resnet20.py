@@ -43,7 +43,7 @@ from rivals import pruned
 from structured_resnet20 import CALIB_ROWS, FLYWEIGHT_CALIB_ROWS, Memory, float_row
 
 ASKED = {2.92: 0.930, 5.0: 0.915}  # MACs divided by -> accuracy on test
-RIVAL = "LAMP"  # the criterion that structured_resnet20.py found best of Torch-Pruning's at the largest cuts, beside L2
+RIVAL = "LAMP"  # of the criteria without labels; before lessons others can be better (structured_resnet20.py)
 COLUMNS = ("tool", "goal", "divide", "before", "after", "sd", "least", "asked", "seconds")
 
 

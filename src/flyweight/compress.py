@@ -18,7 +18,7 @@ from flyweight.deploy.latency import LatencyTable
 from flyweight.errors import UsageError
 from flyweight.face.progress import Progress
 from flyweight.graph.program import load_files
-from flyweight.recover.distill import Distill, distill, read_recover
+from flyweight.recover.distill import Distill, read_recover
 from flyweight.stages.advise import Advice, advised
 from flyweight.stages.again import replayed, reweighed
 from flyweight.stages.buy import Purchase, buy
@@ -49,7 +49,7 @@ APART = {  # what runs with the same prices may differ in, and the checkpoints t
     "recover": (),
 }
 
-__all__ = ["Result", "advise", "apply", "compress", "distill", "inspect", "load", "plan", "rule", "verify"]
+__all__ = ["Result", "advise", "apply", "compress", "inspect", "load", "plan", "rule", "verify"]
 
 
 def rule(pattern: str, *, bits: int | None = None, keep: bool = False) -> Rule:
@@ -103,11 +103,11 @@ def compress(
     seconds or "20m"; what it leaves no time to price stays as it is, and the best so far is delivered, with a note; a run
     that has nothing to choose from yet raises ResourceError and is resumable. The same call in the same folder resumes;
     `fresh` starts over. `prices`: the folder of a run of the same model, data and methods whose statistics, prices and
-    latencies hold here too: another budget then takes a fraction of the time. `recover`: `fw.distill(...)`, by which the original
-    teaches what was cut, on the inputs of calib. `ladder`: further points, each at least so
-    much faster than the original ("1.5x,2x,4x") and within the budget's other limits, verified and reported in
-    workdir/ladder. `stop()` is asked between steps. Raises the errors of `flyweight.errors`; a budget that cannot be met is
-    no error: the nearest artifact is delivered with `budget_met` False.
+    latencies hold here too: another budget then takes a fraction of the time. `recover`: `fw.distill(...)`, by which the
+    original teaches what was cut, on the inputs of calib. `ladder`: further points, each at least so much faster than the
+    original ("1.5x,2x,4x") and within the budget's other limits, verified and reported in workdir/ladder. `stop()` is asked
+    between steps. Raises the errors of `flyweight.errors`; a budget that cannot be met is no error: the nearest artifact is
+    delivered with `budget_met` False.
     """
     run = _Run.of(
         model, calib=calib, tune=tune, test=test, example=example, budget=budget, prefer=prefer, task=task,

@@ -44,7 +44,7 @@ def taught(world: World, asked: dict, bare: fw.Result, tmp_path_factory) -> fw.R
 def test_the_original_teaches_what_was_cut(bare: fw.Result, taught: fw.Result):
     assert taught.plan.choices == bare.plan.choices  # the plan is the same, its values are not
     before, after = (one.results.behaviour.divergence.value for one in (bare, taught))
-    assert after < 0.85 * before  # on test samples, which taught nothing and chose nothing; .76 when written
+    assert after < 0.85 * before  # on test samples, which taught nothing and chose nothing
     assert not told(bare)
     (text,) = told(taught)
     assert "for 6 epoch(s)" in text
@@ -68,7 +68,6 @@ def test_an_interrupted_run_learns_on_to_the_same_bytes(
     world: World, asked: dict, bare: fw.Result, taught: fw.Result, tmp_path
 ):
     steps = {"left": 20}
-
     arguments = {**asked, "recover": HOW, "prices": bare.folder, "workdir": tmp_path / "o"}
 
     def in_the_middle() -> bool:

@@ -151,9 +151,10 @@ def _bind_mapping(raw: Mapping[Any, Any], signature: Signature, where: str) -> t
     }  # fmt: skip
     missing = [name for name in signature.required if name not in inputs]
     others = [name for name in raw if raw[name] is not None and name not in (*inputs, *LABEL_NAMES)]
-    renamed = len(missing) == len(signature.required) == 1 and not inputs and len(others) == 1
-    if renamed:  # one field and one input: there is one way to read it
-        inputs, missing = {missing[0]: raw[others[0]]}, []
+    if len(missing) == len(signature.required) == len(others) == 1 and not inputs:  # there is one way to read it
+        named = {missing[0] if name == others[0] else name: value for name, value in raw.items()}
+        batch, notes = _bind_mapping(named, signature, where)
+        return batch, (*notes, _renamed_note(str(others[0]), missing[0]))
     if missing or not inputs:
         fields = ", ".join(str(name) for name in raw)
         raise DataError(
@@ -162,11 +163,8 @@ def _bind_mapping(raw: Mapping[Any, Any], signature: Signature, where: str) -> t
             why=f"dict batches are bound by name, and the model's forward takes {', '.join(signature.names)}",
             fix=f"say which fields are the inputs: fw.data(loader, inputs={_suggestion(raw, missing)})",
         )
-    dropped = [
-        str(name) for name in raw if str(name) not in inputs and name != label and not (renamed and name == others[0])
-    ]
-    notes: tuple[Note, ...] = (_dropped_note(dropped),) if dropped else ()
-    notes += (_renamed_note(str(others[0]), next(iter(inputs))),) if renamed else ()
+    dropped = [str(name) for name in raw if str(name) not in inputs and name != label]
+    notes = (_dropped_note(dropped),) if dropped else ()
     tensors = {name: as_tensor(value, f"{where}, {name}") for name, value in inputs.items()}
     labels = None if label is None else as_tensor(raw[label], f"{where}, {label}")
     return _checked_call(Batch((), tensors, labels), signature, where), notes

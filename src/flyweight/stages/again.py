@@ -130,6 +130,8 @@ def _kind(site: str) -> Literal["channels", "rank", "block", "numbers"]:
 
 def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Results:
     """The results of a folder with everything that can differ here measured again."""
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"threads is {threads!r}", fix="a whole number from 1, or none for those of the run")
     read_manifest(folder)
     results = from_json((folder / "results.json").read_bytes(), Results)
     graph = load_files(folder)
@@ -141,8 +143,6 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
     data = role(graph, "test", test, seed=results.seed)
     check_fits(graph, data)
     advance = stage("verify", 3)
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise UsageError(f"threads is {threads!r}", fix="a whole number from 1, or none for those of the run")
     count = threads or results.threads
     planned = len(integer_layers(graph))
     proofs = parity(graph, folder / ARTIFACT_FILE, data, planned, len(results.layers), results.target, count)
