@@ -27,7 +27,7 @@ from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution, evaluate
 from flyweight.stages.additive import mix_notes
 from flyweight.stages.bases import REFERENCE_FILE, priced, reference_of
-from flyweight.stages.choose import Choice, Reference, choose, corrected, cost_limits, goal, steps_of
+from flyweight.stages.choose import Choice, Moved, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.deadline import CUT, GO_ON, Part
 from flyweight.stages.deliver import deliver
 from flyweight.stages.footprint import with_memory
@@ -83,8 +83,8 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     late = job.deadline.part(CHOOSING)
     advance = stage("choose", 1)
 
-    def chosen(tighter: Mapping[str, float]) -> Choice:
-        return choose(offers, cost_limits(job.budget, reference, table, tighter), aim, attempt, late, judge)
+    def chosen(moved: Moved) -> Choice:
+        return choose(offers, cost_limits(job.budget, reference, table), aim, attempt, late, judge, moved)
 
     choice = chosen({})
     corrected, file = _corrected(job, quotes, reference, table, choice, aim, chosen, folder, late)
@@ -185,7 +185,7 @@ def _corrected(
     table: LatencyTable | None,
     choice: Choice,
     aim: str,
-    chosen: Callable[[Mapping[str, float]], Choice],
+    chosen: Callable[[Moved], Choice],
     folder: Folder,
     late: Part,
 ) -> tuple[Choice, bytes | None]:

@@ -55,19 +55,14 @@ class Choice:
 
 
 Attempt = Callable[[Sequence[Step]], tuple[Any, Sequence[tuple[Limit, Interval]]]]
+Moved = Mapping[Market, Mapping[str, float]]  # what a market's limits are multiplied by, by name
 
 
-def cost_limits(
-    budget: Budget, reference: Reference, table: LatencyTable | None, tighter: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """The search's limits: latency in shares of the reference at each shape, size and memory in bytes, macs in numbers.
-
-    `tighter` multiplies limits by what an earlier round was off (a name as in the result -> factor below 1).
-    """
+def cost_limits(budget: Budget, reference: Reference, table: LatencyTable | None) -> dict[str, float]:
+    """The search's limits: latency in shares of the reference at each shape, size and memory in bytes, macs in numbers."""
     limits: dict[str, float] = {}
 
     def add(name: str, value: float) -> None:
-        value *= (tighter or {}).get(name, 1.0)
         limits[name] = min(value, limits.get(name, value))
 
     for limit in budget.limits:
@@ -105,7 +100,7 @@ def goal(budget: Budget, table: LatencyTable | None) -> str:
 def corrected(
     choice: Choice,
     limits: Mapping[str, float],
-    again: Callable[[Mapping[str, float]], Choice],
+    again: Callable[[Moved], Choice],
     trial: Callable[[Choice, int], Mapping[str, float]],
     *,
     whole: bool,
@@ -116,50 +111,54 @@ def corrected(
     """Chooses again where what is delivered takes more than was predicted, or leaves room: under limits moved by so much.
 
     `limits` are those on latency and size by name, `trial(choice, turn)` measures the delivered file at each,
-    `again(factors)` chooses with the limits times these factors. If the `whole` budget should be used (for quality), room
+    `again(moved)` chooses with the limits times these factors. They are kept by market: that the prices of networks with int8
+    are off says nothing of those of all-float ones. If the `whole` budget should be used (for quality), room
     that is left is given back: by the prediction's own error, or halfway to factors that are known to miss. The best
     choice that was measured to hold, else the last one; when it is `late`, of those so far. If `hopeful`, a first choice that is
     said to be a little out of reach is measured as well, and counts as others do where it holds; so is a later one that is out
     of reach of tighter limits alone (`every`: all limits on costs as they were asked for, default `limits`).
     """
-    factors, misses = dict.fromkeys(limits, 1.0), 0  # that the choice was made under; since one holds
-    missed: dict[str, float] = {}  # the last factors that are too loose
+    moved: dict[Market, dict[str, float]] = {}  # what the choice was made under
+    missed: dict[Market, dict[str, float]] = {}  # the last factors that are too loose
+    seen: set[tuple[Market, tuple[int, ...]]] = set()
     held: Choice | None = None
+    misses = 0  # since one holds
     for turn in range(ROUNDS if limits else 0):
         near = hopeful and choice.solution.excess <= HOPE if turn == 0 else _reaches(choice, every or limits)
         if not (choice.solution.feasible or near) or late():
             break
-        found = trial(choice, turn)
+        market, found = choice.market, trial(choice, turn)
+        seen.add((market, choice.solution.choices))
         used = {name: found[name] / limit for name, limit in limits.items()}
+        holds = max(used.values()) <= 1.0
         if not choice.solution.feasible:
-            if max(used.values()) > 1.0:
+            if not holds:
                 break
             # nothing is proven about its error; a gap would say that the search ended by time
             within = replace(choice.solution, feasible=True, binding="", excess=0.0, bound=0.0, gap=0.0)
             choice = replace(choice, solution=within)
         told = {name: choice.solution.costs[name] / found[name] for name in limits}  # predicted for one measured
-        if max(used.values()) <= 1.0:
+        before = moved.get(market, dict.fromkeys(limits, 1.0))
+        if holds:
             if held is None or choice.solution.error < held.solution.error:
                 held = choice
             if not whole or max(used.values()) >= USED:
                 break
-            before = factors
-            if missed:
-                factors = {name: (factor + missed[name]) / 2 for name, factor in factors.items()}
+            if market in missed:
+                factors = {name: (factor + missed[market][name]) / 2 for name, factor in before.items()}
             else:
-                factors = {name: max(factor, told[name] * _margin(name)) for name, factor in factors.items()}
+                factors = {name: max(factor, told[name] * _margin(name)) for name, factor in before.items()}
             if all(factors[name] <= before[name] * LITTLE for name in limits):
                 break  # the room is between two options, and trying them again would take as long as the first time
         else:
-            missed, misses = dict(factors), misses + (held is not None)
+            missed[market], misses = before, misses + (held is not None)
             if misses >= MISSES:
                 break
-            for name, share in used.items():
-                if share > 1.0:
-                    margin = 1.0 if held is not None else _margin(name)
-                    factors[name] = min(factors[name], told[name]) * margin
-        following = again(factors)
-        if following.solution.choices == choice.solution.choices:
+            margins = {name: 1.0 if held is not None else _margin(name) for name in limits}
+            factors = {n: min(f, told[n]) * margins[n] if used[n] > 1.0 else f for n, f in before.items()}
+        moved[market] = factors
+        following = again(moved)
+        if (following.market, following.solution.choices) in seen:
             break
         choice = following
     return held or choice
@@ -187,23 +186,29 @@ def choose(
     attempt: Attempt,
     late: Callable[[], bool] = lambda: False,
     judge: Attempt | None = None,
+    moved: Moved | None = None,
 ) -> Choice:
     """The best choice inside the budget: least error, or least cost whose quality limits hold on tune (of what was tried before
     it is `late`).
 
     A budget of costs that cannot be met gives the nearest point (`solution.feasible` False, `solution.binding`) of those whose
     quality limits hold, if there are any: what answers wrongly is of no use, however fast. They are tried by `judge`, if that
-    is another one than `attempt`.
+    is another one than `attempt`. `moved` multiplies a market's limits by what measurement found its prices to be off.
     """
-    found = [(market, solve(market.problem, limits)) for market in offers]
+    own = {market: _moved(limits, (moved or {}).get(market, {})) for market in offers}
+    found = [(market, solve(market.problem, own[market])) for market in offers]
     feasible = [pair for pair in found if pair[1].feasible]
     if not feasible:
         market, nearest = min(found, key=lambda pair: pair[1].excess)
-        return _nearest_good(market, limits, nearest, judge or attempt, late)
+        return _nearest_good(market, own[market], nearest, judge or attempt, late)
     if aim == "error":
         return _attempted(min(feasible, key=lambda pair: pair[1].error), attempt, 1)
-    points = [(m, p) for m, _ in feasible for p in frontier(m.problem, aim, points=TRIES, limits=limits)]
+    points = [(m, p) for m, _ in feasible for p in frontier(m.problem, aim, points=TRIES, limits=own[m])]
     return _cheapest_good(_undominated(points, aim) or feasible, attempt, late)
+
+
+def _moved(limits: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
+    return {name: value * factors.get(name, 1.0) for name, value in limits.items()}
 
 
 def _nearest_good(
