@@ -45,9 +45,7 @@ __all__ = ["Purchase", "buy", "delivered"]
 
 CHOOSING = 0.5  # of the time left, where there is a limit on it: making and weighing the choice come after
 UNPROVEN = 1e-6  # relative gaps below it are the solver's tolerance
-# The cheapest of several combinations that pass on tune is chosen for passing, and the test samples will judge it again. So
-# that it holds there with 95 % probability, its value must keep z(.975) + z(.95) standard errors from the limit, not z(.975).
-POWER = (1.960 + 1.645) / 1.960
+LEVEL, POWER = 1.960, 1.645  # normal quantiles: of intervals at 95 %, of passing once more with 95 % probability
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +75,7 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
         offers = tuple(replace(one, problem=with_memory(one.problem, one.menu, footprint)) for one in offers)
     aim = goal(job.budget, table)
     # where the error decides, nothing is tried: what is chosen is made once, when its costs have been measured
-    judge = _attempt(job, quotes, POWER, folder, stage)
+    judge = _attempt(job, quotes, folder, stage)
     attempt = _unmade if aim == "error" else judge
     job.checkpoint("choosing", needed=False)
     late = job.deadline.part(CHOOSING)
@@ -147,12 +145,11 @@ def _rough(job: Job, quotes: Quotes, choice: Choice) -> fx.GraphModule:
 
 
 def _attempt(
-    job: Job, quotes: Quotes, power: float, folder: Store, stage: Stage
+    job: Job, quotes: Quotes, folder: Store, stage: Stage
 ) -> Callable[[Sequence[Step]], tuple[Outcome, list[tuple[Limit, Interval]]]]:
     """Delivers a combination and measures the quality limits on the data that choose."""
     wanted = [limit for limit in job.budget.limits if is_quality(limit)]
-    # fewer test samples decide less
-    stretch = power * (math.sqrt(max(1.0, job.judged.samples / job.roles.test.samples)) if job.roles.test else 1.0)
+    stretch = _stretch(job.judged.samples, job.roles.test.samples if job.roles.test else job.judged.samples)
     batches = list(job.judged) if wanted else []
 
     def answers(graph: fx.GraphModule) -> tuple[Any, Tensor | None]:
@@ -170,6 +167,17 @@ def _attempt(
         return outcome, [(limit, _widened(one, stretch)) for limit, one in zip(wanted, found, strict=True)]
 
     return attempt
+
+
+def _stretch(choosing: int, judging: int) -> float:
+    """How much wider the interval of `choosing` samples must be for what it holds to hold on `judging` others as well.
+
+    The cheapest of several combinations that pass is chosen for passing, and others judge it again. Their value lies about the
+    true one, and that about the value seen here; so the limit must be LEVEL of their standard errors and POWER of those of the
+    difference of both values away.
+    """
+    theirs = math.sqrt(choosing / judging)  # their standard error, in standard errors here
+    return max(1.0, theirs + POWER / LEVEL * math.hypot(1.0, theirs))
 
 
 def _widened(interval: Interval, factor: float) -> Interval:
