@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -42,7 +43,8 @@ def taught(world: World, asked: dict, bare: fw.Result, tmp_path_factory) -> fw.R
 
 
 def test_the_original_teaches_what_was_cut(bare: fw.Result, taught: fw.Result):
-    assert taught.plan.choices == bare.plan.choices  # the plan is the same, its values are not
+    steps = [[option.steps for option in one.plan.choices.values()] for one in (bare, taught)]
+    assert steps[0] == steps[1]  # the plan is the same, its values are not
     before, after = (one.results.behaviour.divergence.value for one in (bare, taught))
     assert after < 0.85 * before  # on test samples, which taught nothing and chose nothing
     assert not told(bare)
@@ -50,6 +52,25 @@ def test_the_original_teaches_what_was_cut(bare: fw.Result, taught: fw.Result):
     assert "for 6 epoch(s)" in text
     assert taught.results.rows[-1].macs == bare.results.rows[-1].macs
     assert all(claim.state == "holds" for claim in taught.results.claims if claim.kind == "proof")
+
+
+def test_cuts_are_priced_with_what_a_probe_of_the_lessons_left(bare: fw.Result, taught: fw.Result):
+    (note,) = (one for one in taught.notes if one.code == "recover.priced")
+    (left,) = re.findall(r"left (\d+)% of", note.text)
+    cuts = [site for site, option in bare.plan.choices.items() if site.startswith("channels:") and option.steps]
+    assert cuts
+    for site in cuts:
+        before, after = (one.plan.choices[site].error for one in (bare, taught))
+        assert after / before == pytest.approx(int(left) / 100, abs=0.006)  # the note rounds
+
+
+def test_how_deep_to_cut_is_decided_by_what_lessons_give_back(world: World, asked: dict, bare: fw.Result, tmp_path):
+    wanted = {**asked, "budget": "divergence<=0.0228", "prefer": "size", "rules": [], "methods": ["channels"]}
+    alone = fw.compress(world.net(), **wanted, workdir=tmp_path / "a")
+    helped = fw.compress(world.net(), **wanted, recover=HOW, workdir=tmp_path / "b")
+    assert helped.results.rows[-1].file_bytes < alone.results.rows[-1].file_bytes
+    (text,) = told(helped)
+    assert "for 6 epoch(s)" in text  # what is delivered had all lessons
 
 
 def test_a_plan_says_how_it_was_taught_and_replays_to_the_same_bytes(

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from flyweight.budget import parse
+from flyweight.search.pareto import frontier
 from flyweight.search.problem import evaluate
 from flyweight.stages import choose as choosing
 from flyweight.stages.choose import ROUNDS, USED, Reference, choose, corrected, cost_limits, goal, steps_of
@@ -374,3 +375,46 @@ def test_what_only_tightened_limits_call_out_of_reach_is_measured(kept: bool):
     assert found.solution.choices == fastest.choices
     assert found.solution.feasible == kept
     assert (found.solution.binding == "") == kept
+
+
+@pytest.mark.parametrize("gained", [(0, 2, 4), (0, 0, 6), (3, 3, 3), (1, 5, 9), (0, 9, 9)])
+@pytest.mark.parametrize("allowed", [0, 3, 7])
+def test_probes_lead_to_what_whole_attempts_alone_find_with_fewer_of_them(gained: tuple[int, ...], allowed: int):
+    """Lessons give back so many points of the drop: nothing, some by a probe, more by whole ones."""
+    limit, offers = parse(f"drop<={allowed}pt").limits[0], markets(bare(), None)
+    points = frontier(offers[0].problem, "macs", points=choosing.TRIES)
+    depth = {str(steps_of(bare(), point)): i for i, point in enumerate(reversed(points))}  # a point of drop each
+    seen: list[list[int]] = [[], [], []]
+
+    def dose(worth: int):
+        def attempt(steps):
+            seen[worth].append(depth[str(steps)])
+            drop = float(max(0, depth[str(steps)] - gained[worth]))
+            return (worth, steps), [(limit, Interval(drop, drop, drop))]
+
+        return attempt
+
+    alone = choose(offers, {}, "macs", dose(2))
+    needed = len(seen[2])
+    seen[2].clear()
+    found = choose(offers, {}, "macs", dose(2), probes=(dose(0), dose(1)))
+    assert found.solution.choices == alone.solution.choices
+    assert found.outcome[0] == 2  # what is delivered had all lessons
+    assert found.tried == sum(map(len, seen))
+    assert len(seen[2]) <= needed
+    assert found.good
+
+
+def test_what_a_probe_made_is_kept_where_the_time_is_over():
+    limit, asked = parse("drop<=3pt").limits[0], []
+
+    def probe(steps):
+        asked.append(steps)
+        return ("probe", steps), [(limit, Interval(0, 0, 0))]
+
+    def whole(steps):
+        raise AssertionError("the time is over")
+
+    found = choose(markets(bare(), None), {}, "macs", whole, late=lambda: bool(asked), probes=(probe,))
+    assert found.outcome[0] == "probe"
+    assert found.good

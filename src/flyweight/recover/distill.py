@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -110,13 +111,16 @@ def distilled(
     key: str = "",
     late: Callable[[], bool] = lambda: False,
     stage: Callable[[int], Callable[[int], None]] = lambda steps: lambda taken: None,
+    share: float = 1.0,
 ) -> Descent:
     """Teaches `student` in place, both in eval mode: `divergence(wanted, outputs)` is one number per sample.
 
-    `judge(student)` says after every epoch how far it is from the teacher, on other samples. Raises DataError if there is no
-    batch, or none that the divergence has a slope for. Other arguments as in `train.descent`.
+    `judge(student)` says after every epoch how far it is from the teacher, on other samples. A `share` below 1 is a probe: so
+    much of all steps, in a cycle of their own. Raises DataError if there is no batch, or none that the divergence has a slope
+    for. Other arguments as in `train.descent`.
     """
     walk, steps = lessons(batches, teacher, seed)
+    epochs, steps = _shortened(settings.epochs, steps, share)
 
     def loss(lesson: Lesson) -> Tensor:
         inputs, wanted = lesson
@@ -129,13 +133,20 @@ def distilled(
     student.requires_grad_(True)
     try:
         return descend(
-            student, walk, loss, steps=steps, epochs=settings.epochs, lr=settings.lr, weight_decay=settings.weight_decay,
-            judge=lambda: judge(student), rows=lambda lesson: len(lesson[1]), store=store, name=name, key=key, late=late,
-            advance=stage(steps * settings.epochs),
+            student, lambda epoch: islice(walk(epoch), steps), loss, steps=steps, epochs=epochs, lr=settings.lr,
+            weight_decay=settings.weight_decay, judge=lambda: judge(student), rows=lambda lesson: len(lesson[1]),
+            store=store, name=name, key=key, late=late, advance=stage(steps * epochs),
         )  # fmt: skip
     finally:
         for one, parameter in student.named_parameters():
             parameter.requires_grad_(learned[one])
+
+
+def _shortened(epochs: int, steps: int, share: float) -> tuple[int, int]:
+    """Epochs and steps of each that make up `share` of all: whole epochs as far as there are some."""
+    total = max(1, round(share * epochs * steps))
+    some = max(1, round(total / steps))
+    return some, min(steps, math.ceil(total / some))
 
 
 def lessons(

@@ -30,10 +30,10 @@ from flyweight.stages.bases import REFERENCE_FILE, priced, reference_of
 from flyweight.stages.choose import Choice, Moved, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.deadline import CUT, GO_ON, Part
 from flyweight.stages.deliver import deliver
-from flyweight.stages.footprint import with_memory
+from flyweight.stages.footprint import Footprint, with_memory
 from flyweight.stages.price import Market, Menu, markets, options
 from flyweight.stages.quote import Quotes
-from flyweight.stages.recovery import teaching
+from flyweight.stages.recovery import PROBE, left_by_lessons, lessons_note, teaching, with_lessons
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.watch import Stage
@@ -69,21 +69,29 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     """The choice under the budget, corrected by measurement where a limit on latency or size was missed."""
     reference = reference_of(job, folder)
     menu, table, footprint = priced(job, quotes, folder, stage)
-    offers = markets(menu, table)
     if footprint is not None:
         reference = replace(reference, peak_bytes=footprint.reference)
-        offers = tuple(replace(one, problem=with_memory(one.problem, one.menu, footprint)) for one in offers)
     aim = goal(job.budget, table)
     # where the error decides, nothing is tried: what is chosen is made once, when its costs have been measured
     judge = _attempt(job, quotes, folder, stage)
     attempt = _unmade if aim == "error" else judge
+    probes = [_attempt(job, quotes, folder, stage, share) for share in (0.0, PROBE) if job.settings.recover]
     job.checkpoint("choosing", needed=False)
     late = job.deadline.part(CHOOSING)
     advance = stage("choose", 1)
+    offers = _offers(menu, table, footprint)
+
+    limits = cost_limits(job.budget, reference, table)
 
     def chosen(moved: Moved) -> Choice:
-        return choose(offers, cost_limits(job.budget, reference, table), aim, attempt, late, judge, moved)
+        return choose(offers, limits, aim, attempt, late, judge, moved, probes)
 
+    told: tuple[Note, ...] = ()
+    if job.settings.recover:
+        blind = choose(offers, limits, aim, _unmade if aim == "error" else probes[0], late, probes[0])
+        left = left_by_lessons(job, quotes.network, steps_of(blind.market.menu, blind.solution), folder, stage)
+        menu, told = with_lessons(menu, left), lessons_note(left)
+        offers = _offers(menu, table, footprint)
     choice = chosen({})
     corrected, file = _corrected(job, quotes, reference, table, choice, aim, chosen, folder, late)
     if corrected.outcome is None:
@@ -98,11 +106,19 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     notes = (
         *bought.notes,
         *kept,
+        *told,
         *_search_notes(choice, corrected, late.cut),
         *_untimed_notes(quotes.menu, menu, table),
     )
     notes += mix_notes(offers[0], table)
     return replace(bought, notes=notes, file=file)
+
+
+def _offers(menu: Menu, table: LatencyTable | None, footprint: Footprint | None) -> tuple[Market, ...]:
+    found = markets(menu, table)
+    if footprint is None:
+        return found
+    return tuple(replace(one, problem=with_memory(one.problem, one.menu, footprint)) for one in found)
 
 
 def _no_larger(
@@ -129,9 +145,12 @@ def _no_larger(
 Outcome = tuple[fx.GraphModule, tuple[Note, ...]]
 
 
-def delivered(job: Job, quotes: Quotes, steps: Sequence[Step], folder: Store, stage: Stage) -> Outcome:
-    """The compressed graph that `steps` make, and what it learned of the original where that was asked for."""
-    return deliver(quotes.network, steps, job.calib, teach=teaching(job, steps, folder, stage))
+def delivered(
+    job: Job, quotes: Quotes, steps: Sequence[Step], folder: Store, stage: Stage, share: float = 1.0
+) -> Outcome:
+    """The compressed graph that `steps` make, and what it learned of the original where that was asked for: by a `share` of
+    all lessons."""
+    return deliver(quotes.network, steps, job.calib, teach=teaching(job, steps, folder, stage, share))
 
 
 def _unmade(steps: Sequence[Step]) -> tuple[None, list[tuple[Limit, Interval]]]:
@@ -145,9 +164,9 @@ def _rough(job: Job, quotes: Quotes, choice: Choice) -> fx.GraphModule:
 
 
 def _attempt(
-    job: Job, quotes: Quotes, folder: Store, stage: Stage
+    job: Job, quotes: Quotes, folder: Store, stage: Stage, share: float = 1.0
 ) -> Callable[[Sequence[Step]], tuple[Outcome, list[tuple[Limit, Interval]]]]:
-    """Delivers a combination and measures the quality limits on the data that choose."""
+    """Delivers a combination, taught by a `share` of all lessons, and measures the quality limits on the data that choose."""
     wanted = [limit for limit in job.budget.limits if is_quality(limit)]
     stretch = _stretch(job.judged.samples, job.roles.test.samples if job.roles.test else job.judged.samples)
     batches = list(job.judged) if wanted else []
@@ -159,12 +178,19 @@ def _attempt(
 
     original = cache(partial(answers, job.graph))  # at the first attempt: often there is none
 
+    known: dict[str, tuple[Outcome, list[tuple[Limit, Interval]]]] = {}
+
     def attempt(steps: Sequence[Step]) -> tuple[Outcome, list[tuple[Limit, Interval]]]:
+        if (name := repr(steps)) in known:
+            return known[name]
         job.checkpoint("trying a combination", needed=False)
-        outcome = delivered(job, quotes, steps, folder, stage)
+        outcome = delivered(job, quotes, steps, folder, stage, share)
         (before, labels), (after, _) = original(), answers(outcome[0])
         found = [measured(limit, job.yardstick, before, after, labels) for limit in wanted]
-        return outcome, [(limit, _widened(one, stretch)) for limit, one in zip(wanted, found, strict=True)]
+        made = (outcome, [(limit, _widened(one, stretch)) for limit, one in zip(wanted, found, strict=True)])
+        if share < 1.0:  # asked for again once cuts are priced with their lessons
+            known[name] = made
+        return made
 
     return attempt
 

@@ -26,7 +26,7 @@ TAIL = 1.1
 AS_NEAR = 1.02  # of the time of the nearest point to a limit that cannot be met
 FARTHER = (1.06, 1.12, 1.19, 1.26, 1.35, 1.5, 2.0, math.inf)  # of its costs, where the nearest point lacks quality
 HOPE = 0.15  # as far beyond limits as the nearest point is measured all the same: predictions may be too high
-TRIES = 8  # points of the frontier among which the cheapest good one is looked for
+TRIES = 16  # points of the frontier among which the cheapest good one is looked for
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ def choose(
     late: Callable[[], bool] = lambda: False,
     judge: Attempt | None = None,
     moved: Moved | None = None,
+    probes: Sequence[Attempt] = (),
 ) -> Choice:
     """The best choice inside the budget: least error, or least cost whose quality limits hold on tune (of what was tried before
     it is `late`).
@@ -194,17 +195,18 @@ def choose(
     A budget of costs that cannot be met gives the nearest point (`solution.feasible` False, `solution.binding`) of those whose
     quality limits hold, if there are any: what answers wrongly is of no use, however fast. They are tried by `judge`, if that
     is another one than `attempt`. `moved` multiplies a market's limits by what measurement found its prices to be off.
+    `probes` are cheaper attempts, by rising worth: what holds by one of them is taken to hold by those behind it.
     """
     own = {market: _moved(limits, (moved or {}).get(market, {})) for market in offers}
     found = [(market, solve(market.problem, own[market])) for market in offers]
     feasible = [pair for pair in found if pair[1].feasible]
     if not feasible:
         market, nearest = min(found, key=lambda pair: pair[1].excess)
-        return _nearest_good(market, own[market], nearest, judge or attempt, late)
+        return _nearest_good(market, own[market], nearest, judge or attempt, late, probes)
     if aim == "error":
         return _attempted(min(feasible, key=lambda pair: pair[1].error), attempt, 1)
     points = [(m, p) for m, _ in feasible for p in frontier(m.problem, aim, points=TRIES, limits=own[m])]
-    return _cheapest_good(_undominated(points, aim) or feasible, attempt, late)
+    return _cheapest_good(_undominated(points, aim) or feasible, attempt, late, probes)
 
 
 def _moved(limits: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
@@ -212,7 +214,12 @@ def _moved(limits: Mapping[str, float], factors: Mapping[str, float]) -> dict[st
 
 
 def _nearest_good(
-    market: Market, limits: Mapping[str, float], nearest: Solution, attempt: Attempt, late: Callable[[], bool]
+    market: Market,
+    limits: Mapping[str, float],
+    nearest: Solution,
+    attempt: Attempt,
+    late: Callable[[], bool],
+    probes: Sequence[Attempt],
 ) -> Choice:
     """The nearest point, or one as far off as its quality limits ask for; the nearest where they hold nowhere."""
     passed = {name: nearest.costs[name] for name, limit in limits.items() if nearest.costs[name] > limit}
@@ -223,7 +230,7 @@ def _nearest_good(
         return first
     rooms = [{name: farther * cost for name, cost in passed.items()} for farther in FARTHER]
     points = [(market, _within(market, limits, room, nearest)) for room in rooms]
-    found = _cheapest_good(points, attempt, late)
+    found = _cheapest_good(points, attempt, late, probes)
     return found if found.good else first
 
 
@@ -248,19 +255,47 @@ def _undominated(points: Sequence[Offer], aim: str) -> list[Offer]:
     return kept
 
 
-def _cheapest_good(points: Sequence[Offer], attempt: Attempt, late: Callable[[], bool]) -> Choice:
-    """Bisection over the frontier, cheap to dear: errors fall along it, so what holds at one point holds behind it."""
-    low, high, tried = 0, len(points) - 1, 1
-    found = _attempted(points[high], attempt, tried)
-    if not found.good:
-        return found
-    while low < high and not late():
-        middle, tried = (low + high) // 2, tried + 1
-        trial = _attempted(points[middle], attempt, tried)
+def _cheapest_good(
+    points: Sequence[Offer], attempt: Attempt, late: Callable[[], bool], probes: Sequence[Attempt] = ()
+) -> Choice:
+    """Bisection over the frontier, cheap to dear: errors fall along it, so what holds at one point holds behind it.
+
+    Every probe narrows the range from above; the attempt itself begins as far below as the last probe was below the one before.
+    """
+    high, tried, whole = len(points) - 1, 0, False
+    ends: list[int] = []
+    found: Choice | None = None  # the cheapest that holds
+    for worth, dose in enumerate((*probes, attempt)):
+        last = worth == len(probes)
+        if found is None:
+            tried += 1
+            first = _attempted(points[high], dose, tried)
+            if not first.good and last:
+                return first
+            if not first.good:
+                continue
+            found, whole = first, last
+        low, middle = 0, high // 2
+        if last and len(ends) > 1:
+            middle = max(0, high - max(1, ends[-2] - ends[-1]))
+        while low < high and not late():
+            tried += 1
+            trial = _attempted(points[middle], dose, tried)
+            if trial.good:
+                found, high, whole = trial, middle, last
+            else:
+                low = middle + 1
+            middle = (low + high) // 2
+        ends.append(high)
+    for offer in () if whole else points[high:]:
+        if late():
+            break
+        tried += 1
+        trial = _attempted(offer, attempt, tried)
         if trial.good:
-            found, high = trial, middle
-        else:
-            low = middle + 1
+            found = trial
+            break
+    assert found is not None
     return replace(found, tried=tried)
 
 

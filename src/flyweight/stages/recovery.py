@@ -1,37 +1,87 @@
-"""Recovery of a run: the original teaches what was cut, judged on the data that choose."""
+"""Recovery of a run: the original teaches what was cut, judged on the data that choose; what cuts cost when it does."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, fx
 
 from flyweight.numerics.divergence import divergence, main_output
 from flyweight.recover.distill import distilled
+from flyweight.stages.deliver import NUMBERS, Network, deliver
+from flyweight.stages.menu import Menu
 from flyweight.stages.setup import Job
 from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store
+from flyweight.train.descent import Descent
 from flyweight.types import Note, Step, to_json
 
-__all__ = ["teaching"]
+__all__ = ["PROBE", "left_by_lessons", "lessons_note", "teaching", "with_lessons"]
 
 LEARNING = 0.6  # of the time left, where there is a limit on it: rounding, export and verification come after
+LESSONS_FILE = "lessons.json"
+LEAST_LEFT = 0.02  # of the divergence of cuts, whatever a probe said: prices of nothing choose nothing
+PROBE = 0.25  # of all lessons, to see what they are worth at some depth
 
 Teaching = Callable[[fx.GraphModule], tuple[Note, ...]]
+Heard = Callable[[Descent], None]
 
 
-def teaching(job: Job, steps: Collection[Step], store: Store, stage: Stage) -> Teaching | None:
+def with_lessons(menu: Menu, left: float) -> Menu:
+    """The menu with what cuts cost when lessons follow: `left` of their divergence. Rounding comes after, at its own price."""
+
+    def cheaper(errors: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(left * one for one in errors)
+
+    return replace(
+        menu,
+        ladders=tuple(replace(one, errors=cheaper(one.errors)) for one in menu.ladders),
+        ranks=tuple(replace(one, errors=cheaper(one.errors)) for one in menu.ranks),
+        blocks=tuple(replace(one, error=left * one.error) for one in menu.blocks),
+    )
+
+
+def left_by_lessons(job: Job, network: Network, steps: Collection[Step], folder: Store, stage: Stage) -> float:
+    """What a probe leaves of the divergence of what `steps` cut, for one before; 1 where they cut nothing. It is kept."""
+    kept = folder.load(LESSONS_FILE)
+    if kept is not None:
+        return float(msgspec.json.decode(kept, type=float))
+    job.checkpoint("a probe of what lessons give back", needed=False)
+    cuts = [one for one in steps if one.method not in NUMBERS]
+    heard: list[Descent] = []
+    if cuts:
+        deliver(network, cuts, job.calib, teach=teaching(job, cuts, folder, stage, PROBE, heard.append))
+    before, after = (heard[0].judged[0], heard[0].judged[heard[0].best]) if heard else (0.0, 0.0)
+    left = min(1.0, max(LEAST_LEFT, after / before)) if before > 0 else 1.0
+    folder.save(LESSONS_FILE, msgspec.json.encode(left))
+    return left
+
+
+def lessons_note(left: float) -> tuple[Note, ...]:
+    """What a probe said of the prices of cuts."""
+    text = f"a probe of {PROBE:.0%} of the lessons left {left:.0%} of the divergence of cuts: they are priced with that"
+    return (Note("recover.priced", text),) if left < 1.0 else ()
+
+
+def teaching(
+    job: Job, steps: Collection[Step], store: Store, stage: Stage, share: float = 1.0, heard: Heard = lambda done: None
+) -> Teaching | None:
     """What teaches the graph that `steps` make, in place, and says how it went; None where nothing was asked for.
 
-    A checkpoint under the name of the steps lets a resumed run go on with the same bits.
+    A `share` below 1 of all lessons is a probe. `heard` is told how it went. A checkpoint under the name of the steps lets a
+    resumed run go on with the same bits.
     """
     settings = job.settings.recover
-    if settings is None:
+    if settings is None or share <= 0.0:
         return None
-    key = hashlib.sha256(b"".join(to_json(step).encode() for step in steps) + repr(settings).encode()).hexdigest()[:16]
+    text = b"".join(to_json(step).encode() for step in steps) + repr(settings).encode()
+    text += b"" if share == 1.0 else repr(share).encode()
+    key = hashlib.sha256(text).hexdigest()[:16]
     other = job.yardstick.divergence is not None  # the user's function: it need not have a slope
 
     def apart(wanted: Tensor, outputs: Any) -> Tensor:
@@ -58,7 +108,9 @@ def teaching(job: Job, steps: Collection[Step], store: Store, stage: Stage) -> T
         done = distilled(
             graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store,
             name=f"distilled-{key}.safetensors", key=key, late=late, stage=lambda count: stage("distill", count),
+            share=share,
         )  # fmt: skip
+        heard(done)
         return (_told(done.judged, done.best, len(done.losses), done.stopped, other=other),)
 
     return teach
