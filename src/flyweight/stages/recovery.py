@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from flyweight.numerics import distributed
 from flyweight.numerics.divergence import divergence, main_output
 from flyweight.recover.distill import distilled
 from flyweight.stages.setup import Job
@@ -55,10 +56,11 @@ def teaching(job: Job, steps: Collection[Step], store: Store, stage: Stage) -> T
             job.checkpoint("learning on", needed=False)
             return part()
 
-        done = distilled(
-            graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store,
-            name=f"distilled-{key}.safetensors", key=key, late=late, stage=lambda count: stage("distill", count),
-        )  # fmt: skip
+        with distributed.alone():  # a run is one process's, also where a script under torchrun calls it on rank 0
+            done = distilled(
+                graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store,
+                name=f"distilled-{key}.safetensors", key=key, late=late, stage=lambda count: stage("distill", count),
+            )  # fmt: skip
         return (_told(done.judged, done.best, len(done.losses), done.stopped, other=other),)
 
     return teach
