@@ -210,16 +210,15 @@ def check_sharding(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None
     """Raises UsageError where weights lie over ranks in a way whose gradients nobody averages: FSDP2 alone is known."""
     if ranks() == 1:
         return
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # as in `sharded`
+    if fsdp and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
         raise UsageError(
             "the model is wrapped by FullyShardedDataParallel (FSDP1)", fix="shard it with fully_shard (FSDP2)"
         )
     pieces: list[Any] = [p for p in parameters if sharded(p)]
     if not pieces:
         return
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+    if not (fsdp and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())):
         raise UsageError(
             "weights lie over ranks, but not by fully_shard",
             why="of tensor parallel weights nobody averages the gradients here",
@@ -244,13 +243,14 @@ def whole(x: Tensor) -> Tensor:
 
 
 def placed(x: Tensor, like: Tensor) -> Tensor:
-    """`x` (whole, the same on all ranks) sharded as `like` is, if it is and has the shape. A collective."""
+    """`x` (whole, the same on all ranks) sharded as `like` is, if it is and has the shape."""
     if not sharded(like) or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
 
     target: Any = like
-    return distribute_tensor(x.to(target.device), target.device_mesh, target.placements)
+    # no rank is asked for what all have: nothing is sent, so the order of calls does not matter
+    return distribute_tensor(x.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def _device() -> torch.device:

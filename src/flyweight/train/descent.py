@@ -268,10 +268,12 @@ def _optimizer(parameters: Sequence[nn.Parameter], weight_decay: float) -> torch
 
 def _save(store: Store, name: str, state: _State, key: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Keeps a checkpoint, in rank 0's store: safetensors with the numbers as JSON."""
-    tensors = {f"model/{name}": distributed.whole(x) for name, x in model.state_dict().items()}
-    tensors |= {f"best/{name}": distributed.whole(x) for name, x in state.best_weights.items()}
+    parts = {f"model/{name}": x for name, x in model.state_dict().items()}
+    parts |= {f"best/{name}": x for name, x in state.best_weights.items()}
     for number, one in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{number}/{part}": distributed.whole(torch.as_tensor(x)) for part, x in one.items()}
+        parts |= {f"optimizer/{number}/{part}": torch.as_tensor(x) for part, x in one.items()}
+    # in one order on all ranks: what was read from a checkpoint has any
+    tensors = {name: distributed.whole(x) for name, x in sorted(parts.items())}
     numbers = {field.name: getattr(state, field.name) for field in fields(_State) if field.name != "best_weights"}
     head = json.dumps({"key": key, **numbers}).encode()
     tensors[HEAD] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
