@@ -17,7 +17,14 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} >= {"digits", "hf_trainer", "lightning_module", "own_metric", "ranks", "resume"}
+    assert {path.stem for path in EXAMPLES} >= {
+        "digits",
+        "hf_trainer",
+        "lightning_module",
+        "own_metric",
+        "ranks",
+        "resume",
+    }
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

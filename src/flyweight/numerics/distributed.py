@@ -108,7 +108,8 @@ def told(work: Callable[[], Sequence[float]]) -> list[list[float]]:
         failure = error
     mine = torch.tensor([float(failure is not None), *said, *[0.0] * (WIDTH - 1 - len(said))], dtype=torch.float64)
     everyone = [torch.empty_like(mine, device=_device()) for _ in range(ranks())]
-    dist.all_gather(everyone, mine.to(_device()))
+    with _heard():
+        dist.all_gather(everyone, mine.to(_device()))
     words = [one.tolist() for one in everyone]
     if failure is not None:
         raise failure
@@ -151,7 +152,8 @@ def share_first(tensors: Iterable[Tensor]) -> None:
     with torch.no_grad():
         for some in _alike(x for x in tensors if not sharded(x)):
             flat = torch.cat([x.detach().flatten() for x in some]).to(_device(), copy=True)
-            dist.broadcast(flat, 0)
+            with _heard():
+                dist.broadcast(flat, 0)
             _put_back(flat, some)
 
 
@@ -171,7 +173,8 @@ def first_payload(work: Callable[[], bytes | None]) -> bytes | None:
     payload = torch.empty(size, dtype=torch.uint8, device=_device())
     if found[0] is not None:
         payload.copy_(torch.frombuffer(bytearray(found[0]), dtype=torch.uint8))
-    dist.broadcast(payload, 0)
+    with _heard():
+        dist.broadcast(payload, 0)
     return payload.cpu().numpy().tobytes()
 
 
@@ -180,7 +183,8 @@ def summed(x: Tensor) -> Tensor:
     if ranks() == 1:
         return x
     total = x.detach().to(_device(), copy=True).contiguous()
-    dist.all_reduce(total)
+    with _heard():
+        dist.all_reduce(total)
     return total.to(x.device)
 
 
@@ -198,7 +202,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             given = some[0].new_tensor([float(p.grad is not None) for p in some])
             parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some]
             flat = torch.cat([given, *parts]).to(_device())
-            dist.all_reduce(flat)
+            with _heard():
+                dist.all_reduce(flat)
             present, means = flat[: len(some)].tolist(), _split(flat[len(some) :].div_(ranks()), some)
             for p, mean, number in zip(some, means, present, strict=True):
                 if number:
@@ -251,6 +256,20 @@ def placed(x: Tensor, like: Tensor) -> Tensor:
     target: Any = like
     # no rank is asked for what all have: nothing is sent, so the order of calls does not matter
     return distribute_tensor(x.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Says in our words that a rank is gone: what torch raises then names sockets."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Interrupted(
+            "the other ranks are not heard any more",
+            where=f"rank {rank()}",
+            why=str(error).splitlines()[0],
+            fix="read what the one that ended first says; from a checkpoint the same call goes on",
+        ) from error
 
 
 def _device() -> torch.device:
