@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -96,6 +96,7 @@ def measure(
     advance: Callable[[int], None] = lambda samples: None,
     positions: int | None = None,
     samples: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Stats:
     """The statistics of `layers` (input moments) and of the nodes named in `ranges`, over all `batches`; and of the nodes in
     `rows` the first KEPT rows, LOOKS of each sample.
@@ -104,20 +105,30 @@ def measure(
     are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (two
     above WIDE columns, whose products are dear; all of them where the input has no more numbers than a patch). `positions`
     sets the number of patches for every convolution. Padding (`graph.tokens`) is left out of the rows of linear layers.
+    `share`, (rank, ranks): only the batches rank, rank + ranks, … are run, the others counted, so that what is looked at of
+    a sample stays the same; `graph.reduced` makes one of such shares.
     """
     looks = {name: positions or looks_of(layer, samples) for name, layer in layers.items()}
     recorder = _Recorder(graph, layers, ranges, rows, looks, whole=positions is None)
-    mask = mask_input(graph)
+    mask, seen = mask_input(graph), 0
+
+    def own() -> Iterator[tuple[Tensor, ...]]:
+        for number, batch in enumerate(batches):
+            if number % share[1] == share[0]:
+                yield batch
+            else:
+                recorder.samples += len(batch[0])
+
     with torch.no_grad():
-        for batch in chunked(graph, batches):
+        for batch in chunked(graph, own()):
             recorder.tokens = None if mask is None else kept_tokens(batch[mask])
             recorder.run(*batch)
-            recorder.samples += len(batch[0])
+            recorder.samples, seen = recorder.samples + len(batch[0]), seen + len(batch[0])
             advance(len(batch[0]))
         found = {owner: recorder.result(owner) for owner in dict.fromkeys(recorder.owners.values())}
     inputs = {name: found[owner] for name, owner in recorder.owners.items()}
     kept = {name: torch.cat(parts)[:KEPT] for name, parts in recorder.rows.items() if parts}
-    return Stats(recorder.samples, inputs, recorder.histograms, rows=kept)
+    return Stats(seen, inputs, recorder.histograms, rows=kept)
 
 
 def looks_of(layer: Layer, samples: int | None) -> int:
@@ -168,7 +179,7 @@ class _Recorder(fx.Interpreter):
         whole: bool,
     ) -> None:
         super().__init__(graph)
-        self.samples, self.looks, self.layers, self.whole = 0, looks, layers, whole
+        self.samples, self.looks, self.layers, self.whole = 0, looks, layers, whole  # before the batch, of all ranks
         self.owners = _owners(graph, layers)
         self.found: dict[str, dict[Map, Moments]] = {owner: {} for owner in self.owners.values()}
         self.waiting: dict[tuple[str, Map], Waiting] = {}

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from flyweight.numerics import obs
 
-__all__ = ["Kronecker", "inverse_factor", "nearest", "polish", "row_errors", "sweep", "whitened"]
+__all__ = [
+    "Kronecker",
+    "inverse_factor",
+    "margins",
+    "nearest",
+    "of_margins",
+    "polish",
+    "row_errors",
+    "sweep",
+    "whitened",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +66,19 @@ def nearest(gram: Float[Tensor, "in in"], channels: int, steps: int = 10) -> Kro
         right = torch.einsum("ikjl,ij->kl", whole, left) / left.square().sum()
     size = right.diagonal().mean()
     return Kronecker(left * size, right / size)
+
+
+def of_margins(over_channels: Float[Tensor, "channels channels"], over_taps: Float[Tensor, "taps taps"]) -> Kronecker:
+    """The form with these sums over equal taps and channels: T with a mean diagonal of 1, C in units of one column."""
+    taps, trace = len(over_taps), float(over_taps.trace())
+    if trace <= 0:
+        return Kronecker(over_channels / taps, torch.eye(taps, dtype=over_taps.dtype))
+    return Kronecker(over_channels / taps, over_taps * (taps / trace))
+
+
+def margins(form: Kronecker) -> tuple[Float[Tensor, "channels channels"], Float[Tensor, "taps taps"]]:
+    """The sums over equal taps and over equal channels that `of_margins` made the form of."""
+    return form.channels * len(form.taps), form.taps * form.channels.trace()
 
 
 def row_errors(change: Float[Tensor, "out in"], gram: Kronecker) -> Float[Tensor, " out"]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from flyweight.numerics.forms import Blocks, Form, mapped
-from flyweight.numerics.kronecker import Kronecker
+from flyweight.numerics.kronecker import Kronecker, margins, of_margins
 
 __all__ = [
     "WIDE",
@@ -31,6 +31,10 @@ __all__ = [
     "merged",
     "patch_moments",
     "shrunk",
+    "spreads",
+    "sums",
+    "widened",
+    "with_sums",
 ]
 
 BINS = 4096  # bins of a Histogram; even, so that doubling the range merges them pairwise
@@ -58,8 +62,8 @@ class Moments:
         """The uncentred second moment E[x x^T], in the same form."""
         if isinstance(self.gram, Kronecker):
             mean = self.mean.view(len(self.gram.channels), -1)
-            over_channels, over_taps = _margins(self.gram)
-            return _product(over_channels + mean @ mean.T, over_taps + mean.T @ mean)
+            over_channels, over_taps = margins(self.gram)
+            return of_margins(over_channels + mean @ mean.T, over_taps + mean.T @ mean)
         if isinstance(self.gram, Blocks):
             pairs = zip(self.gram.spans(), self.gram.parts, strict=True)
             return Blocks(tuple(_with_mean(part, self.mean[span]) for span, part in pairs))
@@ -152,16 +156,40 @@ def _steady(mean: Tensor, rows: Tensor) -> Tensor:
 
 
 def merged(first: Moments, second: Moments) -> Moments:
-    """Moments of all rows of both. Dense and stacked ones only. Source: as `add_rows`."""
-    assert isinstance(first.gram, Tensor)
-    assert isinstance(second.gram, Tensor)
+    """Moments of all rows of both, in the same form. Source: as `add_rows`."""
     total = first.count + second.count
     if not first.count or not second.count:
         return first if first.count else second
     share, shift = second.count / total, second.mean - first.mean
-    apart = (shift[..., :, None] * shift[..., None, :]).to(first.gram.dtype)
-    gram = first.gram * (1 - share) + second.gram * share + apart * (share * (1 - share))
-    return Moments(total, first.mean + shift * share, gram)
+    mean, both = first.mean + shift * share, share * (1 - share)
+    pairs = zip(sums(first), sums(second), spreads(first.gram, shift), strict=True)
+    return with_sums(first, total, mean, [a * (1 - share) + b * share + apart * both for a, b, apart in pairs])
+
+
+def sums(moments: Moments) -> tuple[Tensor, ...]:
+    """The centred second moments that the form is made of, each a mean over rows of a product: what may be averaged."""
+    form = moments.gram
+    if isinstance(form, Kronecker):
+        return margins(form)
+    return form.parts if isinstance(form, Blocks) else (form,)
+
+
+def spreads(form: Form, shift: Float[Tensor, "*groups in"]) -> tuple[Tensor, ...]:
+    """What one row at `shift` from the mean adds to each of the `sums` of that form, times its share of the rows."""
+    if isinstance(form, Kronecker):
+        both = shift.view(len(form.channels), -1)
+        return both @ both.T, both.T @ both
+    parts = (
+        [(shift, form)] if isinstance(form, Tensor) else zip((shift[s] for s in form.spans()), form.parts, strict=True)
+    )
+    return tuple((d[..., :, None] * d[..., None, :]).to(part.dtype) for d, part in parts)
+
+
+def with_sums(like: Moments, count: int, mean: Tensor, found: Sequence[Tensor]) -> Moments:
+    """Moments of `count` rows in the form of `like`, out of their `sums`."""
+    if isinstance(like.gram, Kronecker):
+        return Moments(count, mean, of_margins(*found))
+    return Moments(count, mean, Blocks(tuple(found)) if isinstance(like.gram, Blocks) else found[0])
 
 
 def _added(old: Tensor, rows: Tensor, mean: Tensor, shift: Tensor, share: float) -> Tensor:
@@ -221,12 +249,12 @@ def add_patches(
     mean, over_channels, over_taps = _patch_margins(values, places)
     total = moments.count + count
     share = count / total
-    old_channels, old_taps = _margins(moments.gram)
+    old_channels, old_taps = margins(moments.gram)
     old = moments.mean.view(mean.shape)
     shift, both = mean - old, share * (1 - share)
     over_channels = share * over_channels + (1 - share) * old_channels + both * shift @ shift.T
     over_taps = share * over_taps + (1 - share) * old_taps + both * shift.T @ shift
-    return Moments(total, (old + shift * share).flatten(), _product(over_channels, over_taps))
+    return Moments(total, (old + shift * share).flatten(), of_margins(over_channels, over_taps))
 
 
 def patch_moments(
@@ -278,19 +306,6 @@ def _patch_margins(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tens
     over_channels = over_channels / count - mean @ mean.T
     over_taps = over_taps / count - mean.T @ mean
     return mean + centre[:, None].to(torch.float64), over_channels, over_taps
-
-
-def _product(over_channels: Tensor, over_taps: Tensor) -> Kronecker:
-    """The form with these sums over equal taps and channels: T with a mean diagonal of 1, C in units of one column."""
-    taps, trace = len(over_taps), float(over_taps.trace())
-    if trace <= 0:
-        return Kronecker(over_channels / taps, torch.eye(taps, dtype=over_taps.dtype))
-    return Kronecker(over_channels / taps, over_taps * (taps / trace))
-
-
-def _margins(form: Kronecker) -> tuple[Tensor, Tensor]:
-    """The sums that `_product` made the form of."""
-    return form.channels * len(form.taps), form.taps * form.channels.trace()
 
 
 def enough(moments: Moments) -> bool:
@@ -356,12 +371,18 @@ def add_values(
         return histogram
     low, high = (float(v) for v in (values if whole is None else whole).aminmax())
     reach = max(_reach(max(abs(low), abs(high))), histogram.reach)
+    counts = widened(histogram, reach)
+    new = torch.histc(values.float(), bins=BINS, min=-reach, max=reach).to(torch.float64)
+    return Histogram(reach, counts + new, min(low, histogram.low), max(high, histogram.high))
+
+
+def widened(histogram: Histogram, reach: float) -> Float64[Tensor, " bins"]:
+    """The counts in the bins of a `reach` that is no smaller, a power of two as well."""
     counts = histogram.counts
     merges = 0 if histogram.reach == 0 else round(torch.log2(torch.tensor(reach / histogram.reach)).item())
     for _ in range(min(merges, 13)):
         counts = _halved(counts)
-    new = torch.histc(values.float(), bins=BINS, min=-reach, max=reach).to(torch.float64)
-    return Histogram(reach, counts + new, min(low, histogram.low), max(high, histogram.high))
+    return counts
 
 
 def _reach(largest: float) -> float:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from flyweight.errors import DataError, UsageError
+from flyweight.numerics import distributed
 from flyweight.numerics.divergence import main_output
 from flyweight.recover.losses import soft_labels
 from flyweight.train.descent import Descent, Store, descend
@@ -116,8 +117,9 @@ def distilled(
     """Teaches `student` in place, both in eval mode: `divergence(wanted, outputs)` is one number per sample.
 
     `judge(student)` says after every epoch how far it is from the teacher, on other samples. A `share` below 1 is a probe: so
-    much of all steps, in a cycle of their own. Raises DataError if there is no batch, or none that the divergence has a slope
-    for. Other arguments as in `train.descent`.
+    much of all steps, in a cycle of their own. With a torch.distributed group all ranks are given all `batches` and each learns
+    from its rows of every batch: the result is that of one process, up to the rounding of sums. Raises DataError if there is
+    no batch, or none that the divergence has a slope for. Other arguments as in `train.descent`.
     """
     walk, steps = lessons(batches, teacher, seed)
     epochs, steps = _shortened(settings.epochs, steps, share)
@@ -154,9 +156,10 @@ def lessons(
 ) -> tuple[Callable[[int], Iterator[Lesson]], int]:
     """(a walk over the batches of an epoch with what the teacher answers, how many they are): mixed anew for each epoch.
 
-    Answers are remembered where all of them take no more than REMEMBERED bytes. Raises DataError if there are none.
+    Answers are remembered where all of them take no more than REMEMBERED bytes. Of several ranks each walks its rows of the
+    same mixed batches, and asks the teacher for these alone. Raises DataError if there are none.
     """
-    known: list[Tensor] | None = []
+    known: list[Tensor] | None = [] if distributed.ranks() == 1 else None
     count, size = 0, 0
     for inputs in batches():
         count += 1
@@ -168,11 +171,19 @@ def lessons(
         raise DataError("there is nothing to learn from: calib has no batch", fix="give calibration inputs")
 
     def walk(epoch: int) -> Iterator[Lesson]:
+        draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        if distributed.ranks() > 1:
+            for mixed in _mixed(iter(batches()), draw):
+                inputs = tuple(distributed.own_rows(x) for x in mixed)
+                # where there are fewer rows than ranks, some have none: descend passes over them
+                yield inputs, _answer(teacher, inputs) if len(inputs[0]) else inputs[0]
+            return
         if known is not None:
             taught: Iterator[Lesson] = zip(batches(), known, strict=True)
         else:
             taught = ((inputs, _answer(teacher, inputs)) for inputs in batches())
-        return _mixed(taught, torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for *given, wanted in _mixed(((*inputs, wanted) for inputs, wanted in taught), draw):
+            yield tuple(given), wanted
 
     return walk, count
 
@@ -182,26 +193,25 @@ def _answer(teacher: fx.GraphModule, inputs: Inputs) -> Tensor:
         return main_output(teacher(*inputs))[0].detach()
 
 
-def _mixed(lessons: Iterator[Lesson], draw: torch.Generator) -> Iterator[Lesson]:
+def _mixed(batches: Iterator[Inputs], draw: torch.Generator) -> Iterator[Inputs]:
     """The same samples in batches of the same sizes: mixed within a window, among batches of equal shapes."""
-    waiting: list[Lesson] = []
-    for lesson in lessons:
-        waiting.append(lesson)
+    waiting: list[Inputs] = []
+    for batch in batches:
+        waiting.append(batch)
         if len(waiting) == WINDOW:
             yield from _dealt(waiting, draw)
             waiting = []
     yield from _dealt(waiting, draw)
 
 
-def _dealt(waiting: list[Lesson], draw: torch.Generator) -> Iterator[Lesson]:
-    alike: dict[object, list[Lesson]] = {}
-    for inputs, wanted in waiting:
-        alike.setdefault(tuple((x.shape[1:], x.dtype) for x in (*inputs, wanted)), []).append((inputs, wanted))
-    ready: list[Lesson] = []
+def _dealt(waiting: list[Inputs], draw: torch.Generator) -> Iterator[Inputs]:
+    alike: dict[object, list[Inputs]] = {}
+    for batch in waiting:
+        alike.setdefault(tuple((x.shape[1:], x.dtype) for x in batch), []).append(batch)
+    ready: list[Inputs] = []
     for some in alike.values():
-        columns = [torch.cat(parts) for parts in zip(*((*inputs, wanted) for inputs, wanted in some), strict=True)]
+        columns = [torch.cat(parts) for parts in zip(*some, strict=True)]
         order = torch.randperm(len(columns[0]), generator=draw)
-        sizes = [len(wanted) for _, wanted in some]
-        dealt = [torch.split(column[order], sizes) for column in columns]
-        ready += [(parts[:-1], parts[-1]) for parts in zip(*dealt, strict=True)]
+        sizes = [len(batch[0]) for batch in some]
+        ready += zip(*(torch.split(column[order], sizes) for column in columns), strict=True)
     yield from (ready[i] for i in torch.randperm(len(ready), generator=draw).tolist())

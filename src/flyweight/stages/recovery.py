@@ -11,6 +11,7 @@ import msgspec
 import torch
 from torch import Tensor, fx
 
+from flyweight.numerics import distributed
 from flyweight.numerics.divergence import divergence, main_output
 from flyweight.recover.distill import distilled
 from flyweight.stages.deliver import NUMBERS, Network, deliver
@@ -105,11 +106,12 @@ def teaching(
             job.checkpoint("learning on", needed=False)
             return part()
 
-        done = distilled(
-            graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store,
-            name=f"distilled-{key}.safetensors", key=key, late=late, stage=lambda count: stage("distill", count),
-            share=share,
-        )  # fmt: skip
+        with distributed.alone():  # a run is one process's, also where a script under torchrun calls it on rank 0
+            done = distilled(
+                graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store,
+                name=f"distilled-{key}.safetensors", key=key, late=late, stage=lambda count: stage("distill", count),
+                share=share,
+            )  # fmt: skip
         heard(done)
         return (_told(done.judged, done.best, len(done.losses), done.stopped, other=other),)
 
