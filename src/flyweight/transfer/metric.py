@@ -16,9 +16,11 @@ from torch import Tensor, fx, nn
 
 from flyweight.data.records import Batch, Batches
 from flyweight.data.roles import role
+from flyweight.errors import DataError
 from flyweight.graph.measure import measure
 from flyweight.graph.operators import TRANSPOSED, embeddings, roundable
-from flyweight.graph.trace import trace
+from flyweight.graph.proofs import first_line
+from flyweight.graph.trace import own_copy, trace
 from flyweight.numerics.forms import Form, diagonal, output_moment, row_errors
 from flyweight.numerics.moments import Moments, shrunk
 
@@ -96,6 +98,8 @@ def measured(target: nn.Module, calib: Any, wanted: Collection[str]) -> dict[str
     """
     batches = role(target, "calib", calib)
     call, *others = _calls(batches)
+    for one in (call, *others):
+        _check_runs(target, one)
     graph = trace(target, call.args, call.kwargs, [(other.args, other.kwargs) for other in others]).module
     named = _named(graph)
     layers = {name: layer for name, layer in roundable(graph).items() if named[f"{name}.weight"][0] in wanted}
@@ -130,6 +134,21 @@ def _calls(batches: Batches) -> list[Batch]:
         if len(found) == len(wanted):
             break
     return [found[sizes] for sizes in wanted if sizes in found]
+
+
+def _check_runs(target: nn.Module, call: Batch) -> None:
+    """Raises DataError where the target does not run on the data as they are: tracing would blame the model."""
+    own, _ = own_copy(target)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            own(*call.args, **call.kwargs)
+    except Exception as error:
+        shapes = ", ".join(f"{'×'.join(map(str, x.shape))} {x.dtype}" for x in call.inputs)
+        raise DataError(
+            f"the target does not run on these inputs ({shapes}): {first_line(error)}",
+            where="calib",
+            fix="check shape and type of the inputs; the first axis is the sample",
+        ) from error
 
 
 def _counter(counts: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
