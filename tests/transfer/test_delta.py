@@ -50,23 +50,33 @@ def test_full_rank_in_float32_gives_the_target_up_to_rounding(checkpoints, calib
         torch.testing.assert_close(found[name], x, rtol=1e-5, atol=1e-5)
 
 
-def test_the_error_promised_is_that_of_the_layers_outputs_on_the_data():
+@pytest.mark.parametrize("moves", [0.0, 0.5], ids=["bias as it was", "bias takes the mean"])
+def test_the_error_promised_is_that_of_the_layers_outputs_on_the_data(moves):
     """Against the outputs themselves: the layer runs on what the target feeds it."""
-    base, target = pair(lambda m: m.out.weight.add_(0.1 * drawn(40, 64, seed=3)))
+
+    def change(model: nn.Module) -> None:
+        model.out.weight += 0.1 * drawn(40, 64, seed=3)
+        model.out.bias += moves
+
+    base, target = pair(change)
     calib = [ids(64, seed) for seed in range(8)]
     found = fw.extract_delta(base, target, calib=calib, error=0.3)
     seen: list[torch.Tensor] = []
     target.out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         target(torch.cat(calib))
-    rows = seen[0].double()
-    wanted = (target.out.weight - base.out.weight).detach().double()
-    kept = (merge(base, found).out.weight - base.out.weight).detach().double()
-    lost = ((wanted - kept) @ rows.T).square().sum() / (wanted @ rows.T).square().sum()
+        rows, merged = seen[0].double(), merge(base, found)
+        wanted, kept = (rows @ (one.out.weight - base.out.weight).double().T for one in (target, merged))
+        kept += (merged.out.bias - target.out.bias).double()
+        centre = wanted.mean(0) if moves else 0.0
+        lost = (wanted - kept).square().sum() / (wanted - centre).square().sum()
     assert found.entries["out.weight"].kind == "factors"
     # the merged weights are rounded to float32 once more, and moments are summed from float32 products
     assert found.entries["out.weight"].error == pytest.approx(float(lost), rel=1e-3)
     assert found.error <= 0.3
+    assert ("out.bias" in found.entries) == bool(moves)
+    if moves:
+        assert float((wanted - kept).mean(0).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
 def test_bytes_fall_and_errors_keep_within_the_limit_as_it_rises(checkpoints):
@@ -180,7 +190,7 @@ def test_what_is_taken_off_again_is_the_base_up_to_rounding(checkpoints, delta):
     back = unmerge(merge(base, delta), delta)
     for name, x in base.state_dict().items():  # two roundings of numbers below 8
         torch.testing.assert_close(back.state_dict()[name], x, rtol=0, atol=2 * 4 * torch.finfo(torch.float32).eps)
-    assert torch.equal(back.mix.bias, base.mix.bias)  # bits go off as they went on
+    assert torch.equal(back.mix.bias, base.mix.bias)  # bits go off as they went on, whatever they hold
 
 
 def test_another_base_is_refused(checkpoints, delta):

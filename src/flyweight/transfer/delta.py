@@ -2,7 +2,8 @@
 
 What it does      Extracts target - base. Of each matrix the difference D becomes the pair of factors that keeps D x best for the
                   inputs x that the layer reads, or rows of integers, or its exact bits: whatever mix of forms keeps the mean
-                  error over matrices within `error` for the fewest bytes. Vectors, buffers and small tensors are exact.
+                  error over matrices within `error` for the fewest bytes. Vectors, buffers and small tensors are exact,
+                  but for biases: one that differs takes what the weights before it lose on average.
 When to use       Many tasks, users or versions on one base: the base is shipped once, each of them by its delta.
 When not          Two networks that were trained apart: their difference is as large as they are, and costs as much.
 Cost to run       One pass over calib, and an eigenproblem of the smaller side of every matrix that differs.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from flyweight.errors import ModelError, UsageError
 from flyweight.transfer.allot import allot
-from flyweight.transfer.entries import WIDTHS, Entry, bits_between, same_bits
+from flyweight.transfer.entries import WIDTHS, Entry, bits_between, difference, same_bits
 from flyweight.transfer.metric import Metric, measured, plain
 from flyweight.transfer.pricing import Priced, made, priced
 from flyweight.transfer.record import Delta, State, fingerprint, state_of
@@ -49,7 +50,8 @@ def extract(
 
     `calib`: inputs as `compress` takes them, run through `target` (then a module); without them every input counts alike.
     `error`: the most that the matrices may lose on average, as a share of E|D x|^2, rounding included (0: exact). Forms are
-    chosen for the fewest bytes (`allot`). `rank`: an own number in place of the choice, for every matrix that has factors.
+    chosen for the fewest bytes (`allot`). With `calib`, a layer's bias that differs takes what its weights lose on average,
+    and x is counted from its mean. `rank`: an own number in place of the choice, for every matrix that has factors.
     `bits`: 4, 8, 16 or 32, of a stored number; rows may take more where the limit asks for it. Vectors, buffers, tensors
     below SMALL numbers and those that are no floats are stored exactly, as bytes: they are few, and a running variance
     must not turn negative by rounding.
@@ -65,11 +67,13 @@ def extract(
         name for name in differ if _is_matrix(name, new[name], target) and not torch.equal(old[name], new[name])
     ]
     _check_finite({name: new[name] - old[name] for name in matrices})
-    metrics = _metrics(target, calib, matrices)
+    vectors = [name for name in differ if new[name].ndim == 1 and new[name].is_floating_point()]
+    metrics = _metrics(target, calib, matrices, vectors)
     found = {
         name: priced(old[name], new[name], metrics.get(name) or _unmeasured(new[name]), bits, rank) for name in matrices
     }
     chosen = _chosen(found, error)
+    new |= _biases(new, metrics, {name: (found[name], entry) for name, (entry, _) in chosen.items()})
     entries = {name: bits_between(old[name], new[name]) for name in differ if name not in found}
     entries |= {name: entry for name, (entry, _) in chosen.items() if entry is not None}
     entries |= {
@@ -137,14 +141,32 @@ def _is_matrix(name: str, x: Tensor, network: nn.Module | State) -> bool:
     return x.is_floating_point() and x.ndim > 1 and x.numel() >= SMALL
 
 
-def _metrics(target: nn.Module | State, calib: Any, wanted: Collection[str]) -> Mapping[str, Metric]:
+def _metrics(
+    target: nn.Module | State, calib: Any, wanted: Collection[str], free: Collection[str]
+) -> Mapping[str, Metric]:
     if calib is None or not wanted:
         return {}
     if not isinstance(target, nn.Module):
         raise UsageError(
             "calib runs through the target, and a state dict cannot run", fix="give the target as a module, or no calib"
         )
-    return measured(target, calib, wanted)
+    return measured(target, calib, wanted, free)
+
+
+def _biases(
+    new: State, metrics: Mapping[str, Metric], chosen: Mapping[str, tuple[Priced, Entry | None]]
+) -> dict[str, Tensor]:
+    """The biases that are stored anyway, with what the weights before them lose on average: no bytes more."""
+    found: dict[str, Tensor] = {}
+    for name, (one, entry) in chosen.items():
+        metric = metrics.get(name)
+        if metric is None or not metric.bias or (entry is not None and entry.kind == "bits"):
+            continue
+        change = one.target.double() - one.base.double()
+        lost = (change if entry is None else change - difference(entry)).flatten(1)
+        shift = metric.shift(lost.T if metric.turned else lost)
+        found[metric.bias] = (new[metric.bias].double() + shift).to(new[metric.bias].dtype)
+    return found
 
 
 def _unmeasured(x: Tensor) -> Metric:

@@ -21,7 +21,7 @@ from flyweight.graph.measure import measure
 from flyweight.graph.operators import TRANSPOSED, embeddings, roundable
 from flyweight.graph.proofs import first_line
 from flyweight.graph.trace import own_copy, trace
-from flyweight.numerics.forms import Form, diagonal, output_moment, row_errors
+from flyweight.numerics.forms import Form, diagonal, mean_outputs, output_moment, row_errors
 from flyweight.numerics.moments import Moments, shrunk
 
 __all__ = ["Metric", "measured", "plain", "weighed"]
@@ -47,6 +47,13 @@ class Metric:
     separable: bool = True
     grouped: bool = False
     measured: bool = True  # on data
+    bias: str = ""  # the tensor that takes what M loses on average, H being centred then, and
+    mean: Tensor | None = None  # E[x]: "in", or "groups in"
+
+    def shift(self, lost: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+        """What outputs lose on average when M loses `lost`."""
+        assert self.mean is not None
+        return mean_outputs(lost, self.mean)
 
 
 def plain(columns: int) -> Metric:
@@ -66,8 +73,8 @@ def weighed(importance: Float[Tensor, " in"], turned: bool = False) -> Metric:
     return Metric(moment, power, importance, moment, turned)
 
 
-def _of_layer(moments: Moments, turned: bool) -> Metric:
-    gram = moments.raw
+def _of_layer(moments: Moments, turned: bool, bias: str) -> Metric:
+    gram = moments.gram if bias else moments.raw
     alive, second = diagonal(gram).flatten() > 0, shrunk(gram, moments.count)
     grouped = isinstance(gram, Tensor) and gram.ndim == 3
 
@@ -82,6 +89,8 @@ def _of_layer(moments: Moments, turned: bool) -> Metric:
         turned=turned,
         separable=not turned and not grouped,
         grouped=grouped,
+        bias=bias,
+        mean=moments.mean,
     )
 
 
@@ -90,9 +99,10 @@ def _importance(gram: Form) -> Tensor:
     return found.mean(0) if found.ndim == 2 else found
 
 
-def measured(target: nn.Module, calib: Any, wanted: Collection[str]) -> dict[str, Metric]:
+def measured(target: nn.Module, calib: Any, wanted: Collection[str], free: Collection[str] = ()) -> dict[str, Metric]:
     """The metrics of the tensors `wanted` that layers or embeddings of `target` multiply by, by name in its state.
 
+    Layers whose bias is one of `free` are measured around their mean input: the bias can take what is lost on average.
     `calib` is data as `compress` takes it; labels are ignored. Raises DataError for data that do not fit the model and
     TraceError for a model that cannot become a graph.
     """
@@ -111,9 +121,10 @@ def measured(target: nn.Module, calib: Any, wanted: Collection[str]) -> dict[str
     found = {named[f"{name}.weight"][0]: _look_ups(count) for name, count in counts.items()}
     for name in layers:
         own, turned = named[f"{name}.weight"]
-        turned = turned or isinstance(graph.get_submodule(name), TRANSPOSED)
+        crossed = isinstance(graph.get_submodule(name), TRANSPOSED)  # its rows have no bias of their own
+        bias = "" if crossed else named.get(f"{name}.bias", ("", False))[0]
         if stats.inputs[name].count:
-            found[own] = _of_layer(stats.inputs[name], turned)
+            found[own] = _of_layer(stats.inputs[name], turned or crossed, bias if bias in free else "")
     return found
 
 
