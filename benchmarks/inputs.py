@@ -80,6 +80,18 @@ def within(probabilities: Tensor, pitch: Tensor, cents: float = 50.0) -> Tensor:
 
 def mails(folder: Path, tokens: int = TOKENS) -> dict[str, Sample]:
     """Token numbers and masks (n, tokens) of the mails by role; mails that share a subject or eight words in a row are kin."""
+    numbers, mask, _, family = _mails(folder, tokens)
+    return _by_source((numbers, mask), family)
+
+
+def labelled_mails(folder: Path, tokens: int = TOKENS) -> dict[str, Sample]:
+    """The same with a third input, the label of each mail: 1 is spam."""
+    *inputs, family = _mails(folder, tokens)
+    return _by_source(tuple(inputs), family)
+
+
+def _mails(folder: Path, tokens: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Token numbers, masks, labels and families of all mails."""
     path = folder / "spam_assassin.jsonl.gz"
     if not path.is_file():
         raise SystemExit(f"{path.name} is not in {folder}\n  fix: pass the folder that holds it with --data FOLDER")
@@ -90,11 +102,12 @@ def mails(folder: Path, tokens: int = TOKENS) -> dict[str, Sample]:
     tokenizer.enable_truncation(tokens)
     tokenizer.enable_padding(length=tokens)
     with gzip.open(path, "rt", encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
+        found = [json.loads(line) for line in lines]
+    texts = [one["text"] for one in found]
     coded = tokenizer.encode_batch(texts)
     numbers = torch.tensor([c.ids for c in coded])
     mask = torch.tensor([c.attention_mask for c in coded])
-    return _by_source((numbers, mask), kin(texts))
+    return numbers, mask, torch.tensor([int(one["spam"]) for one in found]), kin(texts)
 
 
 def kin(texts: Sequence[str]) -> list[int]:

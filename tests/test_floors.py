@@ -12,7 +12,7 @@ FLOORS = (
     ("types", "errors", "quantities", "budget"),
     ("numerics",),
     ("graph", "data"),
-    ("methods", "recover", "train"),
+    ("methods", "recover", "train", "transfer"),
     ("search",),
     ("deploy", "audit"),
     ("face",),

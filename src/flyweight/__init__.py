@@ -17,39 +17,59 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Budget": "flyweight.budget:budget",
+    "Corrected": "flyweight.transfer.corrected:Corrected",
+    "Delta": "flyweight.transfer.record:Delta",
     "FlyweightError": "flyweight.errors:FlyweightError",
     "Note": "flyweight.types:Note",
     "Plan": "flyweight.types:Plan",
     "Result": "flyweight.stages.result:Result",
     "Results": "flyweight.types:Results",
     "advise": "flyweight.compress:advise",
+    "applied_delta": "flyweight.transfer.merging:applied",
     "apply": "flyweight.compress:apply",
+    "collected_delta": "flyweight.transfer.training:collected",
     "compress": "flyweight.compress:compress",
+    "corrector_like": "flyweight.transfer.corrected:corrector_like",
     "data": "flyweight.data:data",
+    "delta_parameters": "flyweight.transfer.training:delta_parameters",
     "distill": "flyweight.recover.distill:distill",
+    "extract_delta": "flyweight.transfer.delta:extract",
     "inspect": "flyweight.compress:inspect",
     "load": "flyweight.compress:load",
+    "load_delta": "flyweight.transfer.record:load",
+    "merge_delta": "flyweight.transfer.merging:merge",
     "plan": "flyweight.compress:plan",
     "rule": "flyweight.compress:rule",
+    "unmerge_delta": "flyweight.transfer.merging:unmerge",
     "verify": "flyweight.compress:verify",
 }
 
 __all__ = [
     "Budget",
+    "Corrected",
+    "Delta",
     "FlyweightError",
     "Note",
     "Plan",
     "Result",
     "Results",
     "advise",
+    "applied_delta",
     "apply",
+    "collected_delta",
     "compress",
+    "corrector_like",
     "data",
+    "delta_parameters",
     "distill",
+    "extract_delta",
     "inspect",
     "load",
+    "load_delta",
+    "merge_delta",
     "plan",
     "rule",
+    "unmerge_delta",
     "verify",
 ]
 
@@ -60,6 +80,15 @@ if TYPE_CHECKING:
     from flyweight.errors import FlyweightError
     from flyweight.recover.distill import distill
     from flyweight.stages.result import Result
+    from flyweight.transfer.corrected import Corrected, corrector_like
+    from flyweight.transfer.delta import extract as extract_delta
+    from flyweight.transfer.merging import applied as applied_delta
+    from flyweight.transfer.merging import merge as merge_delta
+    from flyweight.transfer.merging import unmerge as unmerge_delta
+    from flyweight.transfer.record import Delta
+    from flyweight.transfer.record import load as load_delta
+    from flyweight.transfer.training import collected as collected_delta
+    from flyweight.transfer.training import delta_parameters
     from flyweight.types import Note, Plan, Results
 
 

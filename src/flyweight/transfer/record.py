@@ -1,0 +1,148 @@
+"""A delta as a record and as a file: one safetensors file, what the tensors mean as JSON in its header."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from flyweight.errors import ResourceError, UnsafeFileError, UsageError
+from flyweight.transfer.entries import Entry, check
+
+__all__ = ["Delta", "State", "fingerprint", "load", "state_of"]
+
+SCHEMA_VERSION = 1
+HEAD = "flyweight.delta"  # the one entry of the file's metadata: several would come in any order
+
+State = Mapping[str, Tensor]
+
+
+class _Told(msgspec.Struct, frozen=True):
+    """What the header says of an entry."""
+
+    kind: str
+    shape: tuple[int, ...]
+    bits: int
+    error: float
+    like: str
+
+
+class _Head(msgspec.Struct, frozen=True):
+    schema_version: int
+    base: str
+    error: float
+    entries: dict[str, _Told]
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What turns one checkpoint into another. `base` is the fingerprint of the one that it belongs to.
+
+    `entries` by the names of the state; what has none is equal or was left out. `error` is the mean, over the matrices that
+    differ, of E|D x - D' x|^2 / E|D x|^2: 0 gives the target, 1 the base.
+    """
+
+    base: str
+    entries: Mapping[str, Entry]
+    error: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file that `save` writes, its header included."""
+        return len(_packed(self))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """One safetensors file, complete or absent. Raises UsageError if it cannot be written, ResourceError on a full disk."""
+        return _written(Path(path), _packed(self))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Delta:
+        """What `save` wrote. Raises UsageError for a file that is not there, UnsafeFileError for one that holds no delta."""
+        return load(path)
+
+
+def state_of(network: nn.Module | State) -> dict[str, Tensor]:
+    """The tensors of a module or state dict by name, on the CPU. Raises UsageError for anything else."""
+    found = network.state_dict() if isinstance(network, nn.Module) else network
+    if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
+        raise UsageError(
+            f"a {type(network).__name__} is neither a torch.nn.Module nor a state dict of tensors",
+            fix="give the module, or module.state_dict()",
+        )
+    return {str(name): x.detach().cpu() for name, x in found.items()}
+
+
+def fingerprint(state: State) -> str:
+    """SHA-256 of names, shapes, types and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name, x in sorted(state.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _packed(delta: Delta) -> bytes:
+    told = {name: _Told(e.kind, e.shape, e.bits, e.error, e.like) for name, e in delta.entries.items()}
+    head = msgspec.json.encode(_Head(SCHEMA_VERSION, delta.base, delta.error, told)).decode()
+    parts = {f"{name}/{part}": x for name, entry in delta.entries.items() for part, x in entry.parts.items()}
+    return save(parts, {HEAD: head})
+
+
+def _written(path: Path, content: bytes) -> Path:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if problem.errno == errno.ENOSPC:
+            raise ResourceError(
+                f"the disk is full: {len(content):,} bytes are needed", where=str(path), why=str(problem)
+            ) from problem
+        raise UsageError(f"{path.name} cannot be written", where=str(path), why=str(problem)) from problem
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> Delta:
+    """The delta that a file holds. Raises UsageError for a file that is not there, UnsafeFileError for one that holds none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"there is no file {path.name}", where=str(path), fix="give the file that delta.save wrote")
+    try:
+        with safe_open(path, "pt") as file:
+            head = msgspec.json.decode((file.metadata() or {})[HEAD], type=_Head)
+            parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+    except (SafetensorError, msgspec.MsgspecError, KeyError, OSError) as problem:
+        raise UnsafeFileError(
+            f"{path.name} holds no delta", where=str(path), why=str(problem), fix="give the file that delta.save wrote"
+        ) from problem
+    if head.schema_version > SCHEMA_VERSION:
+        raise UnsafeFileError(
+            f"{path.name} was written by a later version", where=str(path), fix="update flyweight to read it"
+        )
+    entries = {
+        name: Entry(told.kind, told.shape, _of(name, parts), told.bits, told.error, told.like)
+        for name, told in head.entries.items()
+    }
+    for name, entry in entries.items():
+        check(name, entry)
+        if entry.kind == "like" and entry.like not in entries:
+            raise UnsafeFileError(
+                f"{path.name} ties {name!r} to {entry.like!r}, which it does not hold", where=str(path)
+            )
+    return Delta(head.base, entries, head.error)
+
+
+def _of(name: str, parts: State) -> dict[str, Tensor]:
+    return {key.rpartition("/")[2]: x for key, x in parts.items() if key.rpartition("/")[0] == name}
