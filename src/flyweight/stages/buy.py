@@ -41,7 +41,7 @@ from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, peaks_of
 from flyweight.stages.weighing import Store
 from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Step
 
-__all__ = ["Purchase", "buy", "delivered"]
+__all__ = ["Purchase", "attempting", "buy", "delivered", "offers_of"]
 
 CHOOSING = 0.5  # of the time left, where there is a limit on it: making and weighing the choice come after
 UNPROVEN = 1e-6  # relative gaps below it are the solver's tolerance
@@ -73,13 +73,13 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
         reference = replace(reference, peak_bytes=footprint.reference)
     aim = goal(job.budget, table)
     # where the error decides, nothing is tried: what is chosen is made once, when its costs have been measured
-    judge = _attempt(job, quotes, folder, stage)
+    judge = attempting(job, quotes, folder, stage)
     attempt = _unmade if aim == "error" else judge
-    probes = [_attempt(job, quotes, folder, stage, share) for share in (0.0, PROBE) if job.settings.recover]
+    probes = [attempting(job, quotes, folder, stage, share) for share in (0.0, PROBE) if job.settings.recover]
     job.checkpoint("choosing", needed=False)
     late = job.deadline.part(CHOOSING)
     advance = stage("choose", 1)
-    offers = _offers(menu, table, footprint)
+    offers = offers_of(menu, table, footprint)
 
     limits = cost_limits(job.budget, reference, table)
 
@@ -91,7 +91,7 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
         blind = choose(offers, limits, aim, _unmade if aim == "error" else probes[0], late, probes[0])
         left = left_by_lessons(job, quotes.network, steps_of(blind.market.menu, blind.solution), folder, stage)
         menu, told = with_lessons(menu, left), lessons_note(left)
-        offers = _offers(menu, table, footprint)
+        offers = offers_of(menu, table, footprint)
     choice = chosen({})
     corrected, file = _corrected(job, quotes, reference, table, choice, aim, chosen, folder, late)
     if corrected.outcome is None:
@@ -114,7 +114,8 @@ def buy(job: Job, quotes: Quotes, folder: Folder, stage: Stage) -> Purchase:
     return replace(bought, notes=notes, file=file)
 
 
-def _offers(menu: Menu, table: LatencyTable | None, footprint: Footprint | None) -> tuple[Market, ...]:
+def offers_of(menu: Menu, table: LatencyTable | None, footprint: Footprint | None) -> tuple[Market, ...]:
+    """The markets of a menu, with peak memory as a price where it is limited."""
     found = markets(menu, table)
     if footprint is None:
         return found
@@ -163,7 +164,7 @@ def _rough(job: Job, quotes: Quotes, choice: Choice) -> fx.GraphModule:
     return deliver(quotes.network, steps, lambda: islice(job.calib(), 1), rough=True)[0]
 
 
-def _attempt(
+def attempting(
     job: Job, quotes: Quotes, folder: Store, stage: Stage, share: float = 1.0
 ) -> Callable[[Sequence[Step]], tuple[Outcome, list[tuple[Limit, Interval]]]]:
     """Delivers a combination, taught by a `share` of all lessons, and measures the quality limits on the data that choose."""
