@@ -11,6 +11,7 @@ runtime on the test rows; differences to each rival are paired, and their interv
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 import time
@@ -75,8 +76,10 @@ def ours(case: Case, made: _Made, folder: Path, clocked: Callable[[], clock.Timi
             allowed = _fastest(folder / "fastest.json", case.targets, known, clocked)[target]
             limits = [f"latency@{shape}<={100 * part * share:.1f}%" for shape, share in allowed.items()]
             budget, shapes = ", ".join([*limits, others]), list(allowed)
-            asked = {"shapes": shapes, "prices": None if place == prices else prices}
+            asked = {"shapes": shapes, "prices": None if place == prices else prices, **case.asked}
             made.add(f"{OURS}, {goal}{several}", partial(_compressed, case, budget, target, place, **asked))
+        if case.asked:
+            continue  # the rest is what the benchmark without them measures
         asked = {"methods": ["int8"], "rules": [fw.rule("*", bits=8)]}
         budget, place = "size<=100%, divergence<=1e9", folder / f"{target}-int8"
         made.add(f"{OURS}, all int8{several}", partial(_compressed, case, budget, target, place, **asked))
@@ -172,10 +175,9 @@ def ahead(
     return rows
 
 
-def compared(name: str, options: Any) -> None:
+def compared(name: str, case: Case, options: Any, table_name: str) -> None:
     """One network from beginning to end."""
     print(f"\n{name}", flush=True)
-    case = CASES[name](options.data, 64 if options.quick else None)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(options.workdir or place) / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,21 +226,27 @@ def compared(name: str, options: Any) -> None:
         known = facts(options.threads, "openvino", "nncf")
         about = known | noise | {"how": timings.how, "test rows": str(len(case.source))}
         suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
-        write_csv(RESULTS / f"peers_{name}{suffix}.csv", rows, about)
-        write_csv(RESULTS / f"peers_{name}{suffix}_ahead.csv", pairs, about)
+        write_csv(RESULTS / f"{table_name}{suffix}.csv", rows, about)
+        write_csv(RESULTS / f"{table_name}{suffix}_ahead.csv", pairs, about)
 
 
-def main() -> None:
-    parser = arguments("Flyweight beside ONNX Runtime's own int8, NNCF and OpenVINO")
-    parser.add_argument("--network", action="append", choices=list(CASES), help="default: all")
+def options_of(text: str, networks: Sequence[str]) -> argparse.ArgumentParser:
+    """What may be asked for on the command line."""
+    parser = arguments(text)
+    parser.add_argument("--network", action="append", choices=networks, help="default: all")
     parser.add_argument("--workdir", help="where files are kept; what was made there before is not made again")
     parser.add_argument("--quick", action="store_true", help="few rows; nothing is written")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes of the clock")
     parser.set_defaults(threads=1)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Every network asked for."""
+    options = options_of("Flyweight beside ONNX Runtime's own int8, NNCF and OpenVINO", list(CASES)).parse_args()
     torch.manual_seed(0)
     for name in options.network or CASES:
-        compared(name, options)
+        compared(name, CASES[name](options.data, 64 if options.quick else None), options, f"peers_{name}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Case:
     batches: Sequence[int] = (1,)
     targets: Sequence[str] = ("openvino",)  # of flyweight; others were slower when all were tried
     task: str = "auto"
+    asked: Mapping[str, Any] = field(default_factory=dict)  # further arguments of `compress` for its goals
 
 
 def efficientnet(folder: Path, rows: int | None) -> Case:
