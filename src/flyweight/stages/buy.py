@@ -33,7 +33,7 @@ from flyweight.stages.deliver import deliver
 from flyweight.stages.footprint import with_memory
 from flyweight.stages.price import Market, Menu, markets, options
 from flyweight.stages.quote import Quotes
-from flyweight.stages.recovery import teaching
+from flyweight.stages.recovery import rounded_teaching, teaching
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.watch import Stage
@@ -131,7 +131,8 @@ Outcome = tuple[fx.GraphModule, tuple[Note, ...]]
 
 def delivered(job: Job, quotes: Quotes, steps: Sequence[Step], folder: Store, stage: Stage) -> Outcome:
     """The compressed graph that `steps` make, and what it learned of the original where that was asked for."""
-    return deliver(quotes.network, steps, job.calib, teach=teaching(job, steps, folder, stage))
+    lessons = {"teach": teaching(job, steps, folder, stage), "teach_rounded": rounded_teaching(job, steps, folder, stage)}
+    return deliver(quotes.network, steps, job.calib, **lessons)
 
 
 def _unmade(steps: Sequence[Step]) -> tuple[None, list[tuple[Limit, Interval]]]:
