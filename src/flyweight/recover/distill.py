@@ -74,8 +74,8 @@ def distill(
 
     `epochs` over calib for what was cut, before numbers are rounded, then `quantized_epochs` for what was rounded to int8
     (`recover.quantized`); `lr`: AdamW's peak rate, a tenth of it for what was rounded, one cycle each; `temperature` softens
-    the answers of a classifier of logits. The weights that are nearest to the original on tune are kept, those before the first epoch too. Raises UsageError for
-    values out of range.
+    the answers of a classifier of logits. The weights that are nearest to the original on tune are kept, those before the
+    first epoch too. Raises UsageError for values out of range.
     """
     return Distill(epochs, lr, temperature, weight_decay, quantized_epochs)
 

@@ -36,7 +36,9 @@ from flyweight.train.descent import Descent, Store
 
 __all__ = ["FAKE_QUANTIZE", "layers_that_learn", "quantized"]
 
-RATE = 0.1  # of the settings' lr, which is for floats: weights of four bits that move faster undo what calibration found
+RATE = (
+    0.1  # of the settings' lr, which is for floats: weights of four bits that move faster undo what calibration found
+)
 FAKE_QUANTIZE = torch.ops.aten.fake_quantize_per_tensor_affine.default
 
 
@@ -81,9 +83,9 @@ def quantized(
 
 
 class _Layer(nn.Module):
-    """An int8 layer whose weight is rounded in every pass. `change` is the logarithm of what its scales were multiplied by.
+    """An int8 layer whose weight is rounded in every pass. `change` / RATE is the logarithm of what scales were multiplied by.
 
-    So a step stays above 0, and one learning rate fits steps of any size: AdamW moves a logarithm by about the rate.
+    So a step stays above 0, and one rate fits steps of any size: AdamW moves a logarithm by about the settings' rate.
     """
 
     def __init__(self, layer: nn.Module, scale: Float[Tensor, " out"], largest: int, fixed: bool) -> None:
@@ -95,7 +97,7 @@ class _Layer(nn.Module):
     def step(self) -> Float[Tensor, " out"]:
         """The scale of every row."""
         assert isinstance(self.scale, Tensor)
-        return self.scale if self.fixed else self.scale * self.change.exp()
+        return self.scale if self.fixed else self.scale * (self.change / RATE).exp()
 
     def rounded(self, step: Float[Tensor, " out"]) -> Tensor:
         """The weight on the grids of `step`."""
@@ -122,7 +124,7 @@ class _Grid(nn.Module):
         assert isinstance(self.scale, Tensor)
         if self.fixed:
             return self.scale
-        step = self.scale * self.change.exp()
+        step = self.scale * (self.change / RATE).exp()
         found = float(step.detach())
         return step if self.coarsest is None or found <= self.coarsest else step * (self.coarsest / found)
 

@@ -131,8 +131,8 @@ Outcome = tuple[fx.GraphModule, tuple[Note, ...]]
 
 def delivered(job: Job, quotes: Quotes, steps: Sequence[Step], folder: Store, stage: Stage) -> Outcome:
     """The compressed graph that `steps` make, and what it learned of the original where that was asked for."""
-    lessons = {"teach": teaching(job, steps, folder, stage), "teach_rounded": rounded_teaching(job, steps, folder, stage)}
-    return deliver(quotes.network, steps, job.calib, **lessons)
+    cut, rounded = teaching(job, steps, folder, stage), rounded_teaching(job, steps, folder, stage)
+    return deliver(quotes.network, steps, job.calib, teach=cut, teach_rounded=rounded)
 
 
 def _unmade(steps: Sequence[Step]) -> tuple[None, list[tuple[Limit, Interval]]]:

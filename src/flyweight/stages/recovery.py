@@ -47,9 +47,7 @@ def rounded_teaching(job: Job, steps: Collection[Step], store: Store, stage: Sta
     return teaching(job, steps, store, stage, ROUNDED) if asked else None
 
 
-def teaching(
-    job: Job, steps: Collection[Step], store: Store, stage: Stage, course: Course = CUT
-) -> Teaching | None:
+def teaching(job: Job, steps: Collection[Step], store: Store, stage: Stage, course: Course = CUT) -> Teaching | None:
     """What teaches the graph that `steps` make, in place, and says how it went; None where nothing was asked for.
 
     A checkpoint under the name of the steps lets a resumed run go on with the same bits.
