@@ -15,11 +15,11 @@ from flyweight.errors import Interrupted, UsageError
 from .conftest import World, bytes_of
 
 BUDGET = "macs<=10%, divergence<=100"
-HOW = fw.distill(epochs=6, lr=3e-3)
+HOW = fw.distill(epochs=6, lr=3e-3, quantized_epochs=1)
 
 
-def told(result: fw.Result) -> list[str]:
-    return [note.text for note in result.notes if note.code == "recover.distilled"]
+def told(result: fw.Result, code: str = "recover.distilled") -> list[str]:
+    return [note.text for note in result.notes if note.code == code]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,8 @@ def test_the_original_teaches_what_was_cut(bare: fw.Result, taught: fw.Result):
     assert not told(bare)
     (text,) = told(taught)
     assert "for 6 epoch(s)" in text
+    (text,) = told(taught, "recover.quantized")  # the head
+    assert "taught what was rounded for 1 epoch(s)" in text
     assert taught.results.rows[-1].macs == bare.results.rows[-1].macs
     assert all(claim.state == "holds" for claim in taught.results.claims if claim.kind == "proof")
 
@@ -109,6 +111,27 @@ def test_where_nothing_was_cut_nobody_is_taught(world: World, asked: dict, tmp_p
     )  # fmt: skip
     assert not told(made)
     assert [note.code for note in made.notes].count("recover.nothing-cut") == 1
+
+
+def test_what_was_rounded_is_taught_where_nothing_was_cut(world: World, asked: dict, tmp_path):
+    made = fw.compress(
+        world.net(), **{**asked, "budget": "size<=60%", "rules": []}, methods=["int8"],
+        recover="distill:quantized_epochs=1", workdir=tmp_path / "o",
+    )  # fmt: skip
+    assert len(told(made, "recover.quantized")) == 1
+    assert not told(made) + told(made, "recover.nothing-cut") + told(made, "recover.nothing-rounded")
+    assert all(claim.state == "holds" for claim in made.results.claims if claim.kind == "proof")
+
+
+def test_what_is_cut_and_not_rounded_is_taught_once_and_the_rest_is_said(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).eval(), torch.randn(300, 16)
+    made = fw.compress(
+        net, calib=x[:200], tune=x[200:], budget="macs<=50%, divergence<=100", methods=["channels"],
+        recover="distill:epochs=1,quantized_epochs=1", workdir=tmp_path / "o", progress=False,
+    )  # fmt: skip
+    assert len(told(made)) == len(told(made, "recover.nothing-rounded")) == 1
+    assert not told(made, "recover.quantized")
 
 
 def test_learning_that_diverges_keeps_what_was_before_and_says_so(tmp_path):

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from flyweight.graph.operators import module_of, on_sequences, value_read
+from flyweight.graph.ranges import RELUS, known_range, operator_of
 from flyweight.graph.rewrite import whole_pools
 
 __all__ = ["Slot", "readers_on_sequences", "slots"]
@@ -62,7 +63,7 @@ def slots(graph: fx.GraphModule, int8_layers: Collection[str]) -> tuple[Slot, ..
     readers = readers_on_sequences(graph, int8_layers)
     for node in nodes:
         if node.name in readers and node.name not in whole_values:
-            found.append(Slot(node.name, "", *_known_range(graph, node), tuple(readers[node.name])))
+            found.append(Slot(node.name, "", *known_range(graph, node), tuple(readers[node.name])))
     return tuple(found)
 
 
@@ -77,27 +78,14 @@ def readers_on_sequences(graph: fx.GraphModule, int8_layers: Collection[str]) ->
 
 def _slot(graph: fx.GraphModule, node: fx.Node, stored: Collection[fx.Node]) -> Slot | None:
     if node in stored:
-        low, high = _known_range(graph, node)
+        low, high = known_range(graph, node)
         return Slot(node.name, "", low, high)
     origin = _origin(graph, node)
     return Slot(node.name, origin.name) if origin is not node and origin in stored and not _only_output(node) else None
 
 
-def _operator(graph: fx.GraphModule, node: fx.Node) -> str:
-    module = module_of(graph, node)
-    if module is not None:
-        return type(module).__name__
-    return str(node.target.overloadpacket) if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
-RELUS = {"ReLU": None, "aten.relu": None, "ReLU6": 6.0, "aten.relu6": 6.0}
 SAME_GRID = ("MaxPool2d", "MaxPool1d", "MaxPool3d", "Flatten", "aten.max_pool2d", "aten.max_pool1d", "aten.flatten",
              "aten.view", "aten.reshape", "aten.contiguous", "aten.clone")  # fmt: skip
-
-
-def _known_range(graph: fx.GraphModule, node: fx.Node) -> tuple[float | None, float | None]:
-    name = _operator(graph, node)
-    return (0.0, RELUS[name]) if name in RELUS else (None, None)
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -111,12 +99,12 @@ def _only_output(node: fx.Node) -> bool:
 def _behind_relu(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The ReLU that alone reads `node`, else `node`."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and _operator(graph, users[0]) in RELUS else node
+    return users[0] if len(users) == 1 and operator_of(graph, users[0]) in RELUS else node
 
 
 def _origin(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Where a value got its grid: back through operators that only move entries."""
-    while _operator(graph, node) in SAME_GRID:
+    while operator_of(graph, node) in SAME_GRID:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node = source

@@ -14,7 +14,7 @@ Source            Frantar et al. 2022, arXiv:2210.17323, algorithm 1 (GPTQ); Jac
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -38,7 +38,21 @@ from flyweight.numerics.forms import Rounding
 from flyweight.numerics.moments import Moments, shrunk
 from flyweight.types import Step
 
-__all__ = ["NAME", "apply", "factored", "grids", "round_table", "round_weights", "seen_by", "step"]
+__all__ = [
+    "LARGEST",
+    "NAME",
+    "apply",
+    "factored",
+    "finest",
+    "grids",
+    "input_scales",
+    "no_finer",
+    "round_biases",
+    "round_table",
+    "round_weights",
+    "seen_by",
+    "step",
+]
 
 NAME = "int8"
 FLOOR = 0.01  # least shrinkage of the second moment: rounding errors are small, a sharp inverse is not needed
@@ -119,12 +133,12 @@ def round_weights(
     to_grid = partial(nearest, low=-largest, high=largest)
     if not compensate:
         scale = unclipped(weights, largest)[:, 0].float().double()
-        scale = _no_finer(torch.exp2(scale.log2().ceil()) if fixed else scale, finest, fixed=fixed)
+        scale = no_finer(torch.exp2(scale.log2().ceil()) if fixed else scale, finest, fixed=fixed)
         new = to_grid(weights, scale[:, None])
     else:
         search = power_scales if fixed else weight_scales
         scale = search(weights, seen_by(weights, forms.diagonal(gram).to(weights.dtype)), largest)
-        scale = _no_finer(scale, finest, fixed=fixed)
+        scale = no_finer(scale, finest, fixed=fixed)
         new = forms.rounded(weights, factored(layer, moments), to_grid, scale[:, None])
     change = weights - new
     set_matrix(module, new)
@@ -134,7 +148,15 @@ def round_weights(
     return scale.float(), float(forms.row_errors(change, gram if compensate else moments.raw).sum())
 
 
-def _no_finer(scale: Tensor, finest: Tensor | None, *, fixed: bool) -> Tensor:
+def finest(module: nn.Module, input_scale: float) -> Tensor:
+    """The finest scale of each row whose bias still fits into 32 bits, with room: its unit is that of the products."""
+    bias = module.bias
+    assert isinstance(bias, Tensor)
+    return bias.detach().double().abs() / BIAS / input_scale
+
+
+def no_finer(scale: Tensor, finest: Tensor | None, *, fixed: bool) -> Tensor:
+    """`scale`, where it is finer `finest` (in `fixed` point the next power of two), one a row."""
     if finest is None:
         return scale
     least = torch.exp2(finest.log2().ceil()) if fixed else finest.float().double()
@@ -193,47 +215,48 @@ def apply(
     errors: dict[str, float] = {}
     scales: dict[str, Tensor] = {}
     nodes = {n.name: n for n in graph.graph.nodes}
-    read = _rounded_with_biases(graph, layers, steps, chosen, nodes)
+    read = input_scales(graph, [one.target for one in steps], lambda node: chosen[node.name].scale)
     for one in steps:
         largest = one.setting.get("largest", LARGEST)
         if one.target in layers:
             keep = one.setting.get("compensate", True)
-            module: Any = graph.get_submodule(one.target)
-            finest = module.bias.detach().double().abs() / BIAS / read[one.target] if one.target in read else None
+            least = finest(graph.get_submodule(one.target), read[one.target]) if one.target in read else None
             scale, errors[one.target] = round_weights(
-                graph, layers[one.target], stats, keep, largest, fixed=fixed, finest=finest
+                graph, layers[one.target], stats, keep, largest, fixed=fixed, finest=least
             )
         else:
             scale, errors[one.target] = round_table(graph.get_submodule(one.target), largest, fixed=fixed)
         scales[f"{one.target}.weight_scale"] = scale
-    _round_biases(graph, scales, read)
+    round_biases(graph, scales, read)
     for slot in slots:
         _set_quantizer(graph, nodes[slot.node], chosen[slot.node], slot.readers)
     graph.recompile()
-    graph.meta["numbers"] = {one.target: {"bits": 8} for one in steps}
+    told = ("bits", "largest", "fixed")  # what learning on must keep to
+    graph.meta["numbers"] = {s.target: {name: s.setting[name] for name in told if name in s.setting} for s in steps}
     graph.meta["extra_tensors"] = scales
     return errors
 
 
-def _rounded_with_biases(
-    graph: fx.GraphModule,
-    layers: Mapping[str, Layer],
-    steps: Collection[Step],
-    chosen: Mapping[str, Grid],
-    nodes: Mapping[str, fx.Node],
+def input_scales(
+    graph: fx.GraphModule, names: Collection[str], scale_of: Callable[[fx.Node], float]
 ) -> dict[str, float]:
-    """The scale of what they read, of the layers whose bias the runtime adds as int32 (called once, not on sequences)."""
+    """The scale of what they read, of the layers among `names` whose bias the runtime adds as int32 (called once, not on
+    sequences). `scale_of`: that of a stored value."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and node.target in names:
+            calls.setdefault(str(node.target), []).append(node)
     found: dict[str, float] = {}
-    for one in steps:
-        module: Any = graph.get_submodule(one.target)
-        calls = layers[one.target].nodes if one.target in layers else ()
-        if len(calls) == 1 and module.bias is not None and not on_sequences(graph, nodes[calls[0]]):
-            found[one.target] = chosen[value_read(graph, nodes[calls[0]]).name].scale
+    for name in names:
+        own = calls.get(name, [])
+        biased = getattr(graph.get_submodule(name), "bias", None) is not None
+        if len(own) == 1 and biased and not on_sequences(graph, own[0]):
+            found[name] = scale_of(value_read(graph, own[0]))
     return found
 
 
-def _round_biases(graph: fx.GraphModule, scales: Mapping[str, Tensor], read: Mapping[str, float]) -> None:
-    """Biases onto the grid of the products. `read`: by layer the scale of its input."""
+def round_biases(graph: fx.GraphModule, scales: Mapping[str, Tensor], read: Mapping[str, float]) -> None:
+    """Moves biases onto the grid of the products, in place. `read`: by layer the scale of its input."""
     for name, scale in read.items():
         module: Any = graph.get_submodule(name)
         unit = scales[f"{name}.weight_scale"].double() * scale

@@ -15,7 +15,7 @@ Source            Hinton Vinyals Dean 2015, arXiv:1503.02531.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from typing import Any
@@ -45,10 +45,13 @@ class Distill:
     lr: float = 1e-3
     temperature: float = 1.0
     weight_decay: float = 0.0
+    quantized_epochs: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.epochs) is not int or self.epochs < 1:
-            raise UsageError(f"epochs is {self.epochs!r}", fix="a whole number from 1")
+        for name, least in (("epochs", 1), ("quantized_epochs", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UsageError(f"{name} is {value!r}", fix=f"a whole number from {least}")
         for name in ("lr", "temperature"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
@@ -61,14 +64,22 @@ class Distill:
         return asdict(self)
 
 
-def distill(*, epochs: int = 3, lr: float = 1e-3, temperature: float = 1.0, weight_decay: float = 0.0) -> Distill:
+def distill(
+    *,
+    epochs: int = 3,
+    lr: float = 1e-3,
+    temperature: float = 1.0,
+    weight_decay: float = 0.0,
+    quantized_epochs: int = 0,
+) -> Distill:
     """What to give `compress` as `recover`: the original teaches the compressed network on the inputs of calib, no labels.
 
-    `epochs` over calib; `lr`: AdamW's peak rate, one cycle; `temperature` softens the answers of a classifier of logits. The
-    weights that are nearest to the original on tune are kept, those before the first epoch too. Raises UsageError for
-    values out of range.
+    `epochs` over calib for what was cut, before numbers are rounded, then `quantized_epochs` for what was rounded to int8
+    (`recover.quantized`); `lr`: AdamW's peak rate, a tenth of it for what was rounded, one cycle each; `temperature` softens
+    the answers of a classifier of logits. The weights that are nearest to the original on tune are kept, those before the
+    first epoch too. Raises UsageError for values out of range.
     """
-    return Distill(epochs, lr, temperature, weight_decay)
+    return Distill(epochs, lr, temperature, weight_decay, quantized_epochs)
 
 
 def read_recover(value: object) -> Distill | None:
@@ -86,7 +97,7 @@ def read_recover(value: object) -> Distill | None:
     for pair in filter(None, (part.strip() for part in rest.split(","))):
         word, _, number = (part.strip() for part in pair.partition("="))
         try:
-            given[word] = int(number) if word == "epochs" else float(number)
+            given[word] = int(number) if word in ("epochs", "quantized_epochs") else float(number)
         except ValueError as error:
             raise UsageError(f"{pair!r} is no setting of distill", where=str(value), fix=fix) from error
     try:
@@ -106,6 +117,8 @@ def distilled(
     judge: Callable[[fx.GraphModule], float],
     settings: Distill,
     *,
+    epochs: int | None = None,
+    frozen: Collection[str] = (),
     seed: int = 0,
     store: Store | None = None,
     name: str = "distilled.safetensors",
@@ -116,13 +129,14 @@ def distilled(
 ) -> Descent:
     """Teaches `student` in place, both in eval mode: `divergence(wanted, outputs)` is one number per sample.
 
-    `judge(student)` says after every epoch how far it is from the teacher, on other samples. A `share` below 1 is a probe: so
-    much of all steps, in a cycle of their own. With a torch.distributed group all ranks are given all `batches` and each learns
-    from its rows of every batch: the result is that of one process, up to the rounding of sums. Raises DataError if there is
-    no batch, or none that the divergence has a slope for. Other arguments as in `train.descent`.
+    `judge(student)` says after every epoch how far it is from the teacher, on other samples. `epochs`: those of the settings,
+    or others; a `share` below 1 is a probe: so much of all steps, in a cycle of their own; `frozen`: the names of parameters
+    that do not learn. With a torch.distributed group all ranks are given all `batches` and each learns from its rows of every
+    batch: the result is that of one process, up to the rounding of sums. Raises DataError if there is no batch, or none that
+    the divergence has a slope for. Other arguments as in `train.descent`.
     """
     walk, steps = lessons(batches, teacher, seed)
-    epochs, steps = _shortened(settings.epochs, steps, share)
+    count, steps = _shortened(settings.epochs if epochs is None else epochs, steps, share)
 
     def loss(lesson: Lesson) -> Tensor:
         inputs, wanted = lesson
@@ -132,12 +146,13 @@ def distilled(
         return divergence(wanted, outputs).mean()
 
     learned = {name: p.requires_grad for name, p in student.named_parameters()}
-    student.requires_grad_(True)
+    for one, parameter in student.named_parameters():
+        parameter.requires_grad_(one not in frozen)
     try:
         return descend(
-            student, lambda epoch: islice(walk(epoch), steps), loss, steps=steps, epochs=epochs, lr=settings.lr,
+            student, lambda epoch: islice(walk(epoch), steps), loss, steps=steps, epochs=count, lr=settings.lr,
             weight_decay=settings.weight_decay, judge=lambda: judge(student), rows=lambda lesson: len(lesson[1]),
-            store=store, name=name, key=key, late=late, advance=stage(steps * epochs),
+            store=store, name=name, key=key, late=late, advance=stage(steps * count),
         )  # fmt: skip
     finally:
         for one, parameter in student.named_parameters():

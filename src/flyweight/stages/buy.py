@@ -33,7 +33,14 @@ from flyweight.stages.deliver import deliver
 from flyweight.stages.footprint import Footprint, with_memory
 from flyweight.stages.price import Market, Menu, markets, options
 from flyweight.stages.quote import Quotes
-from flyweight.stages.recovery import PROBE, left_by_lessons, lessons_note, teaching, with_lessons
+from flyweight.stages.recovery import (
+    PROBE,
+    left_by_lessons,
+    lessons_note,
+    rounded_teaching,
+    teaching,
+    with_lessons,
+)
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.watch import Stage
@@ -151,7 +158,8 @@ def delivered(
 ) -> Outcome:
     """The compressed graph that `steps` make, and what it learned of the original where that was asked for: by a `share` of
     all lessons."""
-    return deliver(quotes.network, steps, job.calib, teach=teaching(job, steps, folder, stage, share))
+    cut, rounded = (make(job, steps, folder, stage, share) for make in (teaching, rounded_teaching))
+    return deliver(quotes.network, steps, job.calib, teach=cut, teach_rounded=rounded)
 
 
 def _unmade(steps: Sequence[Step]) -> tuple[None, list[tuple[Limit, Interval]]]:

@@ -22,6 +22,7 @@ from flyweight.graph.surgery import fold_norms
 from flyweight.methods import blocks, channels, int8, lowrank, stored
 from flyweight.methods.smooth import Migration, migrated, migrations
 from flyweight.recover.normstats import rematch
+from flyweight.recover.quantized import layers_that_learn
 from flyweight.recover.resolve import resolve
 from flyweight.stages.tidy import tidy
 from flyweight.types import Note, Step
@@ -37,6 +38,9 @@ LOOKING_MACS = 1.5e11  # for looking at them, half a minute or so
 NOTHING_CUT = Note(
     "recover.nothing-cut", "nothing was cut, so nothing was taught: rounding alone is not trained for",
     fix='methods=["channels", "int8"], or leave recover out',
+)  # fmt: skip
+NOTHING_ROUNDED = Note(
+    "recover.nothing-rounded", "no layer is in int8, so there was no rounding to learn with", fix="quantized_epochs=0",
 )  # fmt: skip
 JUDGING_BATCHES = 4  # that say whether layers fitted once more are better
 
@@ -69,27 +73,38 @@ def deliver(
     *,
     rough: bool = False,
     teach: Callable[[fx.GraphModule], tuple[Note, ...]] | None = None,
+    teach_rounded: Callable[[fx.GraphModule], tuple[Note, ...]] | None = None,
 ) -> tuple[fx.GraphModule, tuple[Note, ...]]:
     """The compressed graph, eval mode, and notes. `calib()` walks the calibration batches anew.
 
     A `rough` one has the shapes and the operators of the delivered one, so its file takes the same time and bytes, but
     nothing is fitted again, and numbers are rounded to the nearest. `teach` trains what was cut, in place, before numbers are
-    rounded.
+    rounded; `teach_rounded` the layers that were rounded to int8, behind it.
     """
     structure = [s for s in steps if s.method not in NUMBERS]
     graph = restructured(network, structure, calib, fitted=not rough)
     taught: tuple[Note, ...] = ()
     if teach and not rough:
-        taught = teach(graph) if structure else (NOTHING_CUT,)
+        taught = teach(graph) if structure else () if teach_rounded else (NOTHING_CUT,)
     left = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}  # without those of blocks left out
     numbers = _of_both_parts(graph, [s for s in steps if s.method in NUMBERS and s.target in left])
     if rough:
         numbers = [Step(s.method, s.target, {**s.setting, "compensate": False}) for s in numbers]
-    if not numbers:
-        return graph, taught
     in_integers = {s.target for s in numbers if s.method == int8.NAME}
+    behind = None if rough else teach_rounded
+    if not numbers:
+        return graph, (*taught, *_rounding_taught(graph, behind))
     ready = prepared(graph, network.example, in_integers, calib, packed={s.target for s in numbers} - in_integers)
-    return with_numbers(ready, numbers)[0], (*taught, *_folded_note(network, graph, ready.graph))
+    rounded = with_numbers(ready, numbers)[0]
+    return rounded, (*taught, *_rounding_taught(rounded, behind), *_folded_note(network, graph, ready.graph))
+
+
+def _rounding_taught(
+    graph: fx.GraphModule, teach: Callable[[fx.GraphModule], tuple[Note, ...]] | None
+) -> tuple[Note, ...]:
+    if teach is None:
+        return ()
+    return teach(graph) if layers_that_learn(graph) else (NOTHING_ROUNDED,)
 
 
 def _of_both_parts(graph: fx.GraphModule, numbers: Sequence[Step]) -> list[Step]:

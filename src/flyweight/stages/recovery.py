@@ -1,10 +1,10 @@
-"""Recovery of a run: the original teaches what was cut, judged on the data that choose; what cuts cost when it does."""
+"""Recovery of a run: the original teaches what was cut and rounded, judged on the data that choose; what cuts cost then."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from flyweight.numerics import distributed
 from flyweight.numerics.divergence import divergence, main_output
 from flyweight.recover.distill import distilled
+from flyweight.recover.quantized import quantized
 from flyweight.stages.deliver import NUMBERS, Network, deliver
 from flyweight.stages.menu import Menu
 from flyweight.stages.setup import Job
@@ -22,7 +23,7 @@ from flyweight.stages.weighing import Store
 from flyweight.train.descent import Descent
 from flyweight.types import Note, Step, to_json
 
-__all__ = ["PROBE", "left_by_lessons", "lessons_note", "teaching", "with_lessons"]
+__all__ = ["PROBE", "left_by_lessons", "lessons_note", "rounded_teaching", "teaching", "with_lessons"]
 
 LEARNING = 0.6  # of the time left, where there is a limit on it: rounding, export and verification come after
 LESSONS_FILE = "lessons.json"
@@ -31,6 +32,21 @@ PROBE = 0.25  # of all lessons, to see what they are worth at some depth
 
 Teaching = Callable[[fx.GraphModule], tuple[Note, ...]]
 Heard = Callable[[Descent], None]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a graph is taught by, and the words for it: the note's code, what learns, what made it, the stage."""
+
+    learn: Callable[..., Descent]
+    code: str
+    what: str
+    before: str
+    stage: str
+
+
+CUT = Course(distilled, "recover.distilled", "what was cut", "what fitting layers again had made", "distill")
+ROUNDED = Course(quantized, "recover.quantized", "what was rounded", "rounding alone", "learn int8")
 
 
 def with_lessons(menu: Menu, left: float) -> Menu:
@@ -69,8 +85,22 @@ def lessons_note(left: float) -> tuple[Note, ...]:
     return (Note("recover.priced", text),) if left < 1.0 else ()
 
 
+def rounded_teaching(
+    job: Job, steps: Collection[Step], store: Store, stage: Stage, share: float = 1.0
+) -> Teaching | None:
+    """As `teaching`, of what was rounded to int8, behind it; None unless `quantized_epochs` were asked for."""
+    asked = job.settings.recover is not None and job.settings.recover.quantized_epochs > 0
+    return teaching(job, steps, store, stage, share, course=ROUNDED) if asked else None
+
+
 def teaching(
-    job: Job, steps: Collection[Step], store: Store, stage: Stage, share: float = 1.0, heard: Heard = lambda done: None
+    job: Job,
+    steps: Collection[Step],
+    store: Store,
+    stage: Stage,
+    share: float = 1.0,
+    heard: Heard = lambda done: None,
+    course: Course = CUT,
 ) -> Teaching | None:
     """What teaches the graph that `steps` make, in place, and says how it went; None where nothing was asked for.
 
@@ -107,25 +137,25 @@ def teaching(
             return part()
 
         with distributed.alone():  # a run is one process's, also where a script under torchrun calls it on rank 0
-            done = distilled(
-                graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store,
-                name=f"distilled-{key}.safetensors", key=key, late=late, stage=lambda count: stage("distill", count),
-                share=share,
+            done = course.learn(
+                graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store, share=share,
+                name=f"{course.learn.__name__}-{key}.safetensors", key=key, late=late,
+                stage=lambda count: stage(course.stage, count),
             )  # fmt: skip
         heard(done)
-        return (_told(done.judged, done.best, len(done.losses), done.stopped, other=other),)
+        return (_told(course, done, other=other),)
 
     return teach
 
 
-def _told(judged: tuple[float, ...], best: int, epochs: int, stopped: str, *, other: bool) -> Note:
-    text = f"the original taught what was cut for {epochs} epoch(s): divergence on the data that choose {judged[0]:.3g} -> "
-    text += f"{judged[best]:.3g}"
-    if best == 0:
-        text += "; no epoch was better than what fitting layers again had made, and that was kept"
-    if stopped:
-        text += f"; it ended early: {stopped}"
+def _told(course: Course, done: Descent, *, other: bool) -> Note:
+    text = f"the original taught {course.what} for {len(done.losses)} epoch(s): divergence on the data that choose "
+    text += f"{done.judged[0]:.3g} -> {done.judged[done.best]:.3g}"
+    if done.best == 0:
+        text += f"; no epoch was better than {course.before}, and that was kept"
+    if done.stopped:
+        text += f"; it ended early: {done.stopped}"
     if other:
         text += "; taught by the squared error, as nothing is known of the slope of a divergence of your own"
-    fix = "more calibration inputs, or a lower lr" if best == 0 else ""
-    return Note("recover.distilled", text, fix=fix)
+    fix = "more calibration inputs, or a lower lr" if done.best == 0 else ""
+    return Note(course.code, text, fix=fix)
