@@ -161,6 +161,8 @@ def distilled(
 
 def _shortened(epochs: int, steps: int, share: float) -> tuple[int, int]:
     """Epochs and steps of each that make up `share` of all: whole epochs as far as there are some."""
+    if share >= 1.0:
+        return epochs, steps
     total = max(1, round(share * epochs * steps))
     some = max(1, round(total / steps))
     return some, min(steps, math.ceil(total / some))
