@@ -31,6 +31,7 @@ _HOME = {
     "load": "flyweight.compress:load",
     "plan": "flyweight.compress:plan",
     "rule": "flyweight.compress:rule",
+    "teach": "flyweight.stages.teach:teach",
     "verify": "flyweight.compress:verify",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "load",
     "plan",
     "rule",
+    "teach",
     "verify",
 ]
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from flyweight.errors import FlyweightError
     from flyweight.recover.distill import distill
     from flyweight.stages.result import Result
+    from flyweight.stages.teach import teach
     from flyweight.types import Note, Plan, Results
 
 
