@@ -40,6 +40,7 @@ _HOME = {
     "merge_delta": "flyweight.transfer.merging:merge",
     "plan": "flyweight.compress:plan",
     "rule": "flyweight.compress:rule",
+    "teach": "flyweight.stages.teach:teach",
     "unmerge_delta": "flyweight.transfer.merging:unmerge",
     "verify": "flyweight.compress:verify",
 }
@@ -69,6 +70,7 @@ __all__ = [
     "merge_delta",
     "plan",
     "rule",
+    "teach",
     "unmerge_delta",
     "verify",
 ]
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from flyweight.errors import FlyweightError
     from flyweight.recover.distill import distill
     from flyweight.stages.result import Result
+    from flyweight.stages.teach import teach
     from flyweight.transfer.corrected import Corrected, corrector_like
     from flyweight.transfer.delta import extract as extract_delta
     from flyweight.transfer.merging import applied as applied_delta

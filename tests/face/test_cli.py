@@ -28,7 +28,7 @@ from flyweight.types import Plan, Results, from_json, to_json
 from shortclock import FIRST
 
 ROOT = Path(__file__).parents[2]
-VERBS = {"demo", "inspect", "plan", "compress", "pick", "advise", "apply", "verify", "report"}
+VERBS = {"demo", "inspect", "plan", "compress", "pick", "advise", "apply", "verify", "report", "distill"}
 NETS = '''
 import torch
 from torch import nn
@@ -37,6 +37,15 @@ from torch import nn
 def small():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def large():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4))
+
+
+def wide():
+    return nn.Linear(12, 5)
 
 
 class Nameless(nn.Module):
@@ -144,6 +153,8 @@ ENDS = {  # what is wrong: (arguments, exit code, words of the message)
     "callable": ([*RUN[:3], "nets:boom", "--budget", BUDGET], 2, "RuntimeError"),
     "foreign": ([*RUN, "-o", "foreign"], 2, "thesis.tex"),
     "used": ([*RUN, "-o", "used"], 9, "another run holds the folder"),
+    "student": (["distill", "nets:large", "nets:wide", "--calib", "data.npz", "-o", "odd"], 4, "the student 51×5"),
+    "rate": (["distill", "nets:large", "nets:small", "--calib", "data.npz", "--lr", "0"], 2, "a number above 0"),
     "nothing": (["report", "nowhere"], 2, "no such folder"),
 }
 
@@ -202,6 +213,33 @@ def test_options_are_the_arguments_of_the_twin(name):
     assert ours - known <= {"weights", "as_json", "quiet", "verbose"}
     if name == "compress":
         assert set(twin) - ours == {"progress", "stop"}
+
+
+def test_distill_writes_a_students_weights_and_how_it_went(shell, place):
+    """The file holds the student that results.json tells of: judged again here, it is as good."""
+    import torch
+    from safetensors.torch import load_file
+    from torch import nn
+
+    asked = ["distill", "nets:large", "nets:small", "--calib", "data.npz", "--tune", "data2.npz", "--alpha", "0.2"]
+    found = shell(*asked, "--epochs", "4", "--lr", "0.01", "-o", "taught", "--json")
+    assert found.returncode == 0, found.stderr
+    kept = json.loads((place / "taught/results.json").read_text())
+    told = kept["lessons"]
+    assert json.loads(found.stdout) == told
+    assert (told["alpha"], len(told["losses"]), len(told["judged"])) == (0.2, 4, 5)
+    assert kept["settings"]["how"]["lr"] == 0.01
+    assert kept["student"]["parameters"] == 13 * 16 + 17 * 4
+    student = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    student.load_state_dict(load_file(place / "taught/weights.safetensors"))
+    rows = np.load(place / "data2.npz", allow_pickle=False)
+    with torch.no_grad():
+        right = student(torch.from_numpy(rows["input"])).argmax(1).numpy() == rows["y"]
+    assert told["judged"][told["best"]] == pytest.approx(1 - right.mean())
+    again = shell(*asked, "--epochs", "4", "--lr", "0.01", "-o", "taught")  # finished: what is there is shown
+    assert again.returncode == 0, again.stderr
+    assert "1 - accuracy by the labels of tune" in again.stdout
+    assert "(kept)" in again.stdout
 
 
 # --- a run that is terminated, interrupted, finished ------------------------------------------------------------------

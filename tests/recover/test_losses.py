@@ -13,7 +13,11 @@ from torch import Tensor
 from flyweight.errors import DataError, UsageError
 from flyweight.recover import losses
 
-SHAPE = {"attention": (5, 4, 3, 2), "value_relations": (3, 4, 6)}  # others: "samples numbers"
+SHAPE = {
+    "attention": (5, 4, 3, 2),
+    "attribution": (5, 4, 3, 2),
+    "value_relations": (3, 4, 6),
+}  # others: "samples numbers"
 
 
 def pair(name: str, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -131,6 +135,50 @@ def test_attention_compares_maps_of_networks_of_any_width():
     for unfit in (teacher[:, :, :1], teacher.flatten(1)):
         with pytest.raises(DataError, match="places"):
             losses.attention(student, unfit)
+
+
+class Seen(torch.nn.Module):
+    """Values of a convolution, and logits of their means: alpha can be written down."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(1, width, 3).double(), torch.nn.Linear(width, 5).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values = self.conv(x).tanh()
+        return values, self.fc(values.mean((2, 3)))
+
+
+def test_attribution_weighs_channels_by_the_slope_of_the_largest_logit():
+    """Behind a mean over places the slope of logit k in channel c is W[k, c] / places, everywhere."""
+    torch.manual_seed(0)
+    student, teacher, x = Seen(4), Seen(7), torch.randn(3, 1, 5, 6, dtype=torch.float64)
+    (given, low), (wanted, high) = student(x), teacher(x)
+    total = 0.0
+    for i in range(3):
+        maps = []
+        for net, values, logits in ((student, given, low), (teacher, wanted, high)):
+            alpha = net.fc.weight[logits[i].argmax()].detach().numpy() / 12
+            maps.append(np.maximum(np.tensordot(alpha, values[i].detach().numpy(), 1), 0).ravel())
+        a, b = (m / np.linalg.norm(m) for m in maps)
+        total += float(((a - b) ** 2).sum())
+    loss = losses.attribution(given, wanted, low, high)
+    assert float(loss.detach()) == pytest.approx(total / 3, rel=1e-9)
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    weight, step = student.fc.weight, 1e-6  # learns through alpha alone, a slope of a slope
+    changed = []
+    for sign in (1, -1):
+        moved = weight.detach() + sign * step * torch.ones_like(weight)
+        values = student.conv(x).tanh()
+        logits = torch.nn.functional.linear(values.mean((2, 3)), moved, student.fc.bias)
+        changed.append(float(losses.attribution(values, wanted, logits, high).detach()))
+    # a central difference in float64 is known to the square of its step and to rounding over it
+    assert float(weight.grad.sum()) == pytest.approx((changed[0] - changed[1]) / 2 / step, rel=1e-5)
+    with pytest.raises(UsageError, match="do not rest"):
+        losses.attribution(given, wanted.detach(), low, high)
+    with pytest.raises(DataError, match="places"):
+        losses.attribution(given, wanted[:, :, 1:])
 
 
 def huber(x: float) -> float:

@@ -3,7 +3,7 @@
 from flyweight.data.binding import Spec, bind_example, data
 from flyweight.data.files import load_data, load_model
 from flyweight.data.records import Batch, Batches, Roles, Shape, fingerprint, first_batch
-from flyweight.data.roles import role, roles
+from flyweight.data.roles import joined, learning, role, roles
 
 __all__ = [
     "Batch",
@@ -15,6 +15,8 @@ __all__ = [
     "data",
     "fingerprint",
     "first_batch",
+    "joined",
+    "learning",
     "load_data",
     "load_model",
     "role",

@@ -29,7 +29,7 @@ from flyweight.data.sources import repeatable, walker
 from flyweight.errors import DataError
 from flyweight.types import Note
 
-__all__ = ["role", "roles"]
+__all__ = ["joined", "learning", "role", "roles"]
 
 LEAST_TO_HOLD_OUT = 20  # samples of calib from which a part can be set aside when no other data were given
 
@@ -77,6 +77,35 @@ def roles(
     return Roles(parts["calib"], parts.get("tune"), parts.get("test"), tuple(unique.values()))
 
 
+def learning(model: Any, *, calib: Any, tune: Any = None, batch_size: int = 32, seed: int = 0) -> Roles:
+    """The checked batches to learn from (calib, its labels kept) and to choose on (tune), bound to `model`'s inputs.
+
+    Without `tune` a fifth of calib is set aside, drawn by the samples' hashes. Raises DataError, also where calib has too few
+    samples for that.
+    """
+    signature = signature_of(model)
+    found = {"calib": _role("calib", calib, signature, None, batch_size, seed, keeps_labels=True)}
+    _check_not_labels(model, found["calib"].survey)
+    if tune is not None:
+        found["tune"] = _role("tune", tune, signature, found["calib"].survey.form, batch_size, seed)
+    surveys = [one.survey for one in found.values()]
+    for one in surveys:
+        check_sizes(one, surveys[0], surveys[0].form)
+    check_scales(surveys)
+    check_overlap(surveys)
+    notes = [note for one in surveys for note in one.notes]
+    parts = {name: _batches(name, one, None) for name, one in found.items()}
+    if tune is None:
+        unique = len(set(surveys[0].hashes))
+        if unique < LEAST_TO_HOLD_OUT:
+            raise DataError(
+                f"calib has {unique} different samples, too few to set some aside to choose on", fix="give tune="
+            )
+        parts, note = _shared("calib", found["calib"], {"calib": 0.8, "tune": 0.2}, seed)
+        notes.append(note)
+    return Roles(parts["calib"], parts["tune"], None, tuple({(n.code, n.text): n for n in notes}.values()))
+
+
 def role(model: Any, name: str, source: Any, *, batch_size: int = 32, seed: int = 0) -> Batches:
     """The checked batches of one role alone, labels kept (but for calib). Raises DataError."""
     found = _role(name, source, signature_of(model), None, batch_size, seed)
@@ -93,14 +122,23 @@ class _Role:
     steady: bool
 
 
-def _role(name: str, source: Any, signature: Signature, form: Form | None, batch_size: int, seed: int) -> _Role:
+def _role(
+    name: str,
+    source: Any,
+    signature: Signature,
+    form: Form | None,
+    batch_size: int,
+    seed: int,
+    keeps_labels: bool | None = None,  # default: all roles but calib
+) -> _Role:
+    keeps = name != "calib" if keeps_labels is None else keeps_labels
     spec = source if isinstance(source, Spec) else None
     walk = walker(source.source if spec else source, name, batch_size)
 
     def bound() -> Iterator[Noted]:
         for index, raw in enumerate(repeatable(walk, seed)):
             batch, notes = bind_raw(raw, signature, spec, f"{name}, batch {index}")
-            if name == "calib" and batch.labels is not None:
+            if not keeps and batch.labels is not None:
                 batch, notes = replace(batch, labels=None), (*notes, _IGNORED)
             yield batch, notes
 
@@ -154,20 +192,26 @@ def _split_roles(found: dict[str, _Role], seed: int) -> tuple[dict[str, Batches]
     unique = len(set(found[source].survey.hashes))
     if unique < (4 if judged else LEAST_TO_HOLD_OUT):
         return _too_few(whole, source, unique)
-    if not found[source].steady:
+    shared, note = _shared(source, found[source], shares, seed)
+    return {name: batches for name, batches in whole.items() if name != source} | shared, note
+
+
+def _shared(source: str, role: _Role, shares: dict[str, float], seed: int) -> tuple[dict[str, Batches], Note]:
+    """The parts of one role, and the Note that says so. Raises DataError for a role that cannot be walked twice alike."""
+    if not role.steady:
+        others = [name for name in shares if name != source]
         raise DataError(
             f"{source} cannot be split: it gives other samples on each walk",
-            fix="fix its order (shuffle=False), or give calib, tune and test apart",
+            fix=f"fix its order (shuffle=False), or give {' and '.join(others)} apart",
         )
-    chosen = _assign(found[source].survey.hashes, shares, seed)
-    parts = {name: batches for name, batches in whole.items() if name != source}
-    parts |= {name: _batches(name, found[source], rows) for name, rows in chosen.items()}
+    chosen = _assign(role.survey.hashes, shares, seed)
+    parts = {name: _batches(name, role, rows) for name, rows in chosen.items()}
     sizes = ", ".join(f"{name} {parts[name].samples}" for name in shares)
     return parts, Note(
         code="data.split",
         text=f"Only {source} was given, so it was split (seed {seed}): {sizes} samples.",
         where=source,
-        fix="give tune and test apart to choose for yourself",
+        fix=f"give {' and '.join(name for name in ('tune', 'test') if name in shares)} apart to choose for yourself",
     )
 
 
@@ -206,7 +250,7 @@ def _batches(name: str, role: _Role, rows: frozenset[int] | None) -> Batches:
         seen = 0
         for batch in role.start() if rows is None else _rebatched(_selected(role.start(), rows), size):
             seen += batch.rows
-            yield batch if name != "calib" else replace(batch, labels=None)
+            yield batch
         if seen != samples:
             raise DataError(
                 f"{name} held {samples} samples when it was checked and {seen} now",
@@ -218,7 +262,7 @@ def _batches(name: str, role: _Role, rows: frozenset[int] | None) -> Batches:
         samples=samples,
         batch_size=size,
         names=tuple(found.form.shapes),
-        labelled=found.labelled and name != "calib",
+        labelled=found.labelled,
         digest=digest,
         walk=walk,
         shapes=_shapes(name, found, rows),
@@ -259,7 +303,7 @@ def _rebatched(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
         if rest is not None and _sizes(rest) != _sizes(batch):
             yield rest
             rest = None
-        rest = batch if rest is None else _joined(rest, batch)
+        rest = batch if rest is None else joined(rest, batch)
         while rest is not None and rest.rows >= size:
             yield _take(rest, torch.arange(size))
             rest = _take(rest, torch.arange(size, rest.rows)) if rest.rows > size else None
@@ -280,7 +324,8 @@ def _mapped(one: Batch, other: Batch, join: Callable[[torch.Tensor, torch.Tensor
     )
 
 
-def _joined(one: Batch, other: Batch) -> Batch:
+def joined(one: Batch, other: Batch) -> Batch:
+    """One batch of both, of equal sizes: the rows of `one`, then those of `other`."""
     rows = (one.rows, other.rows)
     return _mapped(one, other, lambda a, b: torch.cat([a, b]) if (len(a), len(b)) == rows else a)
 

@@ -27,6 +27,7 @@ from flyweight.face.options import (
     JSON,
     JUDGE,
     LADDER,
+    LEARN,
     LIMITS,
     LOOK,
     MODEL,
@@ -37,7 +38,10 @@ from flyweight.face.options import (
     RECOVER,
     RUN,
     SEED,
+    STUDENT,
     TARGET,
+    TEACHER,
+    TEACHER_WEIGHTS,
     WEIGHTS,
     folder_option,
     only_test,
@@ -184,6 +188,35 @@ def apply(session: Session, /, plan: str, as_json: bool, **given: Any) -> int:
     with exits.finishing(session):
         result = replay(network, plan, **arguments)
     return _shown(result.results, Path(arguments["workdir"]), as_json)
+
+
+@cli.command(short_help="Trains STUDENT, a network of your own, to answer as TEACHER does.")
+@options(TEACHER, STUDENT, TEACHER_WEIGHTS, *LEARN, folder_option("out"), FRESH, JSON, QUIET)
+@click.pass_obj
+def distill(session: Session, /, teacher: str, student: str, as_json: bool, quiet: bool, **given: Any) -> int:
+    """Trains STUDENT, a network of your own, to answer as TEACHER does; the best epoch is kept.
+
+    Both are package.module:factory. FOLDER gets weights.safetensors (of STUDENT) and results.json. Labels in DATA teach too.
+    Ends with 1 where no epoch was better than the weights STUDENT began with.
+    """
+    from flyweight.data import load_data, load_model
+    from flyweight.face.printing import show_lessons
+    from flyweight.recover.distill import distill as how
+    from flyweight.stages.teach import teach
+
+    session.folder = Path(given["workdir"])
+    names = ("epochs", "lr", "temperature", "weight_decay")
+    given["how"] = how(
+        **{name: given.pop(name) for name in names}
+    )  # before anything is loaded: a typo is found at once
+    pupil = load_model(student, given.pop("student_weights"))
+    master = load_model(teacher, given.pop("weights"))
+    for role in ("calib", "tune"):
+        given[role] = None if given[role] is None else load_data(given[role], given["batch_size"])
+    with exits.finishing(session):
+        done = teach(pupil, master, **given, progress=not quiet, stop=session.stop)
+    _print_json(done.lessons) if as_json else show_lessons(done.lessons, session.folder)
+    return 0 if done.lessons.best else 1
 
 
 @cli.command(short_help="Weighs the model in FOLDER again, on this machine.")

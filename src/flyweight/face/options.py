@@ -21,6 +21,7 @@ __all__ = [
     "JSON",
     "JUDGE",
     "LADDER",
+    "LEARN",
     "LIMITS",
     "LOOK",
     "MODEL",
@@ -31,7 +32,10 @@ __all__ = [
     "RECOVER",
     "RUN",
     "SEED",
+    "STUDENT",
     "TARGET",
+    "TEACHER",
+    "TEACHER_WEIGHTS",
     "WEIGHTS",
     "folder_option",
     "only_test",
@@ -187,6 +191,37 @@ PRICES = _option(
 )
 RECOVER = _option(
     "--recover", metavar="HOW", help="distill, or distill:epochs=5,lr=0.0005: the original teaches what was cut."
+)
+TEACHER: Option = click.argument("teacher", metavar="TEACHER")
+STUDENT: Option = click.argument("student", metavar="STUDENT")
+TEACHER_WEIGHTS = _option("--weights", metavar="FILE", help="Weights of TEACHER, a .safetensors file.")
+LEARN = (
+    _option("--student-weights", metavar="FILE", help="Weights that STUDENT begins with.  [default: as it is made]"),
+    _option("--calib", metavar="DATA", required=True, help="What teaches: inputs, and labels y where there are some."),
+    _option("--tune", metavar="DATA", help="Data that choose the epoch.  [default: a fifth of --calib]"),
+    _shown("--epochs", type=int, default=3, help="How often --calib is walked."),
+    _shown("--lr", type=float, default=1e-3, help="AdamW's peak rate, one cycle."),
+    _shown("--temperature", type=float, default=1.0, help="Softens the answers of a classifier."),
+    _shown("--weight-decay", type=float, default=0.0, help="Of matrices, by AdamW."),
+    _option(
+        "--alpha", type=float, help="The share of labels in the loss; 1: labels alone.  [default: 0.5 with labels]"
+    ),
+    _shown(
+        "--hints",
+        type=click.Choice(["none", "name", "shape"]),
+        default="none",
+        help="Inner values to compare too, of modules of one name or one shape.",
+    ),
+    _shown("--hint-weight", type=float, default=1.0, help="The weight of hints in the loss."),
+    _shown(
+        "--mode",
+        type=click.Choice(["train", "eval"]),
+        default="train",
+        help="How STUDENT learns; in eval norms keep their running statistics.",
+    ),
+    _TASK,
+    _shown("--batch-size", type=click.IntRange(min=1), default=32, help="Rows of a batch of an .npz file."),
+    _shown("--seed", type=int, default=0, help="Decides how batches are mixed, dropout, and what is set aside."),
 )
 RUN = (
     _option("--time-limit", metavar="TIME", help="90s, 20m, 1.5h: then ends with the best so far, marked."),

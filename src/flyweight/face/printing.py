@@ -21,11 +21,12 @@ from flyweight.face import tables
 from flyweight.types import Note, Plan, Results
 
 if TYPE_CHECKING:
+    from flyweight.recover.taught import Lessons
     from flyweight.stages.advise import Advice
     from flyweight.stages.look import GroupLook, Inspection
     from flyweight.stages.sensitivity import LevelLook
 
-__all__ = ["show", "show_advice", "show_plan", "show_results"]
+__all__ = ["show", "show_advice", "show_lessons", "show_plan", "show_results"]
 
 
 def show_results(results: Results, folder: Path) -> None:
@@ -35,6 +36,29 @@ def show_results(results: Results, folder: Path) -> None:
     with _stdout() as console:
         tables.summary(msgspec.structs.replace(results, artifact=artifact), console)
         console.print(_text(f"report: {folder / 'report.html'}"), soft_wrap=True)
+
+
+def show_lessons(lessons: Lessons, folder: Path) -> None:
+    """The loss and what the judge said of every epoch, the epoch that was kept, and notes."""
+    losses = ("", *(tables.format_number(loss) for loss in lessons.losses))
+    rows = [
+        (f"{epoch}{' (kept)' if epoch == lessons.best else ''}", losses[epoch], tables.format_number(judged))
+        for epoch, judged in enumerate(lessons.judged)
+        if epoch < len(losses)
+    ]
+    with _stdout() as console:
+        console.print(_text(f"task {lessons.task}: {lessons.reason}"))
+        console.print(_table(["epoch", "loss", "judged"], rows))
+        console.print(_text(f"judged by {lessons.judge}"))
+        for one, other, loss in lessons.hints:
+            console.print(_text(f"hint: {one} beside the teacher's {other} ({loss})"))
+        if lessons.stopped:
+            console.print(_text(f"ended early: {lessons.stopped}", "bold red"))
+        if not lessons.best:
+            console.print(_text("no epoch was better than the weights that the student began with", "bold red"))
+        for note in lessons.notes:
+            console.print(_text(f"note: {note.text}"))
+        console.print(_text(f"weights: {folder / 'weights.safetensors'}"), soft_wrap=True)
 
 
 def show_plan(plan: Plan, folder: str) -> None:

@@ -169,7 +169,7 @@ def _shortened(epochs: int, steps: int, share: float) -> tuple[int, int]:
 
 
 def lessons(
-    batches: Callable[[], Iterable[Inputs]], teacher: fx.GraphModule, seed: int
+    batches: Callable[[], Iterable[Inputs]], teacher: Callable[..., Any], seed: int
 ) -> tuple[Callable[[int], Iterator[Lesson]], int]:
     """(a walk over the batches of an epoch with what the teacher answers, how many they are): mixed anew for each epoch.
 
@@ -205,7 +205,7 @@ def lessons(
     return walk, count
 
 
-def _answer(teacher: fx.GraphModule, inputs: Inputs) -> Tensor:
+def _answer(teacher: Callable[..., Any], inputs: Inputs) -> Tensor:
     with torch.no_grad():
         return main_output(teacher(*inputs))[0].detach()
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from flyweight.recover.losses.attention import attention
+from flyweight.recover.losses.attribution import attribution
 from flyweight.recover.losses.bernoulli import bernoulli
 from flyweight.recover.losses.cosine import cosine
 from flyweight.recover.losses.hint import hint
@@ -28,6 +29,7 @@ __all__ = [
     "ALL",
     "Loss",
     "attention",
+    "attribution",
     "bernoulli",
     "cosine",
     "hint",
