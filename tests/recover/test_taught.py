@@ -438,3 +438,8 @@ def test_inputs_go_by_name_and_numpy_will_do():
     done = fw.teach(student, teacher, calib=columns, how=fw.distill(epochs=80, lr=3e-2), task="regress", progress=False)
     assert done.lessons.judged[-1] < 1e-3 * done.lessons.judged[0]  # linear, so it can be the same
     assert torch.allclose(student.fc.weight, teacher.fc.weight, atol=0.02)
+
+
+def test_rounded_epochs_are_refused_rather_than_passed_over(teacher: nn.Module):
+    with pytest.raises(UsageError, match="no rounded layers"):
+        teach(made(Student), teacher, how=fw.distill(quantized_epochs=1))

@@ -78,6 +78,12 @@ def teach(
     how = Distill() if how is None else how
     if not isinstance(how, Distill):
         raise UsageError(f"how is a {type(how).__name__}", fix="how=fw.distill(epochs=5)")
+    if how.quantized_epochs:
+        raise UsageError(
+            "a student of one's own has no rounded layers to learn with",
+            where=f"quantized_epochs={how.quantized_epochs}",
+            fix="teach it in float, then compress it with recover=fw.distill(quantized_epochs=…)",
+        )
     for model, who in ((student, "student"), (teacher, "teacher")):
         if not isinstance(model, nn.Module):
             raise UsageError(
