@@ -110,6 +110,12 @@ def test_the_choice_is_within_one_step_of_the_best(given_menus: list[list[tuple[
     assert sum(option.bytes for option in chosen) < min(possible) + 60 + 1  # no step is longer than the longest option
 
 
+def test_an_error_too_small_to_show_in_the_sum_still_counts():
+    ends = [Option("none", 0, 8, 0, 1.0), Option("bits", 0, 32, 60, 0.0)]
+    chosen = allot([ends, [*ends, Option("factors", 0, 8, 1, 2.2e-309)]], 0.0)
+    assert [option.kind for option in chosen] == ["bits", "bits"]
+
+
 def test_a_concave_menu_is_met_exactly_where_one_step_suffices():
     menu = [Option("none", 0, 8, 0, 1.0), Option("factors", 1, 8, 9, 0.5), Option("bits", 0, 32, 10, 0.0)]
     assert allot([menu], 1.0)[0].bytes == 0

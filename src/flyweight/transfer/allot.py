@@ -40,7 +40,8 @@ def allot(menus: Sequence[Sequence[Option]], limit: float) -> tuple[Option, ...]
     for _, number, option in sorted(steps, key=lambda step: -step[0]):  # stable: of a menu the earlier step first
         if _error(chosen) <= limit:
             break
-        if _error(chosen) - chosen[number].error + option.error <= limit:
+        # summed anew: a difference of rounded sums could call within the limit what is not
+        if _error([*chosen[:number], option, *chosen[number + 1 :]]) <= limit:
             number, option = _cheapest(chosen, menus, limit)
         chosen[number] = option
     return tuple(chosen)
