@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "src" / "flyweight"
 
 # From the ground up. Rooms on one floor may see each other, but never in a circle.
 FLOORS = (
-    ("types", "errors", "quantities", "budget"),
+    ("types", "errors", "quantities", "budget", "atomic"),
     ("numerics",),
     ("graph", "data"),
     ("methods", "recover", "train", "transfer"),

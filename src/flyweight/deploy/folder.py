@@ -26,8 +26,8 @@ from typing import Any, TypeVar
 import filelock
 import msgspec
 
+from flyweight.atomic import PART, Content, append_line, disk_errors, write_atomic
 from flyweight.deploy import machine
-from flyweight.deploy.atomic import PART, Content, append_line, disk_errors, write_atomic
 from flyweight.errors import FolderInUse, UnsafeFileError, UsageError
 from flyweight.types import Note, to_json
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from flyweight.deploy.atomic import write_atomic
+from flyweight.atomic import write_atomic
 from flyweight.deploy.folder import STAGES, Folder, record_of
 from flyweight.errors import UsageError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from flyweight.deploy.atomic import write_atomic
+from flyweight.atomic import write_atomic
 from flyweight.deploy.folder import FileEntry, open_folder, read_manifest
 from flyweight.errors import UnsafeFileError
 from flyweight.face.report import report

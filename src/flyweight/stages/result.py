@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import save as save_tensors
 from torch import fx, nn
 
+from flyweight.atomic import write_atomic
 from flyweight.data import bind_example
-from flyweight.deploy.atomic import write_atomic
 from flyweight.errors import UsageError
 from flyweight.graph.source import source
 from flyweight.graph.transplant import transplanted

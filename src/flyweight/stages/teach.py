@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -23,6 +22,7 @@ from flyweight.recover.distill import Distill
 from flyweight.recover.objective import Loss
 from flyweight.recover.pupils import check_models
 from flyweight.recover.taught import Lessons, taught
+from flyweight.transfer.record import fingerprint
 from flyweight.types import to_json
 
 __all__ = ["RESULTS", "WEIGHTS", "Taught", "teach"]
@@ -132,19 +132,11 @@ def _key(student: nn.Module, teacher: nn.Module, data: Roles, settings: Mapping[
     shapes = repr([(name, tuple(x.shape), str(x.dtype)) for name, x in student.state_dict().items()])
     return {
         "student": hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        "teacher": _hash(teacher),
+        "teacher": fingerprint(teacher.state_dict())[:16],
         "calib": data.calib.digest,
         "tune": data.tune.digest,
         **settings,
     }
-
-
-def _hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, x in model.state_dict().items():
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _write(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
 from collections.abc import Mapping
@@ -16,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from flyweight.errors import ResourceError, UnsafeFileError, UsageError
+from flyweight.atomic import write_atomic
+from flyweight.errors import UnsafeFileError, UsageError
 from flyweight.transfer.entries import Entry, check
 
 __all__ = ["Delta", "State", "fingerprint", "load", "state_of"]
@@ -63,7 +62,10 @@ class Delta:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """One safetensors file, complete or absent. Raises UsageError if it cannot be written, ResourceError on a full disk."""
-        return _written(Path(path), _packed(self))
+        path = Path(path)
+        if not path.parent.is_dir():  # a typo must not become a folder
+            raise UsageError(f"{path.name} cannot be written", where=str(path), why="its folder is not there")
+        return write_atomic(path, _packed(self))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Delta:
@@ -96,22 +98,6 @@ def _packed(delta: Delta) -> bytes:
     head = msgspec.json.encode(_Head(SCHEMA_VERSION, delta.base, delta.error, told)).decode()
     parts = {f"{name}/{part}": x for name, entry in delta.entries.items() for part, x in entry.parts.items()}
     return save(parts, {HEAD: head})
-
-
-def _written(path: Path, content: bytes) -> Path:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if problem.errno == errno.ENOSPC:
-            raise ResourceError(
-                f"the disk is full: {len(content):,} bytes are needed", where=str(path), why=str(problem)
-            ) from problem
-        raise UsageError(f"{path.name} cannot be written", where=str(path), why=str(problem)) from problem
-    return path
 
 
 def load(path: str | os.PathLike[str]) -> Delta:
