@@ -28,12 +28,13 @@ from torch import Tensor, fx, nn
 from common import RESULTS, arguments, facts, load_fashion_mnist, load_resnet20, print_table, right, write_csv
 from flyweight.deploy import runtimes
 from flyweight.deploy.formats.onnx import export
+from flyweight.graph.numbers import FAKE_QUANTIZE
 from flyweight.graph.operators import roundable
 from flyweight.graph.trace import trace
 from flyweight.methods import int8
 from flyweight.numerics.divergence import divergence
 from flyweight.recover.distill import Distill
-from flyweight.recover.quantized import FAKE_QUANTIZE, quantized
+from flyweight.recover.quantized import quantized
 from flyweight.stages.deliver import prepared, with_numbers
 from structured_resnet20 import FLYWEIGHT_CALIB_ROWS, float_row
 

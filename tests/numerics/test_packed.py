@@ -17,6 +17,7 @@ from flyweight.numerics.packed import (
     scales,
     values,
 )
+from flyweight.numerics.packed import unpacked as ours_unpacked
 
 SHAPES = [(5, 64), (3, 7), (1, 1), (4, 200), (2, 27)]
 
@@ -39,6 +40,7 @@ def test_what_is_packed_comes_out_again_and_takes_the_bytes_counted(bits: int, s
     stored = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=generator)
     parts = packed(stored, bits)
     assert np.array_equal(unpacked(parts, bits, shape[1]), stored.numpy())
+    assert torch.equal(ours_unpacked(parts, shape[1], bits), stored)
     groups = shape[1] // group_size(shape[1], bits)
     assert sum(part.numel() for part in parts) + 2 * shape[0] * groups + 4 == packed_bytes(*shape, bits)
     assert sum(planes(bits)) == bits

@@ -17,6 +17,7 @@ from flyweight.deploy import runtimes
 from flyweight.deploy.formats.onnx import export, stored_name
 from flyweight.deploy.placement import slots
 from flyweight.errors import UsageError
+from flyweight.graph.numbers import FAKE_QUANTIZE
 from flyweight.graph.operators import roundable, value_read
 from flyweight.graph.program import save
 from flyweight.graph.trace import trace
@@ -24,7 +25,7 @@ from flyweight.methods import int8, stored
 from flyweight.numerics.divergence import divergence
 from flyweight.recover import quantized as module
 from flyweight.recover.distill import Distill, read_recover
-from flyweight.recover.quantized import FAKE_QUANTIZE, quantized
+from flyweight.recover.quantized import quantized
 from flyweight.stages.deliver import prepared, with_numbers
 from flyweight.train.descent import Descent
 

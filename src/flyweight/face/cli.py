@@ -206,9 +206,8 @@ def distill(session: Session, /, teacher: str, student: str, as_json: bool, quie
 
     session.folder = Path(given["workdir"])
     names = ("epochs", "lr", "temperature", "weight_decay")
-    given["how"] = how(
-        **{name: given.pop(name) for name in names}
-    )  # before anything is loaded: a typo is found at once
+    # before anything is loaded: a typo is found at once
+    given["how"] = how(**{name: given.pop(name) for name in names})
     pupil = load_model(student, given.pop("student_weights"))
     master = load_model(teacher, given.pop("weights"))
     for role in ("calib", "tune"):

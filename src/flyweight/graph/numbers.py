@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
-__all__ = ["FLOAT32", "INT8", "Form", "integer_layers", "number_forms"]
+__all__ = ["FAKE_QUANTIZE", "FLOAT32", "INT8", "Form", "integer_layers", "number_forms"]
 
 
 class Form(NamedTuple):
@@ -18,6 +19,7 @@ class Form(NamedTuple):
 
 
 FLOAT32, INT8 = Form(32), Form(8)
+FAKE_QUANTIZE = torch.ops.aten.fake_quantize_per_tensor_affine.default  # behind a value that is stored in 8 bits
 
 
 def number_forms(graph: fx.GraphModule) -> dict[str, Form]:

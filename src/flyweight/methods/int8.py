@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flyweight.graph.measure import Stats
+from flyweight.graph.numbers import FAKE_QUANTIZE
 from flyweight.graph.operators import Layer, matrix, on_sequences, set_matrix, value_read
 from flyweight.methods.channels import gram_of
 from flyweight.numerics import forms
@@ -267,7 +268,7 @@ def round_biases(graph: fx.GraphModule, scales: Mapping[str, Tensor], read: Mapp
 def _set_quantizer(graph: fx.GraphModule, node: fx.Node, grid: Grid, readers: tuple[str, ...]) -> None:
     with graph.graph.inserting_after(node):
         quantizer = graph.graph.call_function(
-            torch.ops.aten.fake_quantize_per_tensor_affine.default,
+            FAKE_QUANTIZE,
             (node, grid.scale, grid.zero_point, grid.low, grid.high),
         )
     quantizer.meta = dict(node.meta)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,19 @@ from torch import Tensor
 
 from flyweight.numerics.affine import least_error
 
-__all__ = ["WIDTHS", "Scales", "ends", "group_size", "integers", "packed", "packed_bytes", "planes", "scales", "values"]
+__all__ = [
+    "WIDTHS",
+    "Scales",
+    "ends",
+    "group_size",
+    "integers",
+    "packed",
+    "packed_bytes",
+    "planes",
+    "scales",
+    "unpacked",
+    "values",
+]
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 GROUP = 64  # columns that share a scale of 16 bits, about: a quarter of a bit a weight
@@ -110,6 +122,17 @@ def packed(stored: Int64[Tensor, "out in"], bits: int) -> tuple[UInt8[Tensor, "o
         places = torch.arange(per_byte) * width
         made.append((part.reshape(len(part), per_byte, length) << places[:, None]).sum(1).to(torch.uint8))
     return tuple(made)
+
+
+def unpacked(parts: Sequence[UInt8[Tensor, "out _"]], columns: int, bits: int) -> Int64[Tensor, "out in"]:
+    """The integers that `packed` was given, of so many columns."""
+    shifted, left = torch.zeros(len(parts[0]), columns, dtype=torch.int64), bits
+    for part, width in zip(parts, planes(bits), strict=True):
+        left -= width
+        places = torch.arange(8 // width) * width
+        numbers = (part.long()[:, None] >> places[:, None]) & (2**width - 1)
+        shifted = shifted | numbers.flatten(1)[:, :columns] << left
+    return torch.sub(shifted, 2 ** (bits - 1))
 
 
 def packed_bytes(rows: int, columns: int, bits: int) -> int:

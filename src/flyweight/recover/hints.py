@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Pair:
 
     student: str
     teacher: str
-    loss: str = field(default="hint")
+    loss: str = "hint"
 
 
 @contextlib.contextmanager

@@ -27,19 +27,17 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from flyweight.errors import UsageError
-from flyweight.graph.numbers import integer_layers, number_forms
+from flyweight.graph.numbers import FAKE_QUANTIZE, integer_layers, number_forms
 from flyweight.graph.ranges import known_range
 from flyweight.methods import int8
 from flyweight.numerics.stepped import stepped
 from flyweight.recover.distill import Distill, Inputs, distilled
 from flyweight.train.descent import Descent, Store
 
-__all__ = ["FAKE_QUANTIZE", "layers_that_learn", "quantized"]
+__all__ = ["layers_that_learn", "quantized"]
 
-RATE = (
-    0.1  # of the settings' lr, which is for floats: weights of four bits that move faster undo what calibration found
-)
-FAKE_QUANTIZE = torch.ops.aten.fake_quantize_per_tensor_affine.default
+# Of the settings' lr, which is for floats: weights of four bits that move faster undo what calibration found
+RATE = 0.1
 
 
 def quantized(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flyweight.errors import UnsafeFileError
 from flyweight.numerics.affine import unclipped, weight_scales
-from flyweight.numerics.packed import packed
+from flyweight.numerics.packed import packed, unpacked
 
 __all__ = [
     "WIDTHS",
@@ -148,9 +148,7 @@ def _stored(numbers: Tensor, bits: int) -> Tensor:
 
 def _read(stored: Tensor, bits: int, columns: int) -> Tensor:
     """The numbers that were stored, float64."""
-    if bits == 4:  # the layout of `numerics.packed`: a byte's low half is a column of the first half of the row
-        stored = torch.cat([stored & 15, stored >> 4], 1)[:, :columns].to(torch.int16) - 8
-    return stored.double()
+    return (unpacked([stored], columns, 4) if bits == 4 else stored).double()
 
 
 def _marks(changed: Tensor | None, rows: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from flyweight.deploy.formats.proto import without_unread
 from flyweight.deploy.formats.translated import translated
 from flyweight.deploy.formats.unpack import is_packed, unpacked_rows, unpacked_weight
 from flyweight.errors import ModelError
-from flyweight.graph.numbers import number_forms
+from flyweight.graph.numbers import FAKE_QUANTIZE, number_forms
 from flyweight.graph.operators import CONVOLUTIONS, module_of, on_sequences, value_read
 from flyweight.graph.places import source_line
 from flyweight.graph.rewrite import flatten_views, refresh, sized_pools, without_dropout
@@ -35,7 +35,6 @@ __all__ = ["export", "lower", "output_names", "stored_name"]
 import torch.ao.quantization.fx._decomposed
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
-FAKE_QUANTIZE = aten.fake_quantize_per_tensor_affine.default
 
 
 def stored_name(layer: str) -> str:
