@@ -50,6 +50,7 @@ def test_the_original_teaches_what_was_cut(bare: fw.Result, taught: fw.Result):
     assert not told(bare)
     (text,) = told(taught)
     assert "for 6 epoch(s)" in text
+    assert not told(taught, "recover.shortened")
     (text,) = told(taught, "recover.quantized")  # the head
     assert "taught what was rounded for 1 epoch(s)" in text
     assert taught.results.rows[-1].macs == bare.results.rows[-1].macs

@@ -69,6 +69,18 @@ def test_the_search_ends_with_the_best_so_far(world: World, late_at, tmp_path):
     assert all(claim.state == "holds" for claim in cut.results.claims if claim.kind == "proof")
 
 
+def test_what_had_no_time_for_all_its_lessons_says_so(world: World, late_at, tmp_path):
+    budget = {"budget": "size<=60%, drop<=10pt", "prefer": "size", "methods": ["channels"]}
+    stop = late_at("trying a combination", 2, 1.5)
+    cut = fw.compress(
+        world.net(), **world.roles, **budget, recover=fw.distill(epochs=1), time_limit=LIMIT_S, stop=stop,
+        workdir=tmp_path / "cut", progress=False,
+    )  # fmt: skip
+    assert any(option.steps for option in cut.plan.choices.values())
+    (text,) = (note.text for note in cut.notes if note.code == "recover.shortened")
+    assert "had 0% of them" in text
+
+
 def test_nothing_is_said_of_a_limit_that_did_not_run_out(world: World, tmp_path):
     made = fw.compress(
         world.net(),

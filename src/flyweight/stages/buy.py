@@ -35,9 +35,11 @@ from flyweight.stages.price import Market, Menu, markets, options
 from flyweight.stages.quote import Quotes
 from flyweight.stages.recovery import (
     PROBE,
+    Outcome,
     left_by_lessons,
     lessons_note,
     rounded_teaching,
+    shortened,
     teaching,
     with_lessons,
 )
@@ -150,9 +152,6 @@ def _no_larger(
     return replace(choice, market=whole, solution=solution, outcome=(graph, notes)), None, (note,)
 
 
-Outcome = tuple[fx.GraphModule, tuple[Note, ...]]
-
-
 def delivered(
     job: Job, quotes: Quotes, steps: Sequence[Step], folder: Store, stage: Stage, share: float = 1.0
 ) -> Outcome:
@@ -193,7 +192,7 @@ def attempting(
         if (name := repr(steps)) in known:
             return known[name]
         job.checkpoint("trying a combination", needed=False)
-        outcome = delivered(job, quotes, steps, folder, stage, share)
+        outcome = shortened(delivered(job, quotes, steps, folder, stage, share), steps, share)
         (before, labels), (after, _) = original(), answers(outcome[0])
         found = [measured(limit, job.yardstick, before, after, labels) for limit in wanted]
         made = (outcome, [(limit, _widened(one, stretch)) for limit, one in zip(wanted, found, strict=True)])

@@ -36,8 +36,8 @@ NUMBERS = (int8.NAME, stored.NAME)  # the methods that change how weights are st
 MOST_SAMPLES, LEAST_SAMPLES = 1024, 256
 LOOKING_MACS = 1.5e11  # for looking at them, half a minute or so
 NOTHING_CUT = Note(
-    "recover.nothing-cut", "nothing was cut, so nothing was taught: rounding alone is not trained for",
-    fix='methods=["channels", "int8"], or leave recover out',
+    "recover.nothing-cut", "nothing was cut, so nothing was taught: what was rounded learns by quantized_epochs",
+    fix="fw.distill(quantized_epochs=2), or leave recover out",
 )  # fmt: skip
 NOTHING_ROUNDED = Note(
     "recover.nothing-rounded", "no layer is in int8, so there was no rounding to learn with", fix="quantized_epochs=0",

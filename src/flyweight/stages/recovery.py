@@ -23,7 +23,16 @@ from flyweight.stages.weighing import Store
 from flyweight.train.descent import Descent
 from flyweight.types import Note, Step, to_json
 
-__all__ = ["PROBE", "left_by_lessons", "lessons_note", "rounded_teaching", "teaching", "with_lessons"]
+__all__ = [
+    "PROBE",
+    "Outcome",
+    "left_by_lessons",
+    "lessons_note",
+    "rounded_teaching",
+    "shortened",
+    "teaching",
+    "with_lessons",
+]
 
 LEARNING = 0.6  # of the time left, where there is a limit on it: rounding, export and verification come after
 LESSONS_FILE = "lessons.json"
@@ -32,6 +41,7 @@ PROBE = 0.25  # of all lessons, to see what they are worth at some depth
 
 Teaching = Callable[[fx.GraphModule], tuple[Note, ...]]
 Heard = Callable[[Descent], None]
+Outcome = tuple[fx.GraphModule, tuple[Note, ...]]
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,15 @@ def lessons_note(left: float) -> tuple[Note, ...]:
     """What a probe said of the prices of cuts."""
     text = f"a probe of {PROBE:.0%} of the lessons left {left:.0%} of the divergence of cuts: they are priced with that"
     return (Note("recover.priced", text),) if left < 1.0 else ()
+
+
+def shortened(outcome: Outcome, steps: Collection[Step], share: float) -> Outcome:
+    """What a probe made of `steps`, with the note that counts if that is delivered after all: where the time is over."""
+    if share >= 1.0 or all(one.method in NUMBERS for one in steps):
+        return outcome
+    text = f"the search ended before all lessons: what is delivered had {share:.0%} of them, and a replay of its plan gives all"
+    note = Note("recover.shortened", text, fix="a longer time limit, or fewer epochs")
+    return outcome[0], (*outcome[1], note)
 
 
 def rounded_teaching(
