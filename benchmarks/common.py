@@ -132,6 +132,12 @@ def batches(images: Tensor, labels: Tensor | None = None, size: int = EVAL_BATCH
         yield images[rows] if labels is None else (images[rows], labels[rows])
 
 
+@torch.no_grad()
+def answers(model: nn.Module, images: Tensor) -> Tensor:
+    """What the model, used as it is, says of every row."""
+    return torch.cat([model(x) for x in batches(images)])
+
+
 @torch.inference_mode()
 def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """For every row whether the model's answer is the label: bool (n,). The model is used as it is (eval it first)."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import flyweight as fw
-from common import RESULTS, accuracy, arguments, facts, load_fashion_mnist, load_resnet20, print_table, write_csv
+from common import (
+    RESULTS,
+    accuracy,
+    answers,
+    arguments,
+    facts,
+    load_fashion_mnist,
+    load_resnet20,
+    print_table,
+    write_csv,
+)
 from flyweight.graph.cost import total_macs
 from flyweight.graph.trace import trace
 from flyweight.recover.losses import soft_labels
@@ -172,12 +182,6 @@ def pictures_rows(options: Any) -> list[dict[str, Any]]:
     macs = total_macs(trace(made[0], (test[0][:2],)).module)
     table.append(row("source + corrector", macs, made, (time.perf_counter() - started) / options.seeds))
     return table
-
-
-@torch.no_grad()
-def answers(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Logits of all images."""
-    return torch.cat([model(x) for x in images.split(500)])
 
 
 def corrected(both: fw.Corrected, teacher: nn.Module, rows: Tensor, choose: Tensor, options: Any, seed: int) -> None:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from common import RESULTS, arguments, facts, load_fashion_mnist, load_resnet20, print_table, right, write_csv
+from common import RESULTS, answers, arguments, facts, load_fashion_mnist, load_resnet20, print_table, right, write_csv
 from flyweight.deploy import runtimes
 from flyweight.deploy.formats.onnx import export
 from flyweight.graph.numbers import FAKE_QUANTIZE
@@ -36,6 +36,7 @@ from flyweight.numerics.divergence import divergence
 from flyweight.recover.distill import Distill
 from flyweight.recover.quantized import quantized
 from flyweight.stages.deliver import prepared, with_numbers
+from recover_resnet20 import recovered
 from structured_resnet20 import FLYWEIGHT_CALIB_ROWS, float_row
 
 CONFORMING = 1_000  # rows whose stored values (some 200,000 each) are compared
@@ -48,31 +49,6 @@ def rounded(graph: fx.GraphModule, calib: Tensor, largest: int) -> fx.GraphModul
     names = list(roundable(graph))
     ready = prepared(graph, (calib[:2],), names, lambda: ((x,) for x in calib.split(256)))
     return with_numbers(ready, [int8.step(name, largest=largest) for name in names])[0]
-
-
-def learned(
-    student: fx.GraphModule, teacher: fx.GraphModule, rows: Tensor, choose: Tensor, settings: Distill, seed: int
-) -> fx.GraphModule:
-    """A copy that learned from the teacher."""
-    taught = copy.deepcopy(student)
-    wanted = answers(teacher, choose)
-
-    def judge(graph: nn.Module) -> float:
-        return float(divergence("classify", wanted, answers(graph, choose)).mean())
-
-    def apart(answer: Tensor, outputs: Tensor) -> Tensor:
-        return divergence("classify", answer, outputs)
-
-    batches = lambda: ((x,) for x in rows.split(128))  # noqa: E731
-    done = quantized(taught, teacher, batches, apart, judge, settings, seed=seed)
-    print(f"    seed {seed}: divergence on choose {[round(one, 5) for one in done.judged]}", flush=True)
-    return taught
-
-
-@torch.no_grad()
-def answers(graph: nn.Module, images: Tensor) -> Tensor:
-    """Logits of all images."""
-    return torch.cat([graph(x) for x in images.split(500)])
 
 
 def weighed(graph: fx.GraphModule, images: Tensor) -> dict[str, float]:
@@ -177,7 +153,10 @@ def main() -> None:
     started = time.perf_counter()
     settings = Distill(1, options.lr, quantized_epochs=options.epochs)
     rows = data.calib(options.rows)[0]
-    taught = [learned(one_shot, teacher, rows, data.choose[0], settings, seed) for seed in range(options.seeds)]
+    taught = [
+        recovered(one_shot, teacher, rows, data.choose[0], settings, seed, learn=quantized)
+        for seed in range(options.seeds)
+    ]
     table.append(measured("learned", taught, (time.perf_counter() - started) / options.seeds))
     print()
     print_table(table, COLUMNS)

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from common import (
     RESULTS,
     accuracy,
+    answers,
     arguments,
     facts,
     load_fashion_mnist,
@@ -39,6 +40,7 @@ from flyweight.stages.deliver import restructured
 from flyweight.stages.price import problem
 from flyweight.stages.quote import quote
 from flyweight.stages.setup import Settings, job_of
+from flyweight.train.descent import Descent
 from rivals import pruned
 from structured_resnet20 import CALIB_ROWS, FLYWEIGHT_CALIB_ROWS, Memory, float_row
 
@@ -60,24 +62,25 @@ def cuts(model: nn.Module, data: Any) -> dict[float, nn.Module]:
 
 
 def recovered(
-    student: nn.Module, teacher: nn.Module, rows: Tensor, choose: Tensor, settings: Distill, seed: int
-) -> nn.Module:
-    """A copy that learned from the teacher."""
-    taught: Any = copy.deepcopy(student)
-    with torch.no_grad():
-        wanted = torch.cat([teacher(x) for x in choose.split(500)])
+    student: Any,
+    teacher: fx.GraphModule,
+    rows: Tensor,
+    choose: Tensor,
+    settings: Distill,
+    seed: int,
+    learn: Callable[..., Descent] = distilled,
+) -> Any:
+    """A copy of the network that learned from the teacher."""
+    taught = copy.deepcopy(student)
+    wanted = answers(teacher, choose)
 
     def judge(graph: nn.Module) -> float:
-        with torch.no_grad():
-            found = torch.cat([graph(x) for x in choose.split(500)])
-        return float(divergence("classify", wanted, found).mean())
+        return float(divergence("classify", wanted, answers(graph, choose)).mean())
 
     def apart(answer: Tensor, outputs: Tensor) -> Tensor:
         return divergence("classify", answer, outputs)
 
-    done = distilled(
-        taught, teacher, lambda: ((x,) for x in rows.split(128)), apart, judge, settings, seed=seed
-    )  # fmt: skip
+    done = learn(taught, teacher, lambda: ((x,) for x in rows.split(128)), apart, judge, settings, seed=seed)
     print(f"    seed {seed}: divergence on choose {done.judged}", flush=True)
     return taught
 
