@@ -1,15 +1,20 @@
-"""What each part is worth: methods alone and together, uniform against solved, compensated against plain.
+"""What each part is worth: methods alone, in pairs and together, with recovery and without; uniform against solved,
+compensated against plain.
 
-    python benchmarks/ablation.py [--data FOLDER] [--rivals-only] [--only demo]
+    python benchmarks/ablation.py [--data FOLDER] [--rivals-only] [--only demo] [--share 0.45] [--epochs 3] [--rows 4096]
 
-On the demo's digits network and on ResNet-20. Every variant is timed in pairs with the float network (one thread, ABBA
-blocks, fresh processes); the drop is paired with float on the same test rows, both run by ONNX Runtime.
+On the demo's digits network and on ResNet-20. All of flyweight's variants are planned for one predicted latency, a `share` of
+float's; `reach` is how far above it the nearest plan of methods that cannot reach it is said to be. What is "taught" learned
+from the original on unlabelled rows, behind the cuts. Every variant is timed in pairs with the float network (one thread,
+ABBA blocks, fresh processes); the drop is paired with float on the same test rows, both run by ONNX Runtime.
 """
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +41,18 @@ from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import LatencyTable
 from flyweight.face.digits import load_digits, trained
 from flyweight.methods import channels, int8
-from flyweight.methods.pricing import by_magnitude
+from flyweight.methods.blocks import Price
+from flyweight.methods.lowrank import Ranks
+from flyweight.methods.pricing import Ladder, by_magnitude
+from flyweight.recover.distill import Distill
+from flyweight.search import Factor
 from flyweight.search.knapsack import solve
 from flyweight.search.problem import evaluate
 from flyweight.stages.bases import priced, reference_of
 from flyweight.stages.buy import delivered
 from flyweight.stages.choose import cost_limits, steps_of
-from flyweight.stages.price import Market, Menu, markets
+from flyweight.stages.deliver import NUMBERS
+from flyweight.stages.price import Format, Market, Menu, markets
 from flyweight.stages.price import steps as price_steps
 from flyweight.stages.quote import Quotes, quote
 from flyweight.stages.setup import Settings, job_of
@@ -51,18 +61,19 @@ from rivals import float_onnx, onnx_right, ort_static_int8, pruned
 
 DIVIDE = 2.0  # how far the plain, uniform baseline cuts
 SHAPE = "batch=1"
-LATENCY_SHARE = 0.45  # of float; what the solved and uniform variants are planned for
-COLUMNS = ("network", "variant", "divide", "bytes", "share", "share_low", "share_high", "accuracy", "drop_pt",
+PARTS = {"channels": Ladder, "int8": Format, "low rank": Ranks, "blocks": Price}  # method -> its decisions
+COLUMNS = ("network", "variant", "reach", "divide", "bytes", "share", "share_low", "share_high", "accuracy", "drop_pt",
            "drop_low_pt", "drop_high_pt")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A trained network and its data by role; the labels of `calib` are for rivals that ask for them."""
+    """A trained network and its data by role; the labels of `calib` are for rivals that ask for them. `lessons`: inputs."""
 
     name: str
     model: nn.Module
     calib: tuple[Tensor, Tensor]
+    lessons: Tensor
     tune: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
@@ -74,6 +85,7 @@ class Variant:
     name: str
     path: Path
     macs: int | None = None
+    reach: float | None = None  # its predicted latency over the one it was planned for, less 1; 0 where it is reached
 
 
 def demo_subject(seed: int = 0) -> Subject:
@@ -82,59 +94,81 @@ def demo_subject(seed: int = 0) -> Subject:
     model = trained(seed, digits)
     with torch.inference_mode():
         answers = model(digits.calib).argmax(1)
-    return Subject("demo", model, (digits.calib, answers), digits.tune, digits.test)
+    return Subject("demo", model, (digits.calib, answers), digits.calib, digits.tune, digits.test)
 
 
-def resnet_subject(folder: Path) -> Subject:
-    """ResNet-20 on Fashion-MNIST."""
+def resnet_subject(folder: Path, rows: int) -> Subject:
+    """ResNet-20 on Fashion-MNIST; `rows` of it teach."""
     data = load_fashion_mnist(folder)
-    return Subject("resnet20", load_resnet20(folder), data.calib(1_024), data.choose, data.test)
+    return Subject("resnet20", load_resnet20(folder), data.calib(1_024), data.calib(rows)[0], data.choose, data.test)
 
 
-def flyweight_variants(subject: Subject, folder: Path) -> list[Variant]:
-    """Methods alone and both, uniform against solved, plain against compensated, all planned for one latency."""
-    calib = [(x,) for x in subject.calib[0].split(128)]
+def flyweight_variants(subject: Subject, folder: Path, share: float, epochs: int) -> list[Variant]:
+    """Methods alone and together, each taught as well; uniform against solved, plain against compensated. All for one latency."""
+    calib, lessons = ([(x,) for x in rows.split(128)] for rows in (subject.calib[0], subject.lessons))
     tune = list(zip(subject.tune[0].split(128), subject.tune[1].split(128), strict=True))
     half = len(tune) // 2
-    budget = f"latency@{SHAPE}<={LATENCY_SHARE:.0%}, drop<=5pt"
-    job = job_of(
-        subject.model, calib=calib, tune=tune[:half], test=tune[half:], example=None, settings=Settings(budget)
-    )
+    settings = Settings(f"latency@{SHAPE}<={share:.0%}, drop<=5pt", methods=("channels", "int8", "lowrank", "blocks"))
+    data: dict[str, Any] = {"tune": tune[:half], "test": tune[half:], "example": None}
+    job = job_of(subject.model, calib=calib, **data, settings=settings)
+    alone = job_of(subject.model, calib=lessons, **data, settings=settings)  # what is made is fitted to the same rows
+    taught = replace(alone, settings=replace(settings, recover=Distill(epochs)))
     variants = []
     with open_folder(folder / f"run-{subject.name}", fresh=False, run_key={"ablation": subject.name}) as store:
         quotes = quote(job, store, lambda name, total: lambda done: None)
         reference = reference_of(job, store)
         menu, table, _ = priced(job, quotes, store, lambda name, total: lambda done: None)
         assert table is not None
-        for name, steps in _recipes(quotes, menu, table, cost_limits(job.budget, reference, table)).items():
-            graph, _ = delivered(job, quotes, steps, store, lambda *_: lambda *_: None)
-            path = folder / f"flyweight-{len(variants)}.onnx"
-            export(graph, job.example, path)
-            variants.append(Variant(f"flyweight {name}", path, macs(graph, job.example[0][:1])))
+        limits = cost_limits(job.budget, reference, table)
+        for name, (steps, reach) in _recipes(quotes, menu, table, limits).items():
+            for maker, kind in ((alone, ""), (taught, ", taught")):
+                if kind and (", " in name or all(step.method in NUMBERS for step in steps)):
+                    continue  # of what is uniform or plain the question is another; where nothing is cut nothing is taught
+                graph, *_ = delivered(maker, quotes, steps, store, lambda *_: lambda *_: None)
+                path = folder / f"flyweight-{len(variants)}.onnx"
+                export(graph, job.example, path)
+                count = macs(graph, job.example[0][:1])
+                variants.append(Variant(f"flyweight {name}{kind}", path, count, reach))
+                print(f"  made: {name}{kind}", flush=True)
     return variants
 
 
 Steps = tuple[Step, ...]
 
 
-def _recipes(quotes: Quotes, menu: Menu, table: LatencyTable, limits: dict[str, float]) -> dict[str, Steps]:
-    """Name -> steps. The budget's latency limit holds by prediction wherever it can be met at all."""
+def _recipes(
+    quotes: Quotes, menu: Menu, table: LatencyTable, limits: dict[str, float]
+) -> dict[str, tuple[Steps, float]]:
+    """Name -> steps, and how far above the limit they are said to be."""
     offers = markets(menu, table)
+    found = {}
+    for count in range(1, len(PARTS) + 1):
+        for chosen in combinations(PARTS, count) if count != 3 else ():
+            best = min((_solved(offer, chosen, limits) for offer in offers), key=lambda pair: pair[1:])
+            found["all" if count == len(PARTS) else " + ".join(chosen)] = best[:2]
     both, floats = offers[0], offers[-1]
-    solved = steps_of(both.menu, solve(both.problem, limits))
-    numbers = tuple(menu.in_int8(f.layer) for f in menu.formats)
-    return {
-        "channels, solved": steps_of(floats.menu, solve(floats.problem, limits)),
+    found |= {
         "channels, uniform": _uniform(floats, limits, int8_too=False),
-        "int8": numbers,
-        "int8, plain": tuple(_plain(quotes, s) for s in numbers),
-        "both, solved": solved,
-        "both, uniform": _uniform(both, limits, int8_too=True),
-        "both, solved, plain": tuple(_plain(quotes, step) for step in solved),
+        "channels + int8, uniform": _uniform(both, limits, int8_too=True),
     }
+    for name in ("int8", "channels + int8"):
+        found[f"{name}, plain"] = (tuple(_plain(quotes, step) for step in found[name][0]), found[name][1])
+    return found
 
 
-def _uniform(offer: Market, limits: dict[str, float], int8_too: bool) -> Steps:
+def _solved(offer: Market, chosen: Sequence[str], limits: dict[str, float]) -> tuple[Steps, float, float]:
+    """(steps, excess, error) of the best plan of the chosen methods alone."""
+    allowed = tuple(PARTS[name] for name in chosen)
+    pins = []
+    for v, size in enumerate(offer.problem.sizes):
+        if not isinstance(offer.menu.decision(v), allowed):
+            pins.append(Factor((v,), np.array([0.0] + [np.inf] * (size - 1))))
+    pinned = replace(offer.problem, factors=(*offer.problem.factors, *pins))
+    solution = solve(pinned, limits)
+    return steps_of(offer.menu, solution), solution.excess, solution.error
+
+
+def _uniform(offer: Market, limits: dict[str, float], int8_too: bool) -> tuple[Steps, float]:
     """Every group at the same share of its channels, the largest share that meets the limits by prediction.
 
     Where none does, the share nearest to them: narrower is not always faster.
@@ -147,13 +181,14 @@ def _uniform(offer: Market, limits: dict[str, float], int8_too: bool) -> Steps:
             for lad in menu.ladders
         ]
         choices = [*levels, *(1 if int8_too else 0 for _ in menu.formats)]
+        choices += [0] * (len(offer.problem.sizes) - len(choices))
         _, costs = evaluate(offer.problem, choices)
         excess = max(0.0, *(costs[name] / limit - 1 for name, limit in limits.items()))
         made = tuple(step for v, option in enumerate(choices) for step in price_steps(menu, v, option))
         found.setdefault(excess, made)
         if not excess:
             break
-    return found[min(found)]
+    return found[min(found)], min(found)
 
 
 def _plain(quotes: Quotes, step: Step) -> Step:
@@ -198,6 +233,7 @@ def rows_of(subject: Subject, variants: list[Variant], folder: Path, processes: 
             {
                 "network": subject.name,
                 "variant": variant.name,
+                "reach": variant.reach,
                 "divide": full / variant.macs if variant.macs else None,
                 "bytes": variant.path.stat().st_size,
                 "us": 1e6 * timing.latency_s,
@@ -216,6 +252,9 @@ def rows_of(subject: Subject, variants: list[Variant], folder: Path, processes: 
 def main() -> None:
     parser = arguments("What each part of flyweight is worth, on two networks")
     parser.add_argument("--only", choices=("demo", "resnet20"), help="one network alone")
+    parser.add_argument("--share", type=float, default=0.45, help="of float's latency, what is planned for")
+    parser.add_argument("--epochs", type=int, default=3, help="of the lessons")
+    parser.add_argument("--rows", type=int, default=4_096, help="unlabelled rows that teach ResNet-20")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes per timing (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -224,16 +263,18 @@ def main() -> None:
     for name in ("demo", "resnet20"):
         if options.only not in (None, name):
             continue
-        subject = demo_subject() if name == "demo" else resnet_subject(options.data)
+        subject = demo_subject() if name == "demo" else resnet_subject(options.data, options.rows)
         with tempfile.TemporaryDirectory() as folder:
             variants = rival_variants(subject, Path(folder))
             if not options.rivals_only:
-                variants += flyweight_variants(subject, Path(folder))
+                variants += flyweight_variants(subject, Path(folder), options.share, options.epochs)
             rows += rows_of(subject, variants, Path(folder), options.processes)
     print_table(rows, COLUMNS)
     print("\nshares are of the float network at batch 1; drops are points below float, 95 %, paired")
     name = "ablation_rivals.csv" if options.rivals_only else "ablation.csv"
-    write_csv(RESULTS / name, rows, {**facts(options.threads), "timed with": "1 thread, ABBA pairs, fresh processes"})
+    about = facts(options.threads) | {"timed with": "1 thread, ABBA pairs, fresh processes"}
+    about |= {"planned for": f"{options.share:.0%} of float's latency", "lessons": f"{options.epochs} epochs"}
+    write_csv(RESULTS / name, rows, about)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from flyweight.deploy.latency import LatencyTable
 from flyweight.errors import UsageError
 from flyweight.face.progress import Progress
 from flyweight.graph.program import load_files
-from flyweight.recover.distill import Distill, read_recover
+from flyweight.recover.distill import Distill, distill, read_recover
 from flyweight.stages.advise import Advice, advised
 from flyweight.stages.again import replayed, reweighed
 from flyweight.stages.buy import Purchase, buy
@@ -166,7 +166,7 @@ def apply(
         raise UsageError(f"apply takes no {held[0]}", why="the plan says what is done", fix="plan anew with it")
     found = plan if isinstance(plan, Plan) else read_plan(plan)
     arguments = {"workdir": "out/", **arguments}
-    recover = Distill(**found.recover) if found.recover else None
+    recover = distill(**found.recover) if found.recover else None
     run = _Run.of(model, calib=calib, budget=found.budget, recover=recover, **arguments)
     with run.open(extra_key={"plan": hashlib.sha256(to_json(found).encode()).hexdigest()}) as (job, folder, stage):
         if folder.finished:
@@ -320,9 +320,9 @@ class _Run:
     @contextmanager
     def open(self, extra_key: Mapping[str, Any] | None = None) -> Iterator[tuple[Job, Folder, Watch]]:
         """The job, the folder held for it and the progress, for the length of a `with`."""
-        with _progress(self.progress) as shown:
-            stage = Watch(shown)
-            job = job_of(self.model, **self.data, settings=self.settings, stop=self.stop)
+        with kept_memory(), Progress(enabled=self.progress) as progress:
+            stage = Watch(_stage(progress))
+            job = job_of(self.model, **self.data, settings=self.settings, stop=self.stop, say=progress.say)
             key = {**job.key(), **(extra_key or {})}
             with open_folder(self.workdir, fresh=self.fresh, run_key=key) as folder:
                 if self.prices is not None and not folder.finished:
@@ -346,8 +346,11 @@ def _stored(folder: Folder) -> Result:
 @contextmanager
 def _progress(shown: bool) -> Iterator[Stage]:
     with kept_memory(), Progress(enabled=shown) as progress:
+        yield _stage(progress)
 
-        def stage(name: str, total: int) -> Callable[[int], None]:
-            return progress.stage(name, total=total).advance
 
-        yield stage
+def _stage(progress: Progress) -> Stage:
+    def stage(name: str, total: int) -> Callable[[int], None]:
+        return progress.stage(name, total=total).advance
+
+    return stage

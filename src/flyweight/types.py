@@ -23,6 +23,7 @@ __all__ = [
     "Histogram",
     "Interval",
     "LayerRow",
+    "Lessons",
     "Limit",
     "Note",
     "Option",
@@ -263,6 +264,17 @@ class Behaviour(msgspec.Struct, frozen=True):
     classes: tuple[ClassRow, ...] = ()
 
 
+class Lessons(msgspec.Struct, frozen=True):
+    """What the original taught the network, and how that went, epoch by epoch."""
+
+    what: str  # "cut" or "rounded"
+    parts: tuple[str, ...]  # what learned, one after the other
+    losses: tuple[float, ...]  # the mean loss of every epoch, on the data that teach
+    judged: tuple[float, ...]  # the divergence on the data that choose: before the first epoch, then behind each
+    best: int  # the epoch whose weights were kept; 0: those before the first
+    stopped: str = ""  # why they ended before their time
+
+
 class Results(msgspec.Struct, frozen=True):
     """Everything that was measured: `results.json`, and the only input of the report."""
 
@@ -293,6 +305,7 @@ class Results(msgspec.Struct, frozen=True):
     seed: int
     date: str
     task_reason: str = ""  # why answers are judged as this task
+    lessons: tuple[Lessons, ...] = ()  # what recovery taught the network that was delivered
     schema_version: int = 1
 
 

@@ -53,6 +53,9 @@ def test_the_original_teaches_what_was_cut(bare: fw.Result, taught: fw.Result):
     assert not told(taught, "recover.shortened")
     (text,) = told(taught, "recover.quantized")  # the head
     assert "taught what was rounded for 1 epoch(s)" in text
+    cut, rounded = taught.results.lessons
+    assert (cut.what, len(cut.losses), len(cut.judged)) == ("cut", 6, 7)
+    assert (rounded.what, rounded.parts, len(rounded.losses)) == ("rounded", ("weights",), 1)
     assert taught.results.rows[-1].macs == bare.results.rows[-1].macs
     assert all(claim.state == "holds" for claim in taught.results.claims if claim.kind == "proof")
 
@@ -72,8 +75,22 @@ def test_how_deep_to_cut_is_decided_by_what_lessons_give_back(world: World, aske
     alone = fw.compress(world.net(), **wanted, workdir=tmp_path / "a")
     helped = fw.compress(world.net(), **wanted, recover=HOW, workdir=tmp_path / "b")
     assert helped.results.rows[-1].file_bytes < alone.results.rows[-1].file_bytes
-    (text,) = told(helped)
-    assert "for 6 epoch(s)" in text  # what is delivered had all lessons
+    (lessons,) = helped.results.lessons
+    assert len(lessons.losses) == 6 or "holds" in lessons.stopped  # all lessons, or as many as the limit asked for
+
+
+def test_lessons_end_when_the_limit_holds_and_a_replay_ends_them_there(world: World, asked: dict, tmp_path):
+    wanted = {**asked, "budget": "divergence<=0.03", "prefer": "size", "rules": [], "methods": ["channels"]}
+    how = fw.distill(epochs=12, lr=3e-3)
+    made = fw.compress(world.net(), **wanted, recover=how, workdir=tmp_path / "a")
+    (lessons,) = made.results.lessons
+    assert len(lessons.losses) < 12
+    assert lessons.stopped == "what was asked for holds"
+    assert lessons.best == len(lessons.losses)
+    assert "ended early: what was asked for holds" in told(made)[0]
+    roles = {name: asked[name] for name in ("calib", "tune", "test", "progress")}
+    again = fw.apply(world.net(), made.plan, **roles, workdir=tmp_path / "b")
+    assert bytes_of(again.folder, ("model.onnx",)) == bytes_of(made.folder, ("model.onnx",))
 
 
 def test_a_plan_says_how_it_was_taught_and_replays_to_the_same_bytes(

@@ -31,6 +31,7 @@ from flyweight.types import (
     FrontierPoint,
     Histogram,
     Interval,
+    Lessons,
     Limit,
     Results,
 )
@@ -136,8 +137,8 @@ def test_everything_of_the_results_is_on_the_page(name):
 def test_sections_come_in_the_order_of_importance():
     ids = [a["id"] for tag, a in Page(PAGES["classification"]).elements if tag in {"section", "div"} and "id" in a]
     assert ids == [
-        "verdict", "claims", "table", "frontier", "decisions", "forecasts", "weights", "behaviour", "notes", "run",
-        "reproduce",
+        "verdict", "claims", "table", "frontier", "decisions", "lessons", "forecasts", "weights", "behaviour", "notes",
+        "run", "reproduce",
     ]  # fmt: skip
 
 
@@ -300,6 +301,28 @@ def test_the_frontier_shows_every_point_and_marks_the_chosen_limit_and_measured_
     plain = plots.frontier(points, "size")
     assert "limit" not in plain
     assert "measured" not in plain
+
+
+def test_lessons_show_every_epoch_and_mark_what_was_kept():
+    taught = Lessons("cut", ("weights",), (0.5, 0.3, 0.4), (0.6, 0.45, 0.2, 0.25), 2)
+    svg = plots.lessons(taught, 0)
+    texts = [e.text for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("text")]
+    assert texts.count("kept") == 1
+    assert svg.count("<use ") == 4 + 3 + 1  # judged, losses, kept
+    assert "over 3 epochs, 0.6 before the first, 0.2 in what was kept." in svg
+    assert svg.count('id="lessons-0-') == plots.lessons(taught, 1).count('id="lessons-1-') > 0
+    nothing = msgspec.structs.replace(taught, losses=(), judged=(0.6,), best=0, stopped="the loss became nan")
+    assert plots.lessons(nothing, 0) == ""
+    odd = msgspec.structs.replace(taught, judged=(0.6, math.nan, math.inf, 0.25))
+    assert "0.6 before the first." in plots.lessons(odd, 0)
+
+
+def test_lessons_are_told_where_there_were_some():
+    text = Page(PAGES["classification"]).text
+    assert_says(
+        text, "What was cut", "norms, then weights", "before the first epoch", "epoch 3 · kept", "the time was over"
+    )
+    assert "Lessons" not in Page(PAGES["embedding"]).text
 
 
 def test_a_frontier_without_latencies_has_no_latency_plot():

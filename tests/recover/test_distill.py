@@ -118,7 +118,7 @@ def test_how_to_recover_is_said_in_words_or_by_a_record():
     assert read_recover(None) is None
     assert read_recover("distill") == fw.distill() == Distill()
     assert read_recover("distill:epochs=5, lr=0.0005") == fw.distill(epochs=5, lr=5e-4)
-    assert Distill(**fw.distill(temperature=2.0).setting()) == fw.distill(temperature=2.0)
+    assert fw.distill(**fw.distill(temperature=2.0).setting()) == fw.distill(temperature=2.0)
     for wrong in ("distil", "distill:speed=1", "distill:epochs=two", "distill:lr=0", "distill:epochs=1.5", 3, True):
         with pytest.raises(UsageError):
             read_recover(wrong)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flyweight.stages.buy import LEVEL, _stretch
+from flyweight.stages.passing import LEVEL, _stretch
 
 
 @pytest.mark.parametrize(("choosing", "judging"), [(100, 100), (400, 100), (100, 150), (360, 480)])

@@ -204,3 +204,31 @@ def test_what_does_not_fit_is_refused():
     for wrong in ({"epochs": 0}, {"steps": 0}, {"lr": 0.0}, {"lr": math.nan}):
         with pytest.raises(UsageError, match="no descent"):
             run(network(), **wrong)
+
+
+def test_it_ends_when_what_was_asked_for_holds_and_resumes_to_the_same_end():
+    model, kept, asked = network(), Kept(), []
+
+    def enough() -> bool:
+        asked.append(judge())
+        return len(asked) == 2
+
+    judge, lines = judge_of(model), []
+    done = run(model, judge=judge, enough=enough, store=kept, tell=lines.append)
+    assert (len(done.losses), done.best) == (2, 2)
+    assert "holds" in done.stopped
+    assert asked == list(done.judged[1:])  # the weights at hand, behind each epoch
+    assert lines[1] == f"epoch 2 of {EPOCHS}: loss {done.losses[1]:.4g}, judged {done.judged[2]:.4g}"
+    again = network()
+    assert run(again, judge=judge_of(again), enough=lambda: True, store=kept) == done
+    assert_same(again, model)
+
+
+def test_what_is_not_the_best_is_not_asked_about():
+    model, said = network(), iter([0.1, 0.5, 0.4, 0.3])
+
+    def enough() -> bool:
+        raise AssertionError
+
+    done = run(model, judge=lambda: next(said), enough=enough)
+    assert (done.best, done.stopped) == (0, "")

@@ -19,10 +19,11 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from flyweight.types import Claim, ClassRow, FrontierPoint, Histogram
+from flyweight.types import Claim, ClassRow, FrontierPoint, Histogram, Lessons
 
-__all__ = ["bullet", "classes", "frontier", "histograms"]
+__all__ = ["bullet", "classes", "frontier", "histograms", "lessons"]
 
 # Okabe and Ito's palette, darkened until it reads on white; every colour has a shape or a word beside it.
 INK, MUTED, RULE, BEFORE, AFTER, GOAL = "#1d1f23", "#666c75", "#dcdcd7", "#8d8778", "#0b68a8", "#b5460f"
@@ -111,6 +112,36 @@ def classes(rows: Sequence[ClassRow], limit: int = 30) -> Markup:
         axes.set_title("recall: ring before, filled after (triangle: lost)", loc="left", fontsize=8.5, color=MUTED)
         names = {f"@{i}@": _short(row.name) for i, row in enumerate(worst)}
         return _svg(axes, "classes", f"Recall before and after of {len(worst)} classes, the largest loss first.", names)
+
+
+def lessons(taught: Lessons, number: int) -> Markup:
+    """The divergence on the data that choose, before the first epoch and behind each, and the loss of each; the kept epoch
+    marked. "" without an epoch. `number` keeps the names of several pictures on one page apart."""
+    judged = [(epoch, value) for epoch, value in enumerate(taught.judged) if math.isfinite(value)]
+    losses = [(epoch + 0.5, value) for epoch, value in enumerate(taught.losses) if math.isfinite(value)]
+    if not judged or not losses:
+        return Markup("")
+    with matplotlib.rc_context():
+        axes = _axes(4.6, 3.1, left=0.14, right=0.97, bottom=0.16, top=0.93)
+        # between two epochs: it is the mean over the steps of one
+        axes.plot(
+            *zip(*losses, strict=True), "s", linestyle=(0, (1, 2)), color=BEFORE, fillstyle="none", markersize=4.5
+        )
+        axes.plot(*zip(*judged, strict=True), "o-", color=AFTER, linewidth=1.3, markersize=3.6, clip_on=False)
+        _error_scale(axes, [value for _, value in judged + losses])
+        kept = dict(judged).get(taught.best)
+        if kept is not None:
+            axes.plot([taught.best], [kept], "o", color=AFTER, markersize=8.5, clip_on=False)
+            side = ((7, 6), "left") if taught.best < len(taught.judged) / 2 else ((-5, 8), "right")
+            axes.annotate(
+                "kept", (taught.best, kept), side[0], textcoords="offset points", ha=side[1], fontweight="bold"
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epochs")
+        axes.set_title("divergence on the data that choose (squares: loss)", loc="left", fontsize=8.5, color=MUTED)
+        title = f"Divergence from the original over {len(taught.losses)} epochs, {judged[0][1]:.3g} before the first"
+        title += f", {kept:.3g} in what was kept." if kept is not None else "."
+        return _svg(axes, f"lessons-{number}", title)
 
 
 def _axes(width: float, height: float, **edges: float) -> Axes:

@@ -67,6 +67,7 @@ def report(results: Results) -> str:
         forecasts=[c for c in results.claims if c.predicted is not None or c.kind == "forecast"],
         changed=[layer for layer in results.layers if _changed(layer)],
         pictures=_pictures(results),
+        lesson_plots=[(one, plots.lessons(one, i)) for i, one in enumerate(results.lessons)],
         class_plot=plots.classes(results.behaviour.classes) if results.behaviour else "",
         class_rows=_class_rows(results),
         bullet=plots.bullet,

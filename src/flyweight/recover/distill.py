@@ -15,7 +15,7 @@ Source            Hinton Vinyals Dean 2015, arXiv:1503.02531.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from typing import Any
@@ -27,6 +27,7 @@ from flyweight.errors import DataError, UsageError
 from flyweight.numerics import distributed
 from flyweight.numerics.divergence import main_output
 from flyweight.recover.losses import soft_labels
+from flyweight.recover.parts import PARTS, WEIGHTS, in_parts
 from flyweight.train.descent import Descent, Store, descend
 
 __all__ = ["Distill", "distill", "distilled", "lessons", "read_recover"]
@@ -34,6 +35,7 @@ __all__ = ["Distill", "distill", "distilled", "lessons", "read_recover"]
 Inputs = tuple[Tensor, ...]
 Lesson = tuple[Inputs, Tensor]
 WINDOW = 32  # batches whose samples are mixed
+WHOLE = ("epochs", "quantized_epochs", "rank")
 REMEMBERED = 2**28  # bytes of the original's answers that are kept; more are asked for anew in every epoch
 
 
@@ -46,9 +48,12 @@ class Distill:
     temperature: float = 1.0
     weight_decay: float = 0.0
     quantized_epochs: int = 0
+    parts: tuple[str, ...] = (WEIGHTS,)
+    rank: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("quantized_epochs", 0)):
+        object.__setattr__(self, "parts", _read_parts(self.parts))
+        for name, least in (("epochs", 1), ("quantized_epochs", 0), ("rank", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise UsageError(f"{name} is {value!r}", fix=f"a whole number from {least}")
@@ -61,7 +66,17 @@ class Distill:
 
     def setting(self) -> dict[str, Any]:
         """Plain JSON."""
-        return asdict(self)
+        return asdict(self) | {"parts": list(self.parts)}
+
+
+def _read_parts(value: object) -> tuple[str, ...]:
+    """Names, one or several, or a text of several: "norms+weights". Raises UsageError for others, none, or one twice."""
+    names = value.split("+") if isinstance(value, str) else value
+    found = tuple(names) if isinstance(names, (list, tuple)) else ()
+    if not found or any(name not in PARTS for name in found) or len(set(found)) < len(found):
+        fix = f'one or several of {", ".join(PARTS)}, each once and in the order they are to learn: "norms+weights"'
+        raise UsageError(f"parts is {value!r}", fix=fix)
+    return found
 
 
 def distill(
@@ -71,15 +86,20 @@ def distill(
     temperature: float = 1.0,
     weight_decay: float = 0.0,
     quantized_epochs: int = 0,
+    parts: str | Sequence[str] = WEIGHTS,
+    rank: int = 8,
 ) -> Distill:
     """What to give `compress` as `recover`: the original teaches the compressed network on the inputs of calib, no labels.
 
     `epochs` over calib for what was cut, before numbers are rounded, then `quantized_epochs` for what was rounded to int8
     (`recover.quantized`); `lr`: AdamW's peak rate, a tenth of it for what was rounded, one cycle each; `temperature` softens
-    the answers of a classifier of logits. The weights that are nearest to the original on tune are kept, those before the
-    first epoch too. Raises UsageError for values out of range.
+    the answers of a classifier of logits. `parts`: what of a cut network learns, one after the other, so many epochs each:
+    "norms" (and biases), "lowrank" (these, and additions of `rank` to matrices, merged behind it), "weights" (all); several as
+    "norms+weights". The weights that are nearest to the original on tune are kept, those before the first epoch too. Where
+    the cheapest network within limits on quality is asked for, lessons end when these hold. Raises UsageError for values
+    out of range.
     """
-    return Distill(epochs, lr, temperature, weight_decay, quantized_epochs)
+    return Distill(epochs, lr, temperature, weight_decay, quantized_epochs, _read_parts(parts), rank)
 
 
 def read_recover(value: object) -> Distill | None:
@@ -97,11 +117,11 @@ def read_recover(value: object) -> Distill | None:
     for pair in filter(None, (part.strip() for part in rest.split(","))):
         word, _, number = (part.strip() for part in pair.partition("="))
         try:
-            given[word] = int(number) if word in ("epochs", "quantized_epochs") else float(number)
+            given[word] = number if word == "parts" else int(number) if word in WHOLE else float(number)
         except ValueError as error:
             raise UsageError(f"{pair!r} is no setting of distill", where=str(value), fix=fix) from error
     try:
-        return Distill(**given)
+        return distill(**given)
     except TypeError as error:
         known = ", ".join(field.name for field in fields(Distill))
         raise UsageError(
@@ -118,22 +138,26 @@ def distilled(
     settings: Distill,
     *,
     epochs: int | None = None,
+    parts: Sequence[str] | None = None,
     frozen: Collection[str] = (),
     seed: int = 0,
     store: Store | None = None,
     name: str = "distilled.safetensors",
     key: str = "",
     late: Callable[[], bool] = lambda: False,
+    enough: Callable[[], bool] = lambda: False,
     stage: Callable[[int], Callable[[int], None]] = lambda steps: lambda taken: None,
+    tell: Callable[[str], None] = lambda text: None,
     share: float = 1.0,
 ) -> Descent:
     """Teaches `student` in place, both in eval mode: `divergence(wanted, outputs)` is one number per sample.
 
-    `judge(student)` says after every epoch how far it is from the teacher, on other samples. `epochs`: those of the settings,
-    or others; a `share` below 1 is a probe: so much of all steps, in a cycle of their own; `frozen`: the names of parameters
-    that do not learn. With a torch.distributed group all ranks are given all `batches` and each learns from its rows of every
-    batch: the result is that of one process, up to the rounding of sums. Raises DataError if there is no batch, or none that
-    the divergence has a slope for. Other arguments as in `train.descent`.
+    `judge(student)` says after every epoch how far it is from the teacher, on other samples. `epochs` and `parts`: those of
+    the settings, or others; a `share` below 1 is a probe: so much of all steps, in a cycle of their own; `frozen`: the names
+    of parameters that do not learn. With a torch.distributed group all ranks are given all `batches` and each learns from its
+    rows of every batch: the result is that of one process, up to the rounding of sums. Raises DataError if there is no batch,
+    or none that the divergence has a slope for, UsageError for a part that the network has nothing of. Other arguments as in
+    `train.descent`.
     """
     walk, steps = lessons(batches, teacher, seed)
     count, steps = _shortened(settings.epochs if epochs is None else epochs, steps, share)
@@ -145,18 +169,18 @@ def distilled(
             return soft_labels(main_output(outputs)[0], wanted, settings.temperature)
         return divergence(wanted, outputs).mean()
 
-    learned = {name: p.requires_grad for name, p in student.named_parameters()}
-    for one, parameter in student.named_parameters():
-        parameter.requires_grad_(one not in frozen)
-    try:
+    chosen = settings.parts if parts is None else parts
+    advance = stage(steps * count * len(chosen))
+
+    def learn(part: str) -> Descent:
         return descend(
             student, lambda epoch: islice(walk(epoch), steps), loss, steps=steps, epochs=count, lr=settings.lr,
             weight_decay=settings.weight_decay, judge=lambda: judge(student), rows=lambda lesson: len(lesson[1]),
-            store=store, name=name, key=key, late=late, advance=stage(steps * count),
+            store=store, name=name if len(chosen) == 1 else f"{part}-{name}", key=key, late=late, enough=enough,
+            advance=advance, tell=tell if len(chosen) == 1 else lambda text: tell(f"{part}, {text}"),
         )  # fmt: skip
-    finally:
-        for one, parameter in student.named_parameters():
-            parameter.requires_grad_(learned[one])
+
+    return in_parts(student, chosen, frozen, settings.rank, seed, learn)
 
 
 def _shortened(epochs: int, steps: int, share: float) -> tuple[int, int]:

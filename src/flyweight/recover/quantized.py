@@ -32,6 +32,7 @@ from flyweight.graph.ranges import known_range
 from flyweight.methods import int8
 from flyweight.numerics.stepped import stepped
 from flyweight.recover.distill import Distill, Inputs, distilled
+from flyweight.recover.parts import WEIGHTS
 from flyweight.train.descent import Descent, Store
 
 __all__ = ["layers_that_learn", "quantized"]
@@ -53,7 +54,9 @@ def quantized(
     name: str = "quantized.safetensors",
     key: str = "",
     late: Callable[[], bool] = lambda: False,
+    enough: Callable[[], bool] = lambda: False,
     stage: Callable[[int], Callable[[int], None]] = lambda steps: lambda taken: None,
+    tell: Callable[[str], None] = lambda text: None,
     share: float = 1.0,
 ) -> Descent:
     """Teaches `student`, a graph that `methods.int8.apply` rounded, in place: for `settings.quantized_epochs`, at a tenth of
@@ -74,8 +77,9 @@ def quantized(
     grids = _opened(student, layers)
     try:
         return distilled(
-            student, teacher, batches, divergence, judge, slower, epochs=settings.quantized_epochs, frozen=kept, seed=seed,
-            store=store, name=name, key=key, late=late, stage=stage, share=share,
+            student, teacher, batches, divergence, judge, slower, epochs=settings.quantized_epochs, parts=(WEIGHTS,),
+            frozen=kept, seed=seed, store=store, name=name, key=key, late=late, enough=enough, stage=stage, tell=tell,
+            share=share,
         )  # fmt: skip
     finally:
         _closed(student, layers, grids)

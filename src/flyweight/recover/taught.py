@@ -78,6 +78,7 @@ def taught(
     key: str = "",
     late: Callable[[], bool] = lambda: False,
     stage: Callable[[int], Callable[[int], None]] = lambda steps: lambda taken: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Lessons:
     """Teaches `student` in place, on its device; parameters that require no gradient stay. Both models keep their modes.
 
@@ -105,7 +106,7 @@ def taught(
             done = descend(
                 student, lambda epoch: _seeded(walk(epoch), seed, epoch), total, steps=steps, epochs=how.epochs, lr=how.lr,
                 weight_decay=how.weight_decay, judge=judge, rows=lambda lesson: len(lesson[1]), store=store,
-                name="taught.safetensors", key=key, late=late, advance=stage(steps * how.epochs),
+                name="taught.safetensors", key=key, late=late, advance=stage(steps * how.epochs), tell=tell,
             )  # fmt: skip
     return Lessons(
         done.losses, done.judged, judged_by, done.best, done.stopped, aim.task, aim.reason, weight,

@@ -70,7 +70,7 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
     found, _ = sensitivities(job, present, cut, None, stage)
     network = Network(job.graph, present, known, replace(stats, sensed=found), job.example)
     quotes = Quotes(network, Menu(present, (), (), {}, (), Sizes(0, 0.0)), (), {}, ())
-    graph, notes = delivered(job, quotes, steps, folder, stage)
+    outcome = delivered(job, quotes, steps, folder, stage)
     reference = reference_of(job, folder)
     costs = {"size": float(plan.predicted.file_bytes or 0), "macs": float(plan.predicted.macs)}
     solution = Solution((), plan.error, costs, plan.error, 0.0, plan.feasible, plan.binding)
@@ -78,7 +78,8 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
         Decision(Site(name, _kind(name), ()), option, "as planned", (option,)) for name, option in plan.choices.items()
     )
     return quotes, Purchase(
-        plan.choices, steps, solution, graph, notes, None, reference, (), made, plan.predicted.weight_bytes
+        plan.choices, steps, solution, outcome.graph, outcome.notes, None, reference, (), made, plan.predicted.weight_bytes,
+        lessons=outcome.lessons,
     )  # fmt: skip
 
 

@@ -6,23 +6,17 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from flyweight.audit.quality import measured
-from flyweight.budget import is_quality
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder
 from flyweight.deploy.formats.onnx import export
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.graph.numbers import FLOAT32
-from flyweight.numerics.ragged import joined
 from flyweight.search.pareto import frontier
 from flyweight.search.problem import Solution, evaluate
 from flyweight.stages.additive import mix_notes
@@ -31,6 +25,7 @@ from flyweight.stages.choose import Choice, Moved, Reference, choose, corrected,
 from flyweight.stages.deadline import CUT, GO_ON, Part
 from flyweight.stages.deliver import deliver
 from flyweight.stages.footprint import Footprint, with_memory
+from flyweight.stages.passing import passing
 from flyweight.stages.price import Market, Menu, markets, options
 from flyweight.stages.quote import Quotes
 from flyweight.stages.recovery import (
@@ -48,13 +43,12 @@ from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, peaks_of
 from flyweight.stages.weighing import Store
-from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Step
+from flyweight.types import Decision, FrontierPoint, Interval, Lessons, Limit, Note, Option, Step
 
 __all__ = ["Purchase", "attempting", "buy", "delivered", "offers_of"]
 
 CHOOSING = 0.5  # of the time left, where there is a limit on it: making and weighing the choice come after
 UNPROVEN = 1e-6  # relative gaps below it are the solver's tolerance
-LEVEL, POWER = 1.960, 1.645  # normal quantiles: of intervals at 95 %, of passing once more with 95 % probability
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +65,7 @@ class Purchase:
     frontier: tuple[FrontierPoint, ...]
     decisions: tuple[Decision, ...]
     weight_bytes: int  # predicted
+    lessons: tuple[Lessons, ...] = ()
     file: bytes | None = None  # the exported graph, where it was timed already
 
 
@@ -139,7 +134,7 @@ def _no_larger(
         return choice, file, ()
     if file is None:
         with tempfile.TemporaryDirectory(prefix="flyweight-nearest-") as place:
-            export(choice.outcome[0], job.example, Path(place) / "nearest.onnx")
+            export(choice.outcome.graph, job.example, Path(place) / "nearest.onnx")
             file = (Path(place) / "nearest.onnx").read_bytes()
     nothing = (0,) * len(whole.problem.sizes)
     error, costs = evaluate(whole.problem, nothing)
@@ -149,7 +144,7 @@ def _no_larger(
     solution = replace(choice.solution, choices=nothing, error=error, costs=costs)
     graph, notes = deliver(quotes.network, (), job.calib)
     note = Note("budget.original-kept", text, fix="a limit on size that such a small network can meet, if any")
-    return replace(choice, market=whole, solution=solution, outcome=(graph, notes)), None, (note,)
+    return replace(choice, market=whole, solution=solution, outcome=Outcome(graph, notes)), None, (note,)
 
 
 def delivered(
@@ -157,8 +152,10 @@ def delivered(
 ) -> Outcome:
     """The compressed graph that `steps` make, and what it learned of the original where that was asked for: by a `share` of
     all lessons."""
-    cut, rounded = (make(job, steps, folder, stage, share) for make in (teaching, rounded_teaching))
-    return deliver(quotes.network, steps, job.calib, teach=cut, teach_rounded=rounded)
+    heard: list[Lessons] = []
+    cut, rounded = (make(job, steps, folder, stage, share, heard.append) for make in (teaching, rounded_teaching))
+    graph, notes = deliver(quotes.network, steps, job.calib, teach=cut, teach_rounded=rounded)
+    return Outcome(graph, notes, tuple(heard))
 
 
 def _unmade(steps: Sequence[Step]) -> tuple[None, list[tuple[Limit, Interval]]]:
@@ -175,17 +172,7 @@ def attempting(
     job: Job, quotes: Quotes, folder: Store, stage: Stage, share: float = 1.0
 ) -> Callable[[Sequence[Step]], tuple[Outcome, list[tuple[Limit, Interval]]]]:
     """Delivers a combination, taught by a `share` of all lessons, and measures the quality limits on the data that choose."""
-    wanted = [limit for limit in job.budget.limits if is_quality(limit)]
-    stretch = _stretch(job.judged.samples, job.roles.test.samples if job.roles.test else job.judged.samples)
-    batches = list(job.judged) if wanted else []
-
-    def answers(graph: fx.GraphModule) -> tuple[Any, Tensor | None]:
-        truths = [b.labels for b in batches] if job.judged.labelled else []
-        with torch.no_grad():
-            return joined([graph(*b.inputs) for b in batches], truths)
-
-    original = cache(partial(answers, job.graph))  # at the first attempt: often there is none
-
+    judge = passing(job)
     known: dict[str, tuple[Outcome, list[tuple[Limit, Interval]]]] = {}
 
     def attempt(steps: Sequence[Step]) -> tuple[Outcome, list[tuple[Limit, Interval]]]:
@@ -193,31 +180,12 @@ def attempting(
             return known[name]
         job.checkpoint("trying a combination", needed=False)
         outcome = shortened(delivered(job, quotes, steps, folder, stage, share), steps, share)
-        (before, labels), (after, _) = original(), answers(outcome[0])
-        found = [measured(limit, job.yardstick, before, after, labels) for limit in wanted]
-        made = (outcome, [(limit, _widened(one, stretch)) for limit, one in zip(wanted, found, strict=True)])
+        made = (outcome, judge(outcome.graph))
         if share < 1.0:  # asked for again once cuts are priced with their lessons
             known[name] = made
         return made
 
     return attempt
-
-
-def _stretch(choosing: int, judging: int) -> float:
-    """How much wider the interval of `choosing` samples must be for what it holds to hold on `judging` others as well.
-
-    The cheapest of several combinations that pass is chosen for passing, and others judge it again. Their value lies about the
-    true one, and that about the value seen here; so the limit must be LEVEL of their standard errors and POWER of those of the
-    difference of both values away.
-    """
-    theirs = math.sqrt(choosing / judging)  # their standard error, in standard errors here
-    return max(1.0, theirs + POWER / LEVEL * math.hypot(1.0, theirs))
-
-
-def _widened(interval: Interval, factor: float) -> Interval:
-    value = interval.value
-    low, high = value - (value - interval.low) * factor, value + (interval.high - value) * factor
-    return Interval(value, low, high, interval.level)
 
 
 def _corrected(
@@ -267,7 +235,7 @@ def _trial(
     with tempfile.TemporaryDirectory(prefix="flyweight-trial-") as place:
         file = Path(place) / "trial.onnx"
         made = choice.outcome is not None
-        export(choice.outcome[0] if made else _rough(job, quotes, choice), job.example, file)
+        export(choice.outcome.graph if made else _rough(job, quotes, choice), job.example, file)
         measured = {"size": float(file.stat().st_size)}
         files = {ORIGINAL: folder.path / REFERENCE_FILE, COMPRESSED: file}
         if peak_bytes:
@@ -317,7 +285,7 @@ def _untimed_notes(asked: Menu, priced: Menu, table: LatencyTable | None) -> tup
 
 
 def _purchase(quotes: Quotes, reference: Reference, table: LatencyTable | None, choice: Choice) -> Purchase:
-    graph, notes = choice.outcome
+    outcome: Outcome = choice.outcome
     menu, built = choice.market.menu, choice.market.problem
     offered = options(menu, built, table)
     made = decisions(menu, choice.solution, offered, quotes.frozen, _refused(quotes, menu))
@@ -327,13 +295,14 @@ def _purchase(quotes: Quotes, reference: Reference, table: LatencyTable | None, 
         choices={d.site.name: d.chosen for d in made if not d.site.frozen},
         steps=steps_of(menu, choice.solution),
         solution=choice.solution,
-        graph=graph,
-        notes=notes,
+        graph=outcome.graph,
+        notes=outcome.notes,
         table=table,
         reference=reference,
         frontier=frontier_points(points, choice.solution, reference.file_bytes, reference.macs, latency),
         decisions=made,
         weight_bytes=round(choice.solution.costs["size"] - _overhead(choice)),
+        lessons=outcome.lessons,
     )
 
 

@@ -200,6 +200,7 @@ def _results(
         seed=job.settings.seed,
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         task_reason=job.task_reason,
+        lessons=purchase.lessons,
     )
 
 

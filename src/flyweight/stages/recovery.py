@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 from torch import Tensor, fx
 
+from flyweight.budget import is_quality, judge_limit
 from flyweight.numerics import distributed
 from flyweight.numerics.divergence import divergence, main_output
 from flyweight.recover.distill import distilled
+from flyweight.recover.parts import WEIGHTS
 from flyweight.recover.quantized import quantized
 from flyweight.stages.deliver import NUMBERS, Network, deliver
 from flyweight.stages.menu import Menu
+from flyweight.stages.passing import passing
 from flyweight.stages.setup import Job
 from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store
 from flyweight.train.descent import Descent
-from flyweight.types import Note, Step, to_json
+from flyweight.types import Lessons, Note, Step, to_json
 
 __all__ = [
     "PROBE",
@@ -40,23 +43,30 @@ LEAST_LEFT = 0.02  # of the divergence of cuts, whatever a probe said: prices of
 PROBE = 0.25  # of all lessons, to see what they are worth at some depth
 
 Teaching = Callable[[fx.GraphModule], tuple[Note, ...]]
-Heard = Callable[[Descent], None]
-Outcome = tuple[fx.GraphModule, tuple[Note, ...]]
+Heard = Callable[[Lessons], None]
+
+
+class Outcome(NamedTuple):
+    """A graph that was made, what is to be said of that, and the lessons that it had."""
+
+    graph: fx.GraphModule
+    notes: tuple[Note, ...]
+    lessons: tuple[Lessons, ...] = ()
 
 
 @dataclass(frozen=True)
 class Course:
-    """What a graph is taught by, and the words for it: the note's code, what learns, what made it, the stage."""
+    """What a graph is taught by, and the words for it: what learns, the note's code, what made it, the stage."""
 
     learn: Callable[..., Descent]
-    code: str
     what: str
+    code: str
     before: str
     stage: str
 
 
-CUT = Course(distilled, "recover.distilled", "what was cut", "what fitting layers again had made", "distill")
-ROUNDED = Course(quantized, "recover.quantized", "what was rounded", "rounding alone", "learn int8")
+CUT = Course(distilled, "cut", "recover.distilled", "what fitting layers again had made", "distill")
+ROUNDED = Course(quantized, "rounded", "recover.quantized", "rounding alone", "learn int8")
 
 
 def with_lessons(menu: Menu, left: float) -> Menu:
@@ -80,7 +90,7 @@ def left_by_lessons(job: Job, network: Network, steps: Collection[Step], folder:
         return float(msgspec.json.decode(kept, type=float))
     job.checkpoint("a probe of what lessons give back", needed=False)
     cuts = [one for one in steps if one.method not in NUMBERS]
-    heard: list[Descent] = []
+    heard: list[Lessons] = []
     if cuts:
         deliver(network, cuts, job.calib, teach=teaching(job, cuts, folder, stage, PROBE, heard.append))
     before, after = (heard[0].judged[0], heard[0].judged[heard[0].best]) if heard else (0.0, 0.0)
@@ -101,15 +111,20 @@ def shortened(outcome: Outcome, steps: Collection[Step], share: float) -> Outcom
         return outcome
     text = f"the search ended before all lessons: what is delivered had {share:.0%} of them, and a replay of its plan gives all"
     note = Note("recover.shortened", text, fix="a longer time limit, or fewer epochs")
-    return outcome[0], (*outcome[1], note)
+    return outcome._replace(notes=(*outcome.notes, note))
 
 
 def rounded_teaching(
-    job: Job, steps: Collection[Step], store: Store, stage: Stage, share: float = 1.0
+    job: Job,
+    steps: Collection[Step],
+    store: Store,
+    stage: Stage,
+    share: float = 1.0,
+    heard: Heard = lambda done: None,
 ) -> Teaching | None:
     """As `teaching`, of what was rounded to int8, behind it; None unless `quantized_epochs` were asked for."""
     asked = job.settings.recover is not None and job.settings.recover.quantized_epochs > 0
-    return teaching(job, steps, store, stage, share, course=ROUNDED) if asked else None
+    return teaching(job, steps, store, stage, share, heard, ROUNDED) if asked else None
 
 
 def teaching(
@@ -123,8 +138,9 @@ def teaching(
 ) -> Teaching | None:
     """What teaches the graph that `steps` make, in place, and says how it went; None where nothing was asked for.
 
-    A `share` below 1 of all lessons is a probe. `heard` is told how it went. A checkpoint under the name of the steps lets a
-    resumed run go on with the same bits.
+    A `share` below 1 of all lessons is a probe. Where the cheapest network that keeps the limits on quality is looked for, all
+    lessons end as soon as they hold, unless what learns is still to be rounded. `heard` is told how it went. A checkpoint
+    under the name of the steps lets a resumed run go on with the same bits.
     """
     settings = job.settings.recover
     if settings is None or share <= 0.0:
@@ -132,6 +148,9 @@ def teaching(
     text = b"".join(to_json(step).encode() for step in steps) + repr(settings).encode()
     text += b"" if share == 1.0 else repr(share).encode()
     key = hashlib.sha256(text).hexdigest()[:16]
+    parts = (WEIGHTS,) if course is ROUNDED else settings.parts
+    ends = job.budget.prefer != "quality" and share >= 1.0 and any(map(is_quality, job.budget.limits))
+    ends &= course is ROUNDED or all(one.method not in NUMBERS for one in steps)
     other = job.yardstick.divergence is not None  # the user's function: it need not have a slope
 
     def apart(wanted: Tensor, outputs: Any) -> Tensor:
@@ -151,6 +170,11 @@ def teaching(
                 found = [job.yardstick.divergences(one, main_output(student(*inputs))[0]) for one, inputs in pairs]
             return float(torch.cat(found).mean())
 
+        quality = passing(job) if ends else None
+
+        def enough() -> bool:
+            return quality is not None and all(judge_limit(limit, one) == "holds" for limit, one in quality(graph))
+
         def late() -> bool:
             job.checkpoint("learning on", needed=False)
             return part()
@@ -159,17 +183,19 @@ def teaching(
             done = course.learn(
                 graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store, share=share,
                 name=f"{course.learn.__name__}-{key}.safetensors", key=key, late=late,
-                stage=lambda count: stage(course.stage, count),
+                enough=enough, stage=lambda count: stage(course.stage, count),
+                tell=lambda text: job.say(f"{course.stage}: {text}"),
             )  # fmt: skip
-        heard(done)
-        return (_told(course, done, other=other),)
+        heard(Lessons(course.what, parts, done.losses, done.judged, done.best, done.stopped))
+        return (_told(course, parts, done, other=other),)
 
     return teach
 
 
-def _told(course: Course, done: Descent, *, other: bool) -> Note:
-    text = f"the original taught {course.what} for {len(done.losses)} epoch(s): divergence on the data that choose "
-    text += f"{done.judged[0]:.3g} -> {done.judged[done.best]:.3g}"
+def _told(course: Course, parts: Sequence[str], done: Descent, *, other: bool) -> Note:
+    what = "" if tuple(parts) == (WEIGHTS,) else f" ({', then '.join(parts)})"
+    text = f"the original taught what was {course.what} for {len(done.losses)} epoch(s){what}: divergence on the data that "
+    text += f"choose {done.judged[0]:.3g} -> {done.judged[done.best]:.3g}"
     if done.best == 0:
         text += f"; no epoch was better than {course.before}, and that was kept"
     if done.stopped:

@@ -95,6 +95,7 @@ class Job:
     notes: tuple[Note, ...]
     deadline: Deadline
     stop: Callable[[], bool] = field(default=lambda: False)
+    say: Callable[[str], None] = field(default=lambda text: None)  # a line for whoever watches
 
     def calib(self) -> Iterable[Inputs]:
         """The calibration inputs, walked anew."""
@@ -190,6 +191,7 @@ def job_of(
     example: Any,
     settings: Settings,
     stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Job:
     """The checked job. Raises the errors of tracing, data and budget, and UsageError for unknown names."""
     started_s = time.monotonic()
@@ -243,6 +245,7 @@ def job_of(
         ),
         deadline=Deadline(started_s, settings.time_limit_s),
         stop=stop,
+        say=say,
     )
 
 

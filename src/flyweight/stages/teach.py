@@ -18,6 +18,7 @@ from flyweight.deploy import machine
 from flyweight.deploy.folder import Folder, commit, open_folder, read_manifest
 from flyweight.errors import Interrupted, UsageError
 from flyweight.face.progress import Progress
+from flyweight.recover import parts
 from flyweight.recover.distill import Distill
 from flyweight.recover.objective import Loss
 from flyweight.recover.pupils import check_models
@@ -84,6 +85,13 @@ def teach(
             where=f"quantized_epochs={how.quantized_epochs}",
             fix="teach it in float, then compress it with recover=fw.distill(quantized_epochs=…)",
         )
+    if how.parts != (parts.WEIGHTS,):
+        raise UsageError(
+            "a student of one's own learns with all its weights",
+            where=f"parts={'+'.join(how.parts)}",
+            why="parts are for a network that was trained once; yours may be new",
+            fix="leave parts out; fw.delta_parameters in a loop of your own trains additions alone",
+        )
     for model, who in ((student, "student"), (teacher, "teacher")):
         if not isinstance(model, nn.Module):
             raise UsageError(
@@ -106,6 +114,7 @@ def teach(
         return taught(
             student, teacher, data, how, task=task, alpha=alpha, hints=hints, hint_weight=hint_weight, loss=loss, mode=mode,
             seed=seed, store=folder, key=key, late=late, stage=lambda steps: bar.stage("teach", total=steps).advance,
+            tell=lambda text: bar.say(f"teach: {text}"),
         )  # fmt: skip
 
     with _bar(progress) as bar:

@@ -26,6 +26,7 @@ __all__ = ["Descent", "Store", "descend"]
 
 HEAD = "descent"  # the entry of a checkpoint that holds its numbers
 LATE = "the time was over"
+ENOUGH = "what was asked for holds"
 
 
 @runtime_checkable
@@ -82,7 +83,9 @@ def descend(
     key: str = "",
     every_s: float = 30.0,
     late: Callable[[], bool] = lambda: False,
+    enough: Callable[[], bool] = lambda: False,
     advance: Callable[[int], None] = lambda steps: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Descent:
     """Trains `model` in place, in the mode (train, eval) that its parts are in, and leaves it with the best weights.
 
@@ -91,7 +94,9 @@ def descend(
     default all. `judge()` says before the first and behind every epoch how bad the model is (less is better): the best
     weights are kept; without it the last. `store` keeps a checkpoint behind every epoch and every `every_s` seconds, from
     which the same call goes on: on one CPU process with the same bits. `late` is asked between steps; if it raises, a
-    checkpoint is kept first. A loss or a judge that becomes NaN or infinite ends the descent, with the best weights before.
+    checkpoint is kept first. `enough` is asked between epochs while the weights at hand are the best so far: if it says so, the
+    rest is left out. `tell` hears a line behind every epoch: its loss, and what the judge said. A loss or a judge that becomes
+    NaN or infinite ends the descent, with the best weights before.
     With a torch.distributed group every rank makes the same call with its own batches (`numerics.distributed.shard` deals
     them): a step follows the gradient of the mean over all ranks' rows, all start from rank 0's weights, and the mean of
     what they judge counts. What is late, fails or is no number on one rank ends all, with one reason. Rank 0's `store`
@@ -149,6 +154,9 @@ def descend(
         return ""
 
     while state.epoch < epochs and not why:
+        if state.epoch and not state.step and _suffices(state, enough):
+            why = ENOUGH
+            break
         why = _epoch(state, batches(state.epoch), steps, step)
         if not why:
             state.losses.append(state.total / state.rows)
@@ -157,9 +165,26 @@ def descend(
             why = _judge(state, model, judge) or why
         if not why:
             keep()
+            tell(_line(state, epochs, judge is not None))
     optimizer.zero_grad(set_to_none=True)
     model.load_state_dict(state.best_weights)
     return Descent(tuple(state.losses), tuple(state.judged), state.best, why)
+
+
+def _suffices(state: _State, enough: Callable[[], bool]) -> bool:
+    """Whether all ranks say that the weights at hand, the best so far, are enough."""
+    if state.best != len(state.judged) - 1:
+        return False
+    return all(said for (said,) in distributed.told(lambda: (enough(),)))
+
+
+def _line(state: _State, epochs: int, judged: bool) -> str:
+    text = f"epoch {state.epoch} of {epochs}: loss {state.losses[-1]:.4g}"
+    if not judged:
+        return text
+    return f"{text}, judged {state.judged[-1]:.4g}" + (
+        "" if state.best == state.epoch else f", best {min(state.judged):.4g}"
+    )
 
 
 def _epoch(state: _State, batches: Iterable[Any], steps: int, step: Callable[[Any], str]) -> str:
