@@ -13,6 +13,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -124,18 +125,16 @@ def lessons(taught: Lessons, number: int) -> Markup:
     with matplotlib.rc_context():
         axes = _axes(4.6, 3.1, left=0.14, right=0.97, bottom=0.16, top=0.93)
         # between two epochs: it is the mean over the steps of one
-        axes.plot(
-            *zip(*losses, strict=True), "s", linestyle=(0, (1, 2)), color=BEFORE, fillstyle="none", markersize=4.5
-        )
+        steps: dict[str, Any] = {"color": BEFORE, "linestyle": (0, (1, 2)), "fillstyle": "none", "markersize": 4.5}
+        axes.plot(*zip(*losses, strict=True), "s", clip_on=False, **steps)
         axes.plot(*zip(*judged, strict=True), "o-", color=AFTER, linewidth=1.3, markersize=3.6, clip_on=False)
         _error_scale(axes, [value for _, value in judged + losses])
         kept = dict(judged).get(taught.best)
         if kept is not None:
             axes.plot([taught.best], [kept], "o", color=AFTER, markersize=8.5, clip_on=False)
-            side = ((7, 6), "left") if taught.best < len(taught.judged) / 2 else ((-5, 8), "right")
-            axes.annotate(
-                "kept", (taught.best, kept), side[0], textcoords="offset points", ha=side[1], fontweight="bold"
-            )
+            # below: nothing is lower than what was kept
+            at = (taught.best, kept)
+            axes.annotate("kept", at, (0, -15), textcoords="offset points", ha="center", fontweight="bold")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epochs")
         axes.set_title("divergence on the data that choose (squares: loss)", loc="left", fontsize=8.5, color=MUTED)
