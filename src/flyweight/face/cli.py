@@ -285,9 +285,15 @@ def _rule(text: str) -> Rule:
     from flyweight.types import Rule
 
     pattern, colon, word = text.rpartition(":")
-    if not colon or not pattern or not (word.isdigit() or word == "keep"):
-        raise UsageError(f"--rule {text!r} is no rule", fix="write PATTERN:4, PATTERN:8, PATTERN:32 or PATTERN:keep")
-    return Rule(pattern, None if word == "keep" else int(word), keep=word == "keep")
+    bits, slash, weight_bits = word.partition("/")
+    numbers = bits.isdecimal() and (weight_bits.isdecimal() or not slash)
+    if not colon or not pattern or not (numbers or word == "keep"):
+        raise UsageError(
+            f"--rule {text!r} is no rule", fix="write PATTERN:4, PATTERN:8, PATTERN:8/4, PATTERN:32 or PATTERN:keep"
+        )
+    if word == "keep":
+        return Rule(pattern, keep=True)
+    return Rule(pattern, int(bits), weight_bits=int(weight_bits) if slash else None)
 
 
 def _function(text: str | None) -> Any:

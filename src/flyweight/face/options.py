@@ -162,7 +162,8 @@ GOAL = (
         "rules",
         multiple=True,
         metavar="PATTERN:BITS",
-        help="Bits of the layers whose names match: 2 to 7 (weights alone), 8 (int8), 32, or keep. Repeatable.",
+        help="Bits of the layers whose names match: 2 to 7 (weights alone), 8 (int8), 8/4 (int8, weights on a "
+        "grid of 4 bits), 32, or keep. Repeatable.",
     ),
 )
 PICKED = _option(
