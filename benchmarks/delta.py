@@ -7,7 +7,8 @@ mails, its labels unread, and merged into the base; `share` is the delta's file 
 of rank 8 from the start. Mails are split by family (`inputs.kin`), the test is read at the end. Asked: a share of at most
 2 %, at most 0.2 points below full fine-tuning.
 pictures: ResNet-20 cut to a fifth of its MACs, as delivered without recovery and frozen; a corrector of at most 5 % of the cut
-network's MACs learns beside it from the original's answers on unlabelled rows. Asked: better than the source alone.
+network's MACs learns beside it from the original's answers on unlabelled rows: one that reads the pictures, and one that reads
+what flows into the cut network's layers. Asked: better than the source alone.
 """
 
 from __future__ import annotations
@@ -173,14 +174,17 @@ def pictures_rows(options: Any) -> list[dict[str, Any]]:
         row("original", total_macs(teacher), [model], 0.0),
         row("source alone", whole, [source], 0.0),
     ]
-    started, made = time.perf_counter(), []
-    for seed in range(options.seeds):
-        torch.manual_seed(seed)
-        both = fw.Corrected(copy.deepcopy(source), fw.corrector_like(source, test[0][:2], macs=0.05)).eval()
-        corrected(both, teacher, rows, choose, options, seed)
-        made.append(both)
-    macs = total_macs(trace(made[0], (test[0][:2],)).module)
-    table.append(row("source + corrector", macs, made, (time.perf_counter() - started) / options.seeds))
+    for reads in ("inputs", "layers"):
+        started, made = time.perf_counter(), []
+        for seed in range(options.seeds):
+            torch.manual_seed(seed)
+            beside = fw.corrector_like(source, test[0][:2], macs=0.05, reads=reads)
+            both = fw.Corrected(copy.deepcopy(source), beside)
+            corrected(both, teacher, rows, choose, options, seed)
+            made.append(both.eval())
+        macs = total_macs(trace(made[0], (test[0][:2],)).module)
+        name = f"source + corrector of its {reads}"
+        table.append(row(name, macs, made, (time.perf_counter() - started) / options.seeds))
     return table
 
 
@@ -196,10 +200,16 @@ def corrected(both: fw.Corrected, teacher: nn.Module, rows: Tensor, choose: Tens
     def loss(lesson: tuple[Tensor, Tensor]) -> Tensor:
         return soft_labels(both(lesson[0]), lesson[1])
 
+    def judge() -> float:
+        both.eval()
+        found = float(soft_labels(answers(both, choose), judged))
+        both.train()
+        return found
+
+    both.train()
     done = descend(
         both, batches, loss, steps=-(-len(rows) // 128), epochs=options.picture_epochs, lr=3e-3,
-        parameters=list(both.corrector.parameters()),
-        judge=lambda: float(soft_labels(answers(both, choose), judged)),
+        parameters=list(both.corrector.parameters()), judge=judge,
     )  # fmt: skip
     print(f"  seed {seed}: divergence on choose {done.judged}", flush=True)
 

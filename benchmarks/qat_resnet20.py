@@ -2,8 +2,8 @@
 
     python benchmarks/qat_resnet20.py [--data FOLDER] [--rows 4096] [--epochs 3] [--lr 0.001] [--seeds 3] [--largest 7]
 
-Every layer, the first and the last too, has integer weights from -7 to 7 (with a scale a row; stored in a byte each, so that
-they are half as large only where the file is packed: storage) and 8-bit values. `one-shot` is the compensated sweep as it is
+Every layer, the first and the last too, has integer weights from -7 to 7 (with a scale a row; two in a byte of the
+file where that is smaller) and 8-bit values. `one-shot` is the compensated sweep as it is
 delivered; `learned` is what `recover.quantized` makes of it on unlabelled training rows. The best epoch is that of the least
 divergence on the last 5,000 training rows, labels unread; the 9,946 test rows are read once, at the end, for every row of the
 table. Each exported file answers the first of them in ONNX Runtime beside its graph. `off` is the share of all stored values

@@ -21,7 +21,14 @@ FLOORS = (
     ("entry",),
 )
 RANK = {room: rank for rank, rooms in enumerate(FLOORS) for room in rooms}
-ENTRIES = {"", "face.cli", "face.demo", "face.printing", "__main__"}  # they call the story, nothing below calls them
+ENTRIES = {
+    "",
+    "face.cli",
+    "face.deltas",
+    "face.demo",
+    "face.printing",
+    "__main__",
+}  # they call the story, nothing below calls them
 
 
 def modules() -> dict[str, Path]:

@@ -129,6 +129,7 @@ class Rule(msgspec.Struct, frozen=True):
     pattern: str
     bits: int | None = None  # 32: float, 8: int8, 2 to 7: of the weights alone
     keep: bool = False
+    weight_bits: int | None = None  # of int8 layers: the bits of their weights' grid, 2 to 8
 
 
 class Provenance(msgspec.Struct, frozen=True):

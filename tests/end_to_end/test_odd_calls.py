@@ -116,7 +116,15 @@ def rounded(tmp_path_factory) -> fw.Result:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"bits": "four"}, {}, {"bits": 8, "largest": 7}, {"bits": 8, "largest": "63"}, {"bits": 8, "fixed": 1}],
+    [
+        {"bits": "four"},
+        {},
+        {"bits": 8, "largest": 5},
+        {"bits": 8, "largest": True},
+        {"bits": 4, "largest": 7},
+        {"bits": 8, "largest": "63"},
+        {"bits": 8, "fixed": 1},
+    ],
 )
 def test_a_plan_with_settings_of_int8_that_there_are_not_is_refused(rounded: fw.Result, setting: dict, tmp_path):
     with pytest.raises(UsageError, match="settings that there are not"):

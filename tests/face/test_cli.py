@@ -28,7 +28,7 @@ from flyweight.types import Plan, Results, from_json, to_json
 from shortclock import FIRST
 
 ROOT = Path(__file__).parents[2]
-VERBS = {"demo", "inspect", "plan", "compress", "pick", "advise", "apply", "verify", "report", "distill"}
+VERBS = {"demo", "inspect", "plan", "compress", "pick", "advise", "apply", "verify", "report", "distill", "delta"}
 NETS = '''
 import torch
 from torch import nn
@@ -144,6 +144,9 @@ ENDS = {  # what is wrong: (arguments, exit code, words of the message)
     "budget": ([*RUN[:-1], "latency<50%"], 2, "write latency<=50%"),
     "quantity": ([*RUN[:-1], "latancy<=50%"], 2, "did you mean latency"),
     "rule": ([*RUN, "--rule", "head"], 2, "PATTERN:8"),
+    "half a rule": ([*RUN, "--rule", "0:8/"], 2, "PATTERN:8/4"),
+    "no such grid": ([*RUN, "--rule", "0:8/9"], 2, "no grid of 9 bits"),
+    "grid of floats": ([*RUN, "--rule", "0:32/4"], 2, "write bits=8, weight_bits=4"),
     "option": ([*RUN, "--quick"], 2, "No such option"),
     "bench": (["bench", "x", "--y"], 2, "later version"),
     "pickle": (["compress", "net.pt", *RUN[2:]], 3, "pickle"),
@@ -213,6 +216,19 @@ def test_options_are_the_arguments_of_the_twin(name):
     assert ours - known <= {"weights", "as_json", "quiet", "verbose"}
     if name == "compress":
         assert set(twin) - ours == {"progress", "stop"}
+
+
+def test_rules_are_read_as_they_are_written():
+    from flyweight.face.cli import _rule
+
+    said = ["stem.*:4", "stem.*:8", "stem.*:8/4", "a:b:32", "head:keep"]
+    assert [_rule(text) for text in said] == [
+        flyweight.rule("stem.*", bits=4),
+        flyweight.rule("stem.*", bits=8),
+        flyweight.rule("stem.*", bits=8, weight_bits=4),
+        flyweight.rule("a:b", bits=32),
+        flyweight.rule("head", keep=True),
+    ]
 
 
 def test_distill_writes_a_students_weights_and_how_it_went(shell, place):

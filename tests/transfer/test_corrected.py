@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import flyweight as fw
 from flyweight.deploy import runtimes
@@ -66,7 +66,7 @@ def macs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
 def test_a_corrector_takes_its_share_changes_nothing_at_first_and_is_one_graph_with_its_source(case, tmp_path: Path):
     """Three laws in one test: tracing is what takes the time."""
     source, inputs = case
-    corrector = fw.corrector_like(source, inputs, macs=0.3)
+    corrector = fw.corrector_like(source, inputs, macs=0.3, reads="inputs")
     whole, own = macs_of(source, inputs), macs_of(corrector, inputs)
     assert 0.2 * whole < own <= 0.3 * whole  # near it, too: one more channel would be above
     with torch.no_grad():
@@ -87,6 +87,79 @@ def test_a_corrector_takes_its_share_changes_nothing_at_first_and_is_one_graph_w
         feed = {name: x[:rows].numpy() for name, x in zip(names, inputs, strict=True)}
         (found,) = run(feed).values()
         torch.testing.assert_close(torch.from_numpy(found), answers[:rows], rtol=1e-4, atol=1e-4)
+
+
+def inner(source: nn.Module, corrector: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The correction, from values that a graph of the source shows by name: no hooks."""
+    shown = trace(source, inputs).module
+    seen: dict[str, Tensor] = {}
+
+    class Watching(fx.Interpreter):
+        def call_module(self, target, args, kwargs):
+            seen[target] = args[0]
+            return super().call_module(target, args, kwargs)
+
+    Watching(shown).run(*inputs)
+    means = [
+        x.flatten(2).mean(2) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x for x in map(seen.get, corrector.reads)
+    ]
+    return corrector.last(torch.relu(corrector.first(corrector.scale(torch.cat(means, 1)))))
+
+
+@pytest.mark.parametrize(("name", "share"), [("images", 0.05), ("tokens", 0.3), ("sequences", 0.3)])
+def test_a_corrector_of_inner_values_sees_what_the_source_sees(name: str, share: float, tmp_path: Path):
+    torch.manual_seed(3)
+    source, inputs = {
+        "sequences": (
+            nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 40), nn.Flatten(), nn.Linear(200, 3)),
+            (drawn(4, 5, 8, seed=1),),
+        )
+    }.get(name) or (CASES[name][0](), CASES[name][1]())  # fmt: skip
+    corrector = fw.corrector_like(source.eval(), inputs, macs=share)
+    whole = macs_of(source, inputs)
+    both = fw.Corrected(source, corrector)
+    with torch.no_grad():
+        wanted = source(*inputs)
+        assert torch.equal(both.train()(*inputs), wanted)  # and the scale of these rows was learned
+        for p in corrector.last.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(0))
+        answers = both.eval()(*inputs)
+        torch.testing.assert_close(answers, wanted + inner(source, corrector, inputs))
+        again = copy.deepcopy(both)
+        torch.testing.assert_close(again(*inputs), answers)  # the copy reads its own source
+    graph = trace(both, inputs).module
+    own = total_macs(graph) - whole
+    assert 2 / 3 * share * whole < own <= share * whole
+    export(graph, inputs, tmp_path / "both.onnx")
+    run = ORT.load(tmp_path / "both.onnx", 1)
+    (found,) = run(
+        dict(zip(ORT.input_names(tmp_path / "both.onnx"), (x.numpy() for x in inputs), strict=True))
+    ).values()
+    torch.testing.assert_close(torch.from_numpy(found), answers, rtol=1e-4, atol=1e-4)
+
+
+def test_inner_values_correct_what_inputs_alone_do_not():
+    """What is missing in the source's answer is a sum over its hidden layer, which its last layer does not read."""
+    torch.manual_seed(0)
+    hidden, x = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh()), drawn(512, 16, seed=4)
+    source = nn.Sequential(hidden, nn.Linear(32, 4))
+    with torch.no_grad():
+        for layer in (hidden[0], hidden[2]):
+            layer.weight.mul_(4)  # so steep that two layers cannot say it
+        wanted = hidden(x) @ drawn(32, 4, seed=5)
+        source[1].weight.zero_()
+    left = {}
+    for reads in ("inputs", "layers"):
+        torch.manual_seed(1)
+        both = fw.Corrected(copy.deepcopy(source), fw.corrector_like(source, x[:2], macs=2.0, reads=reads)).train()
+        optimizer = torch.optim.Adam(both.corrector.parameters(), 0.01)
+        for _ in range(150):
+            optimizer.zero_grad()
+            loss = (both(x) - wanted).square().mean()
+            loss.backward()
+            optimizer.step()
+        left[reads] = float(loss.detach())
+    assert left["layers"] < 0.7 * left["inputs"]
 
 
 def test_only_the_corrector_learns_and_the_source_keeps_answering():
@@ -121,9 +194,13 @@ def test_what_cannot_be_added_is_refused():
 
 
 def test_sources_and_shares_that_have_no_corrector_are_refused():
+    with pytest.raises(UsageError, match="reads is 'outputs'"):
+        fw.corrector_like(nn.Linear(4, 3), torch.zeros(2, 4), reads="outputs")
+    with pytest.raises(UsageError, match="no convolution or linear layer"):
+        fw.corrector_like(nn.Flatten(), torch.zeros(2, 4))
     with pytest.raises(UsageError, match="the smallest corrector takes 7"):
         fw.corrector_like(nn.Linear(4, 3), torch.zeros(2, 4), macs=0.05)
     with pytest.raises(UsageError, match="macs is 0"):
         fw.corrector_like(nn.Linear(4, 3), torch.zeros(2, 4), macs=0)
     with pytest.raises(UsageError, match=r"no corrector for inputs 2×5×4(?s:.*)of your own"):
-        fw.corrector_like(nn.Linear(4, 3), torch.zeros(2, 5, 4))
+        fw.corrector_like(nn.Linear(4, 3), torch.zeros(2, 5, 4), reads="inputs")

@@ -12,6 +12,7 @@ from torch import nn
 
 import flyweight as fw
 from flyweight.errors import DataError, ModelError, UnsafeFileError, UsageError
+from flyweight.transfer.entries import Entry
 from flyweight.transfer.merging import applied, merge, unmerge
 from flyweight.transfer.record import HEAD, fingerprint, load, state_of
 
@@ -343,6 +344,22 @@ def test_files_that_hold_no_sound_delta_are_refused(delta, tmp_path):
         load(tmp_path / "new.delta")
     with pytest.raises(UsageError, match="cannot be written"):
         delta.save(tmp_path / "no" / "folder.delta")
+
+
+def test_a_sound_file_with_wrong_insides_is_refused_when_it_is_put_on(checkpoints, tmp_path):
+    """Its base is right, but a tensor is unknown, exact changes are too few, or ties go round in a circle."""
+    base, target = checkpoints
+    entries = dict(fw.extract_delta(base, target, error=0).entries)
+    entry, mark = entries["mix.bias"], fingerprint(state_of(base))
+    with pytest.raises(ModelError, match="the network has no 'stranger'"):
+        merge(base, fw.Delta(mark, {"stranger": entry}))
+    short = Entry("bits", entry.shape, {"bytes": entry.parts["bytes"][:-4]})
+    for network, put in ((base, merge), (target, unmerge)):
+        with pytest.raises(UnsafeFileError, match="damaged"):
+            put(network, fw.Delta(mark, {"mix.bias": short}))
+    round_ = {name: Entry("like", entry.shape, like=other) for name, other in (("a", "b"), ("b", "a"))}
+    with pytest.raises(UnsafeFileError, match="ties 'a' to 'b'"):
+        load(fw.Delta(mark, round_).save(tmp_path / "round.delta"))
 
 
 def test_a_delta_does_not_depend_on_the_mode_of_its_networks(checkpoints, delta):

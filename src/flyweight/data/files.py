@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from flyweight.errors import DataError, FlyweightError, ModelError, UnsafeFileError, UsageError
 
-__all__ = ["load_data", "load_function", "load_model"]
+__all__ = ["load_data", "load_function", "load_model", "load_state"]
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".pt2", ".mar", ".joblib")
 _LATER_MODELS = (".onnx", ".keras", ".h5", ".tflite")
@@ -105,21 +105,27 @@ def _pickle_refused(text: str) -> UnsafeFileError:
     )
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file by name. Raises UsageError if it is not there, UnsafeFileError for anything else."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = Path(path)
     if path.suffix.lower() in _PICKLES:
         raise _pickle_refused(str(path))
     if not path.is_file():
-        raise UsageError(f"there is no file {path}", fix="check the path after --weights")
+        raise UsageError(f"there is no file {path}", fix="check the path of the weights")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise UnsafeFileError(
             f"{path} is no safetensors file, or is damaged: {error}",
             fix="save it again with safetensors.torch.save_file",
         ) from error
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    tensors = load_state(path)
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # shapes that differ; torch lists them from the second line on

@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from flyweight.deploy.formats.packing import unpacked_weights
 from flyweight.deploy.formats.proto import attributes
 from flyweight.errors import ModelError, UsageError
 
@@ -61,7 +62,7 @@ class Executor:
     """The network in the file at `path`. Raises ModelError, with the node's name, for what is not fixed point."""
 
     def __init__(self, path: str | Path) -> None:
-        self._model = onnx.load(Path(path))
+        self._model = unpacked_weights(onnx.load(Path(path)))
         self._stored = {t.name: numpy_helper.to_array(t) for t in self._model.graph.initializer}
         self.inputs = [value.name for value in self._model.graph.input]
         self.accumulators: dict[str, int] = {}

@@ -6,7 +6,7 @@ Commands import what they need when they run, so that `--help` loads no torch. H
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import click
 from flyweight import __version__
 from flyweight.errors import UsageError
 from flyweight.face import exits
+from flyweight.face.deltas import delta
 from flyweight.face.exits import Session
 from flyweight.face.options import (
     ADVICE,
@@ -238,6 +239,9 @@ def report(folder: Path) -> int:
     return 0
 
 
+cli.add_command(delta)
+
+
 @cli.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def bench() -> int:
     """Refused by name until it is there."""
@@ -281,9 +285,15 @@ def _rule(text: str) -> Rule:
     from flyweight.types import Rule
 
     pattern, colon, word = text.rpartition(":")
-    if not colon or not pattern or not (word.isdigit() or word == "keep"):
-        raise UsageError(f"--rule {text!r} is no rule", fix="write PATTERN:4, PATTERN:8, PATTERN:32 or PATTERN:keep")
-    return Rule(pattern, None if word == "keep" else int(word), keep=word == "keep")
+    bits, slash, weight_bits = word.partition("/")
+    numbers = bits.isdecimal() and (weight_bits.isdecimal() or not slash)
+    if not colon or not pattern or not (numbers or word == "keep"):
+        raise UsageError(
+            f"--rule {text!r} is no rule", fix="write PATTERN:4, PATTERN:8, PATTERN:8/4, PATTERN:32 or PATTERN:keep"
+        )
+    if word == "keep":
+        return Rule(pattern, keep=True)
+    return Rule(pattern, int(bits), weight_bits=int(weight_bits) if slash else None)
 
 
 def _function(text: str | None) -> Any:
@@ -321,18 +331,18 @@ def _shown(results: Results, folder: Path, as_json: bool) -> int:
 def manual() -> str:
     """`docs/cli.md`: what `--help` of every command says on 80 columns."""
     parts = ["# The command line\n\nWhat `--help` prints; `tests/face/test_cli.py` keeps this page true."]
-    for names in [[], *([name] for name, command in sorted(cli.commands.items()) if not command.hidden)]:
-        parts.append(f"## {' '.join(['flyweight', *names])}\n\n```text\n{_help(names)}\n```")
+    parts += [f"## {context.command_path}\n\n```text\n{context.get_help()}\n```" for context in _contexts(cli, None)]
     return "\n\n".join(parts) + "\n"
 
 
-def _help(names: Sequence[str]) -> str:
-    context = click.Context(cli, info_name="flyweight", terminal_width=78, **_NAMES)
-    command: click.Command = cli
-    for name in names:
-        command = cli.commands[name]
-        context = click.Context(command, context, info_name=name, terminal_width=78, **_NAMES)
-    return command.get_help(context)
+def _contexts(command: click.Command, above: click.Context | None) -> Iterator[click.Context]:
+    """Those of a command and of all that stand below it."""
+    name = command.name if above else "flyweight"
+    context = click.Context(command, above, info_name=name, terminal_width=78, **_NAMES)
+    yield context
+    for _, inner in sorted(command.commands.items()) if isinstance(command, click.Group) else ():
+        if not inner.hidden:
+            yield from _contexts(inner, context)
 
 
 _NAMES: dict[str, Any] = {"help_option_names": ["-h", "--help"]}

@@ -13,7 +13,10 @@ from flyweight.face.exits import Session
 __all__ = [
     "ADVICE",
     "ANY_THREADS",
+    "BASE",
+    "CHANGE",
     "DATA",
+    "DELTA",
     "EXIT_CODES",
     "FOLDER",
     "FRESH",
@@ -24,7 +27,10 @@ __all__ = [
     "LEARN",
     "LIMITS",
     "LOOK",
+    "MERGED",
     "MODEL",
+    "MODEL_OF",
+    "OUT",
     "PICKED",
     "PLAN",
     "PRICES",
@@ -34,6 +40,7 @@ __all__ = [
     "SEED",
     "STUDENT",
     "TARGET",
+    "TARGET_FILE",
     "TEACHER",
     "TEACHER_WEIGHTS",
     "WEIGHTS",
@@ -155,7 +162,8 @@ GOAL = (
         "rules",
         multiple=True,
         metavar="PATTERN:BITS",
-        help="Bits of the layers whose names match: 2 to 7 (weights alone), 8 (int8), 32, or keep. Repeatable.",
+        help="Bits of the layers whose names match: 2 to 7 (weights alone), 8 (int8), 8/4 (int8, weights on a "
+        "grid of 4 bits), 32, or keep. Repeatable.",
     ),
 )
 PICKED = _option(
@@ -222,6 +230,21 @@ LEARN = (
     _TASK,
     _shown("--batch-size", type=click.IntRange(min=1), default=32, help="Rows of a batch of an .npz file."),
     _shown("--seed", type=int, default=0, help="Decides how batches are mixed, dropout, and what is set aside."),
+)
+BASE: Option = click.argument("base", metavar="BASE")
+TARGET_FILE: Option = click.argument("target", metavar="TARGET")
+MERGED: Option = click.argument("merged", metavar="MERGED")
+DELTA: Option = click.argument("delta", metavar="DELTA")
+OUT = _option("-o", "--out", metavar="FILE", required=True, help="What is written; a file that is there stays.")
+MODEL_OF = _option("--model", metavar="MODEL", help="What the weights belong to: package.module:factory.")
+CHANGE = (
+    MODEL_OF,
+    _option("--calib", metavar="DATA", help="Inputs that say what matters; they run through TARGET, so --model too."),
+    _shown(
+        "--error", type=click.FloatRange(0, 1), default=0.01, help="The most that matrices lose on average; 0: exact."
+    ),
+    _option("--rank", type=click.IntRange(min=1), help="Of every matrix that has factors.  [default: chosen]"),
+    _shown("--bits", type=click.Choice(["4", "8", "16", "32"]), default="8", help="Of a stored number."),
 )
 RUN = (
     _option("--time-limit", metavar="TIME", help="90s, 20m, 1.5h: then ends with the best so far, marked."),

@@ -21,12 +21,14 @@ from flyweight.face import tables
 from flyweight.types import Note, Plan, Results
 
 if TYPE_CHECKING:
+    from flyweight.face.deltas import Merged
     from flyweight.recover.taught import Lessons
     from flyweight.stages.advise import Advice
     from flyweight.stages.look import GroupLook, Inspection
     from flyweight.stages.sensitivity import LevelLook
+    from flyweight.transfer.record import Part, Told
 
-__all__ = ["show", "show_advice", "show_lessons", "show_plan", "show_results"]
+__all__ = ["show", "show_advice", "show_delta", "show_lessons", "show_merged", "show_plan", "show_results"]
 
 
 def show_results(results: Results, folder: Path) -> None:
@@ -137,6 +139,35 @@ def show_advice(found: Advice) -> None:
         if found.test_items is not None:
             console.print(_text(f"about {found.test_items:,} test samples would tell a drop of 1 point in int8"))
         _notes(console, found.notes)
+
+
+def show_delta(told: Told, file: Path) -> None:
+    """What a delta holds of every tensor, its bytes, and what it loses."""
+    rows = [
+        (x.name, "×".join(map(str, x.shape)), _form(x), tables.format_bytes(x.bytes), tables.format_share(x.error, 2))
+        for x in told.entries
+    ]
+    with _stdout() as console:
+        size = tables.format_bytes(told.bytes)
+        lost = tables.format_share(told.error, 2)
+        console.print(_text(f"{file}: {size} for the base {told.base[:12]}…; matrices lose {lost} on average", "bold"))
+        console.print(_table(["tensor", "shape", "form", "bytes", "error"], rows))
+
+
+def show_merged(told: Merged) -> None:
+    """The file that was written, how much of it a delta changed, and whether it is the delta's base."""
+    base = "the delta's base to the bit" if told.base else "not the delta's base to the bit"
+    with _stdout() as console:
+        console.print(_text(f"{told.file}: {tables.format_bytes(told.bytes)}", "bold"))
+        console.print(_text(f"{told.changed} of {told.tensors} tensors changed; {told.fingerprint[:12]}… is {base}"))
+
+
+def _form(entry: Part) -> str:
+    if entry.kind == "factors":
+        return f"factors of rank {entry.rank}, {entry.bits} bits"
+    if entry.kind == "rows":
+        return f"rows of {entry.bits} bits"
+    return f"as {entry.like}" if entry.kind == "like" else "exact"
 
 
 _SHARES = (7 / 8, 3 / 4, 1 / 2, 1 / 4)  # of a group's channels; the levels of `inspect` that lie next to them are shown

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from flyweight.graph.axes import Group
 from flyweight.graph.operators import CONVOLUTIONS, TRANSPOSED, Layer, layers, module_of, sizes
 from flyweight.graph.rewrite import part_before
-from flyweight.numerics.packed import packed_bytes
+from flyweight.numerics.packed import integer_bytes, packed_bytes
 
 __all__ = [
     "Other",
@@ -112,7 +112,8 @@ def weight_bytes(layer: Layer, inputs: int, outputs: int, bits: int, packed: boo
 
     32 bits: weight and, if it has one or gets one from its norm, bias. 8 bits: weights and a float32 scale per output, of a
     linear layer also an int8 zero point; an int32 bias with a float32 scale of its own per output (on sequences a float32
-    bias). `packed` weights of 2 to 8 bits: `numerics.packed`, and a float32 bias.
+    bias). Fewer bits: the same, weights packed where that pays. `packed` weights of 2 to 8 bits: `numerics.packed`, and a
+    float32 bias.
     """
     weights = inputs * layer.taps * outputs
     has_bias = layer.bias or bool(layer.norm)
@@ -121,4 +122,4 @@ def weight_bytes(layer: Layer, inputs: int, outputs: int, bits: int, packed: boo
         return matrix + (4 * outputs if has_bias else 0)
     bias = 4 if layer.sequences else 4 + 4
     per_output = 4 + (1 if layer.kind == "Linear" else 0) + (bias if has_bias else 0)
-    return weights + outputs * per_output
+    return integer_bytes(weights, bits) + outputs * per_output

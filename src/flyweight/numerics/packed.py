@@ -16,11 +16,13 @@ __all__ = [
     "Scales",
     "ends",
     "group_size",
+    "integer_bytes",
     "integers",
     "packed",
     "packed_bytes",
     "planes",
     "scales",
+    "stored_bits",
     "unpacked",
     "values",
 ]
@@ -141,3 +143,25 @@ def packed_bytes(rows: int, columns: int, bits: int) -> int:
         return 0
     parts = sum(-(-columns // (8 // width)) for width in planes(bits))
     return rows * parts + 2 * rows * (columns // group_size(columns, bits)) + 4
+
+
+def stored_bits(count: int, bits: int) -> int:
+    """In how many bits each of so many integers that are computed with as int8 is stored: 8, or the width from `bits` on whose
+    parts and operators that unpack them take the fewest bytes of a file."""
+    taken = {width: _parts(count, width) + _operators(width) for width in range(bits, 7)}
+    least = min(taken, key=lambda width: taken[width], default=8)
+    return least if least < 8 and taken[least] < count else 8
+
+
+def integer_bytes(count: int, bits: int) -> int:
+    """Bytes of so many integers of `bits` that are computed with as int8, stored in `stored_bits`."""
+    return _parts(count, stored_bits(count, bits))
+
+
+def _parts(count: int, bits: int) -> int:
+    return sum(-(-count * width // 8) for width in planes(bits))
+
+
+def _operators(bits: int) -> int:
+    """About the bytes that operators take that unpack numbers of so many bits: some, and more for each part of a byte."""
+    return 150 + 190 * sum(8 // width for width in planes(bits))

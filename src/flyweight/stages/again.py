@@ -14,7 +14,7 @@ from flyweight.budget import limits_memory
 from flyweight.data import role
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder, read_manifest
-from flyweight.deploy.machine import SEVEN_BITS, largest_weight
+from flyweight.deploy.machine import largest_weight
 from flyweight.errors import DataError, UsageError, VerificationError
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.measure import measure
@@ -23,6 +23,7 @@ from flyweight.graph.operators import embeddings, layers, roundable
 from flyweight.graph.program import load_files
 from flyweight.methods import channels, int8
 from flyweight.methods.blocks import blocks
+from flyweight.numerics.packed import WIDTHS
 from flyweight.search.problem import Solution
 from flyweight.stages.bases import REFERENCE_FILE, reference_of
 from flyweight.stages.buy import Purchase, delivered
@@ -101,13 +102,17 @@ def _check_step(one: Step, known: Mapping[str, Group]) -> None:
             )
 
 
+GRIDS = tuple(2 ** (bits - 1) - 1 for bits in WIDTHS)  # the largest int8 weights that there are
+
+
 def _check_int8(one: Step) -> None:
     """Raises UsageError for settings of int8 that nothing writes, and for weights whose products saturate here."""
     largest = one.setting.get("largest", int8.LARGEST)
     flags = [one.setting.get(name, False) for name in ("fixed", "compensate")]
     if (
         one.setting.get("bits") != 8
-        or largest not in (int8.LARGEST, SEVEN_BITS)
+        or type(largest) is not int
+        or largest not in GRIDS
         or any(type(f) is not bool for f in flags)
     ):
         raise UsageError(

@@ -19,6 +19,7 @@ from flyweight.graph.cost import total_macs, weight_bytes
 from flyweight.stages.choose import Reference
 from flyweight.stages.deliver import Prepared, prepared, with_numbers
 from flyweight.stages.footprint import Footprint, measured_footprint
+from flyweight.stages.menu import INT8_FORM
 from flyweight.stages.packing import packed_overhead
 from flyweight.stages.price import Menu, Sizes
 from flyweight.stages.quote import Quotes
@@ -118,10 +119,8 @@ def _bases(job: Job, quotes: Quotes, folder: Folder, place: Path) -> tuple[dict[
         export(ready.graph, job.example, bases[FLOAT])
 
     def stored(int8_layers: Sequence[str]) -> int:
-        return sum(
-            weight_bytes(one, one.inputs, one.outputs, 8 if name in int8_layers else 32)
-            for name, one in menu.layers.items()
-        ) - sum(menu.saving(name) for name in int8_layers if name not in menu.layers)
+        plain = sum(weight_bytes(one, one.inputs, one.outputs, 32) for one in menu.layers.values())
+        return plain - sum(menu.saving(name, menu.forms(name)[INT8_FORM]) for name in int8_layers)
 
     overhead = bases[FLOAT].stat().st_size - stored(())
     per_split = split_overhead(menu, ready, job.example, bases[FLOAT]) if menu.ranks else 0.0

@@ -11,7 +11,6 @@ from scipy.optimize import nnls
 from flyweight.deploy.latency import FLOAT, INT8, LatencyTable
 from flyweight.graph.axes import Group, rows_of
 from flyweight.graph.cost import Other, layer_macs, weight_bytes
-from flyweight.graph.numbers import INT8 as INT8_WEIGHTS
 from flyweight.graph.numbers import Form
 from flyweight.graph.operators import Layer
 from flyweight.methods.pricing import Ladder
@@ -85,7 +84,7 @@ def _per_weight(layer: Layer, form: Form) -> float:
 
 def _in_float(offered: Sequence[Form], extra: float) -> Floats:
     """What staying float among int8 layers adds, by number format: packed weights are computed with in float."""
-    return np.array([0.0 if one == INT8_WEIGHTS else extra for one in offered])
+    return np.array([0.0 if one.integer else extra for one in offered])
 
 
 def _saving_factor(

@@ -10,6 +10,8 @@ import msgspec
 import numpy as np
 
 from flyweight.deploy.latency import FLOAT, INT8, REFERENCE
+from flyweight.graph.numbers import FLOAT32, Form
+from flyweight.graph.numbers import INT8 as INT8_WEIGHTS
 from flyweight.search.problem import Factor, Floats, Problem, evaluate
 from flyweight.stages.menu import INT8_FORM, Menu
 from flyweight.stages.setup import Job
@@ -64,8 +66,13 @@ def _size(built: Problem, menu: Menu, regime: str) -> float:
     return evaluate(built, choices)[1]["size"]
 
 
+def _in_memory(form: Form) -> Form:
+    """What weights are once the file is loaded."""
+    return INT8_WEIGHTS if form.integer else FLOAT32
+
+
 def _unpacked(menu: Menu) -> list[tuple[int, Floats]]:
     """What packed options save in the file and not in memory, by variable, at full width."""
     where = menu.format_index()
-    saved = {where[n]: [menu.saving(n, one) if one.packed else 0 for one in menu.forms(n)] for n in where}
+    saved = {where[n]: [menu.saving(n, one) - menu.saving(n, _in_memory(one)) for one in menu.forms(n)] for n in where}
     return [(v, np.array(bytes_, dtype=float)) for v, bytes_ in saved.items() if any(bytes_)]

@@ -257,8 +257,9 @@ def _run_notes(job: Job, artifact: Artifact, fallen: Sequence[str], timings: Tim
 
 
 def _seven_bits(steps: Sequence[Step]) -> tuple[Note, ...]:
-    """A note where int8 weights use seven of their eight bits."""
-    if not any(step.setting.get("largest", int8.LARGEST) < int8.LARGEST for step in steps if step.method == int8.NAME):
+    """A note where int8 weights use seven of their eight bits because this processor has no use for the eighth."""
+    largest = [step.setting.get("largest", int8.LARGEST) for step in steps if step.method == int8.NAME]
+    if machine.has_vnni() or machine.SEVEN_BITS not in largest:
         return ()
     text = (
         "this processor has no VNNI: its sums of int8 products would overflow with weights of eight bits, so seven of them are "

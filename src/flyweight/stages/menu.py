@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import Other, weight_bytes
-from flyweight.graph.numbers import FLOAT32, INT8, Form
+from flyweight.graph.numbers import FLOAT32, Form
 from flyweight.graph.operators import Layer
 from flyweight.methods import int8
 from flyweight.methods.blocks import Price
 from flyweight.methods.lowrank import Ranks
 from flyweight.methods.pricing import Ladder
-from flyweight.numerics.packed import packed_bytes
+from flyweight.numerics.packed import integer_bytes, packed_bytes
 from flyweight.types import Step
 
 __all__ = ["FLOAT_FORM", "INT8_FORM", "Format", "Menu", "Packed", "Rest", "Sizes"]
@@ -41,11 +41,12 @@ class Format:
     error: float
     allowed: tuple[int, ...] = (FLOAT_FORM, INT8_FORM)
     packed: tuple[Packed, ...] = ()
+    weight_bits: int = 8  # of the grid of weights in int8
 
     @property
     def forms(self) -> tuple[Form, ...]:
         """What each index stands for."""
-        return (FLOAT32, INT8, *(Form(one.bits, packed=True) for one in self.packed))
+        return (FLOAT32, Form(self.weight_bits), *(Form(one.bits, packed=True) for one in self.packed))
 
     @property
     def layer_errors(self) -> tuple[float, ...]:
@@ -72,7 +73,7 @@ class Sizes:
         """What a layer in that number format adds."""
         if form.packed:
             return self.per_packed_layer.get(form.bits, 0.0)
-        return self.per_int8_layer if form == INT8 else 0.0
+        return self.per_int8_layer if form.integer else 0.0
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,17 @@ class Menu:
         where = self.format_index().get(layer)
         return (FLOAT32,) if where is None else self.formats[where - len(self.ladders)].forms
 
-    def saving(self, name: str, form: Form = INT8) -> int:
+    def saving(self, name: str, form: Form) -> int:
         """The bytes that a number format saves at a layer or an embedding of full width."""
         if form == FLOAT32:
             return 0
         if name in self.tables:
             rows, columns = self.tables[name]
-            stored = packed_bytes(rows, columns, form.bits) if form.packed else rows * columns + 4 * rows
+            stored = (
+                packed_bytes(rows, columns, form.bits)
+                if form.packed
+                else integer_bytes(rows * columns, form.bits) + 4 * rows
+            )
             return 4 * rows * columns - stored
         one = self.layers.get(name) or self.depthwise[name]
         return weight_bytes(one, one.inputs, one.outputs, *FLOAT32) - weight_bytes(one, one.inputs, one.outputs, *form)

@@ -170,7 +170,8 @@ def _option(menu: Menu, variable: int, option: int, change: Mapping[str, float],
 def _shown(form: Form, menu: Menu) -> str:
     if form.packed:
         return f"{form.bits}-bit weights"
-    return "fixed point" if menu.in_int8("").setting.get("fixed") else "int8"
+    kind = "fixed point" if menu.in_int8("").setting.get("fixed") else "int8"
+    return kind if form.bits == 8 else f"{kind}, {form.bits}-bit weights"
 
 
 def steps(menu: Menu, variable: int, option: int) -> tuple[Step, ...]:

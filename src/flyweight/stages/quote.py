@@ -286,7 +286,10 @@ def _formats(
     else:
         prices = msgspec.json.decode(kept, type=dict[str, _Prices])
     known = {name: options for name, options in allowed.items() if name in prices}
-    formats = [Format(n, prices[n].layer_errors[0], prices[n].errors[0], options) for n, options in known.items()]
+    formats = [
+        Format(n, prices[n].layer_errors[0], prices[n].errors[0], options, weight_bits=job.weight_bits(n))
+        for n, options in known.items()
+    ]
     return tuple(formats), {lad.group.name: prices[f"group {lad.group.name}"].combined for lad in ladders}, ready
 
 

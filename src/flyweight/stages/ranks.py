@@ -13,7 +13,7 @@ from flyweight.deploy.latency import LatencyTable, Weights
 from flyweight.graph.axes import Group
 from flyweight.graph.cost import layer_macs, weight_bytes
 from flyweight.graph.flow import first
-from flyweight.graph.numbers import INT8, Form
+from flyweight.graph.numbers import Form
 from flyweight.graph.operators import Layer
 from flyweight.graph.rewrite import part_before, refresh
 from flyweight.graph.surgery import folded
@@ -100,7 +100,7 @@ def _price(menu: Menu, one: Ranks, variable: int, saved: Mapping[str, Floats]) -
             macs[i, k] = _macs(parts) - _macs([layer])
             size[i, k] = _bytes(parts, way) - _bytes([layer], way) + extra
     meets = menu.meetings.get(one.layer, 0.0)
-    error = np.outer(one.errors, [1.0 + meets if way == INT8 else 1.0 for way in offered])
+    error = np.outer(one.errors, [1.0 + meets if way.integer else 1.0 for way in offered])
     costs = {"macs": macs, "size": size} | {n: np.outer(-times, np.ones(len(offered))) for n, times in saved.items()}
     if form is None:
         return Factor((variable,), error[:, 0], {name: table[:, 0] for name, table in costs.items()})

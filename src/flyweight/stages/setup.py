@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import hashlib
 import time
@@ -31,6 +30,7 @@ from flyweight.quantities import with_metric
 from flyweight.recover.distill import Distill
 from flyweight.stages import lengths
 from flyweight.stages.deadline import Deadline
+from flyweight.stages.ruled import check_patterns, check_rules
 from flyweight.stages.tidy import tidy
 from flyweight.stages.yardstick import try_limits, unjudged, yardstick_of
 from flyweight.types import Budget, Note, Rule, Step
@@ -129,7 +129,13 @@ class Job:
 
     def in_int8(self, layer: str, compensate: bool = True) -> Step:
         """The step that stores a layer in int8, as this job and this processor want it."""
-        return int8.step(layer, compensate, fixed=self.fixed_point, largest=largest_weight())
+        largest = min(largest_weight(), 2 ** (self.weight_bits(layer) - 1) - 1)
+        return int8.step(layer, compensate, fixed=self.fixed_point, largest=largest)
+
+    def weight_bits(self, layer: str) -> int:
+        """The bits of the grid of a layer's weights where it is in int8, as the last rule on its bits says."""
+        found = [rule.weight_bits for rule in self._ruled(layer)]
+        return (found and found[-1]) or 8
 
     def kept_reason(self, layers: Sequence[str]) -> str:
         """Why the user wants these layers left alone, "" if nothing says so."""
@@ -142,8 +148,11 @@ class Job:
 
     def fixed_bits(self, layer: str) -> int | None:
         """The number of bits that a rule fixes for a layer; the last rule that matches counts."""
-        found = [r.bits for r in self.settings.rules if fnmatch.fnmatchcase(layer, r.pattern) and r.bits is not None]
-        return found[-1] if found else None
+        found = self._ruled(layer)
+        return found[-1].bits if found else None
+
+    def _ruled(self, layer: str) -> list[Rule]:
+        return [r for r in self.settings.rules if fnmatch.fnmatchcase(layer, r.pattern) and r.bits is not None]
 
     def key(self) -> dict[str, Any]:
         """What the run was asked for, part by part: two runs with equal keys are the same run."""
@@ -166,7 +175,7 @@ class Job:
             "table": table_hash(s.table) if s.table else "",
             "methods": list(self.methods),
             "keep": list(s.keep),
-            "rules": [f"{r.pattern}:{r.bits}:{r.keep}" for r in s.rules],
+            "rules": [f"{r.pattern}:{r.bits}:{r.keep}{f'/{r.weight_bits}' if r.weight_bits else ''}" for r in s.rules],
             "seed": s.seed,
         } | ({"recover": s.recover.setting()} if s.recover else {})
 
@@ -222,7 +231,7 @@ def job_of(
     guarded, note = budgets.with_guard(read, yardstick.task, labelled, metric)
     shapes = lengths.resolved(settings.shapes, traced.module, guarded, found.calib)
     _check_table(settings, shapes)
-    _check_patterns(settings, traced.module)
+    check_patterns((*settings.keep, *(rule.pattern for rule in settings.rules)), traced.module)
     try_limits(traced.module, found, yardstick, guarded, settings.metric)
     return Job(
         graph=traced.module,
@@ -319,12 +328,7 @@ def _check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not (value is None or callable(value) or (name == "metric" and isinstance(value, str))):
             raise UsageError(f"{name} is a {type(value).__name__}, not a function", fix="give the function itself")
-    for rule in settings.rules:
-        if not isinstance(rule, Rule):
-            raise UsageError(f"{rule!r} is no rule", fix='write rules=[fw.rule("encoder.*", bits=8)]')
-        if rule.bits is not None and not (isinstance(rule.bits, int) and rule.bits in (32, *WIDTHS)):
-            widths = "2 to 7 (weights alone), 8 (int8) or 32 (float)"
-            raise UsageError(f"rule {rule.pattern!r}: there are no weights of {rule.bits!r} bits", fix=f"use {widths}")
+    check_rules(settings.rules)
 
 
 def _check_table(settings: Settings, shapes: Sequence[str]) -> None:
@@ -344,24 +348,6 @@ def _check_table(settings: Settings, shapes: Sequence[str]) -> None:
         raise UsageError(
             f"the latency table has no times at {missing[0]}", why=f"it has {', '.join(table.reference_s)}", fix=fix
         )
-
-
-def _check_patterns(settings: Settings, graph: fx.GraphModule) -> None:
-    """Raises UsageError for a pattern of keep or rules that matches nothing: a wish would be passed over in silence."""
-    names = [name for name, _ in graph.named_modules() if name]
-    for pattern in (*settings.keep, *(rule.pattern for rule in settings.rules)):
-        if not fnmatch.filter(names, pattern):
-            raise UsageError(f"the pattern {pattern!r} matches no layer", fix=_nearest_names(pattern, names))
-
-
-def _nearest_names(pattern: str, names: Sequence[str]) -> str:
-    """What a pattern that matches nothing may have meant ("head.*" where `head` is one layer), else the first names."""
-    bare = pattern.rstrip("*?.").lstrip("*?.")
-    close = [name for name in names if bare and bare in name][:3]
-    close += difflib.get_close_matches(bare, names, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {', '.join(dict.fromkeys(close))}? A pattern must match the whole name"
-    return f"the layers are {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
 
 
 def _two_rows(inputs: Inputs) -> Inputs:

@@ -7,36 +7,42 @@ When not          The source may be trained: what `distill` gives back costs no 
 Cost to run       The corrector's share of multiply-accumulates, 5 % by default, and its calls.
 What it changes   The source's parameters require no gradient any more, and it stays in eval mode.
 Example           both = fw.Corrected(small, fw.corrector_like(small, images[:2])); train(both.corrector.parameters())
-Known problems    Outputs are added as they are: logits add up, probabilities do not. One tensor in and out of the sum.
-Source            The residual form of He et al. 2015, arXiv:1512.03385, eq. 1, with the source as the shortcut.
+Known problems    Outputs are added as they are: logits add up, probabilities do not. One tensor in and out of the sum. The mean
+                  over tokens that a corrector of inner values reads knows of no mask.
+Source            The residual form of He et al. 2015, arXiv:1512.03385, eq. 1, with the source as the shortcut; inner values of
+                  a frozen network: Sung Cho Bansal 2022, arXiv:2206.06522 (ladder side-tuning).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, fx, nn
 
+from flyweight.data import Batch
 from flyweight.data.binding import bind_example
 from flyweight.errors import ModelError, UsageError
 from flyweight.graph.cost import total_macs
 from flyweight.graph.operators import tables
 from flyweight.graph.trace import trace
 
-__all__ = ["Corrected", "Images", "Tokens", "Vectors", "corrector_like"]
+__all__ = ["Corrected", "Images", "Inner", "Tokens", "Vectors", "corrector_like"]
 
 WORD = 16  # numbers that a token becomes: looking them up multiplies nothing, but every one costs a table's column
 WIDEST = 1024  # channels of a corrector, however much work is allowed
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Corrected(nn.Module):
     """source(x) + corrector(x), for sources that give one tensor; only the corrector learns.
 
-    Both are called with the same inputs and must answer in one shape; ModelError says so where they do not.
+    Both are called with the same inputs, or a corrector with `reads`, names of the source's layers, with what flows into these.
+    They must answer in one shape; ModelError says so where they do not.
     """
 
     def __init__(self, source: nn.Module, corrector: nn.Module) -> None:
@@ -55,9 +61,31 @@ class Corrected(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The sum of both answers."""
-        answer, change = self.source(*inputs), self.corrector(*inputs)
+        names: Sequence[str] = getattr(self.corrector, "reads", ())
+        with _read(self.source, names) as seen:
+            answer = self.source(*inputs)
+        change = self.corrector(*([seen[name] for name in names] or inputs))
         _check_alike(answer, change)
         return answer + change  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _read(source: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within, what flows into each named layer of `source`, by name. Hooks are set for one call: a copy would share them."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen[name] = given[0]
+
+        return keep
+
+    hooks = [source.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 def _check_alike(answer: Any, change: Any) -> None:
@@ -127,6 +155,30 @@ class Tokens(nn.Module):
         return _shaped(self.last(torch.relu(self.first(mean))), self.shape)
 
 
+class Inner(nn.Module):
+    """What flows into layers of the source, as means over places or tokens; brought to one scale; two layers.
+
+    In train mode the scale is that of the batch, and is learned for answering, as by any batch norm.
+    """
+
+    def __init__(self, reads: Sequence[str], columns: int, hidden: int, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.reads, self.shape = tuple(reads), tuple(shape)
+        self.scale = nn.BatchNorm1d(columns, affine=False)
+        self.first, self.last = nn.Linear(columns, hidden), _zero(hidden, shape)
+
+    def forward(self, *values: Tensor) -> Float[Tensor, "rows *shape"]:
+        """The correction, from one value "rows channels *places", "rows tokens channels" or "rows columns" a layer."""
+        columns = torch.cat([_mean(value) for value in values], 1)
+        return _shaped(self.last(torch.relu(self.first(self.scale(columns)))), self.shape)
+
+
+def _mean(value: Tensor) -> Float[Tensor, "rows columns"]:
+    if value.ndim == 3:
+        return value.mean(1)
+    return value if value.ndim == 2 else value.mean(tuple(range(2, value.ndim)))
+
+
 def _zero(inputs: int, shape: Sequence[int]) -> nn.Linear:
     """A layer that answers 0: a fresh corrector changes nothing."""
     layer = nn.Linear(inputs, math.prod(shape))
@@ -139,14 +191,19 @@ def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
     return rows if len(shape) == 1 else rows.reshape(-1, *shape)
 
 
-def corrector_like(source: nn.Module, example: Any, macs: float = 0.05) -> nn.Module:
+def corrector_like(source: nn.Module, example: Any, macs: float = 0.05, reads: str = "layers") -> nn.Module:
     """An untrained corrector for `source` that takes at most the share `macs` of its multiply-accumulates.
 
-    `example`: one call (a tensor, a tuple, a dict or (args, kwargs)), samples in dimension 0. Images "n c h w" get strided
-    convolutions, vectors "n d" two layers, token numbers "n t" (and a mask beside them) the mean of word vectors and two
-    layers; each as wide as the share allows. It answers 0 until it has learned. Raises UsageError for other inputs, outputs
-    that are no vector a sample, or a share too small for any, and TraceError for a source that cannot become a graph.
+    `example`: one call (a tensor, a tuple, a dict or (args, kwargs)), samples in dimension 0. `reads` "layers": what flows into
+    the source's convolutions and linear layers, as means over places, and two layers behind; it sees what the source sees, for
+    fewer multiply-accumulates, and corrects more. "inputs": the source's inputs alone, so that it stands beside any source of
+    these: images "n c h w" get strided convolutions, vectors "n d" two layers, token numbers "n t" (and a mask beside them) the
+    mean of word vectors and two layers. Each as wide as the share allows. It answers 0 until it has learned. Raises UsageError
+    for other inputs, outputs that are no vector a sample, or a share too small for any, and TraceError for a source that
+    cannot become a graph.
     """
+    if reads not in ("inputs", "layers"):
+        raise UsageError(f"reads is {reads!r}", fix='"layers" (what flows into the source\'s layers) or "inputs"')
     if isinstance(macs, bool) or not isinstance(macs, (int, float)) or not 0 < macs < math.inf:
         raise UsageError(f"macs is {macs!r}", fix="a share of the source's multiply-accumulates, such as 0.05")
     call = bind_example(source, example)
@@ -155,7 +212,8 @@ def corrector_like(source: nn.Module, example: Any, macs: float = 0.05) -> nn.Mo
         answer = graph(*call.inputs)
     if not isinstance(answer, Tensor) or answer.ndim < 2:
         raise UsageError("the source does not answer one vector a sample", fix=OWN)
-    build, work = _form(graph, call.inputs, tuple(answer.shape[1:]))
+    shape = tuple(answer.shape[1:])
+    build, work = _inner(source, call, shape) if reads == "layers" else _form(graph, call.inputs, shape)
     width, allowed = 0, macs * total_macs(graph)
     while width < WIDEST and work(width + 1) <= allowed:
         width += 1
@@ -169,6 +227,28 @@ def corrector_like(source: nn.Module, example: Any, macs: float = 0.05) -> nn.Mo
 
 
 OWN = "write a corrector of your own, any module with the source's inputs and output shape, and give it to Corrected"
+
+
+def _inner(
+    source: nn.Module, call: Batch, shape: tuple[int, ...]
+) -> tuple[Callable[[int], nn.Module], Callable[[int], int]]:
+    """As `_form`, for what flows into layers of the source that are called once and read one row a sample."""
+    names = [name for name, part in source.named_modules() if isinstance(part, LAYERS)]
+    rows = len(call.inputs[0])
+    mode = source.training
+    source.eval()
+    try:
+        with _read(source, names) as seen, torch.no_grad():
+            source(*call.args, **call.kwargs)
+    finally:
+        source.train(mode)
+    columns = {name: _mean(x).shape[1] for name, x in seen.items() if x.ndim >= 2 and len(x) == rows}
+    if not columns:
+        raise UsageError(
+            "no convolution or linear layer of the source reads one row a sample", fix='reads="inputs", or ' + OWN
+        )
+    total, outputs = sum(columns.values()), math.prod(shape)
+    return lambda w: Inner(tuple(columns), total, w, shape), lambda w: w * (total + outputs)
 
 
 def _form(

@@ -204,7 +204,10 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def _flipped(entry: Entry, values: Tensor) -> Tensor:
-    return (_bytes(values) ^ entry.parts["bytes"]).view(values.dtype).reshape(values.shape)
+    changes = entry.parts["bytes"]
+    if changes.dtype != torch.uint8 or tuple(changes.shape) != (values.nbytes,):  # how many there are says the base
+        raise _damaged("its exact changes")
+    return (_bytes(values) ^ changes).view(values.dtype).reshape(values.shape)
 
 
 def check(name: str, entry: Entry) -> None:

@@ -36,7 +36,17 @@ def _merged(base: nn.Module | State, delta: Delta) -> dict[str, Tensor]:
             why=f"it was made for {delta.base[:12]}…, this one is {fingerprint(state)[:12]}…: a weight, a name or a type differs",
             fix="merge it into the very checkpoint that it was extracted from",
         )
+    _check_fits(state, delta)
     return {name: added(_meant(delta, name), state[name]) for name in delta.entries}
+
+
+def _check_fits(state: State, delta: Delta) -> None:
+    """Raises ModelError where the delta names tensors that are not there: taken off the wrong network, or tampered with."""
+    for name, entry in delta.entries.items():
+        if name not in state or tuple(state[name].shape) != entry.shape:
+            raise ModelError(
+                f"the network has no {name!r} of shape {entry.shape}", fix="give the network that the delta belongs to"
+            )
 
 
 def _meant(delta: Delta, name: str) -> Entry:
@@ -68,11 +78,7 @@ def unmerge(merged: Network, delta: Delta) -> Network:
     or shapes do not fit.
     """
     state = state_of(merged)
-    for name, entry in delta.entries.items():
-        if name not in state or tuple(state[name].shape) != entry.shape:
-            raise ModelError(
-                f"the network has no {name!r} of shape {entry.shape}", fix="give the network that the delta was put on"
-            )
+    _check_fits(state, delta)
     return _with_state(merged, {name: removed(_meant(delta, name), state[name]) for name in delta.entries})
 
 

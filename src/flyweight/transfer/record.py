@@ -18,7 +18,7 @@ from flyweight.atomic import write_atomic
 from flyweight.errors import UnsafeFileError, UsageError
 from flyweight.transfer.entries import Entry, check
 
-__all__ = ["Delta", "State", "fingerprint", "load", "state_of"]
+__all__ = ["Delta", "Part", "State", "Told", "fingerprint", "load", "state_of", "told"]
 
 SCHEMA_VERSION = 1
 HEAD = "flyweight.delta"  # the one entry of the file's metadata: several would come in any order
@@ -26,7 +26,7 @@ HEAD = "flyweight.delta"  # the one entry of the file's metadata: several would 
 State = Mapping[str, Tensor]
 
 
-class _Told(msgspec.Struct, frozen=True):
+class _Written(msgspec.Struct, frozen=True):
     """What the header says of an entry."""
 
     kind: str
@@ -40,7 +40,29 @@ class _Head(msgspec.Struct, frozen=True):
     schema_version: int
     base: str
     error: float
-    entries: dict[str, _Told]
+    entries: dict[str, _Written]
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What a delta holds of the tensor `name`, for readers: `rank` is 0 but for factors, `bytes` those of its numbers."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    bits: int
+    bytes: int
+    error: float
+    like: str
+
+
+class Told(msgspec.Struct, frozen=True):
+    """What is in a delta: the base it belongs to, the bytes of its file, what matrices lose on average, every tensor."""
+
+    base: str
+    bytes: int
+    error: float
+    entries: tuple[Part, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +116,18 @@ def fingerprint(state: State) -> str:
 
 
 def _packed(delta: Delta) -> bytes:
-    told = {name: _Told(e.kind, e.shape, e.bits, e.error, e.like) for name, e in delta.entries.items()}
-    head = msgspec.json.encode(_Head(SCHEMA_VERSION, delta.base, delta.error, told)).decode()
+    written = {name: _Written(e.kind, e.shape, e.bits, e.error, e.like) for name, e in delta.entries.items()}
+    head = msgspec.json.encode(_Head(SCHEMA_VERSION, delta.base, delta.error, written)).decode()
     parts = {f"{name}/{part}": x for name, entry in delta.entries.items() for part, x in entry.parts.items()}
     return save(parts, {HEAD: head})
+
+
+def told(delta: Delta) -> Told:
+    """What is in a delta, in its order."""
+    parts = (
+        Part(name, e.kind, e.shape, e.rank, e.bits, e.nbytes, e.error, e.like) for name, e in delta.entries.items()
+    )
+    return Told(delta.base, delta.nbytes, delta.error, tuple(parts))
 
 
 def load(path: str | os.PathLike[str]) -> Delta:
@@ -123,7 +153,7 @@ def load(path: str | os.PathLike[str]) -> Delta:
     }
     for name, entry in entries.items():
         check(name, entry)
-        if entry.kind == "like" and entry.like not in entries:
+        if entry.kind == "like" and (entry.like not in entries or entries[entry.like].kind == "like"):
             raise UnsafeFileError(
                 f"{path.name} ties {name!r} to {entry.like!r}, which it does not hold", where=str(path)
             )

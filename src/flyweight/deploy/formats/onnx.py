@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from flyweight.deploy.formats.attention import turned_keys, unguarded
 from flyweight.deploy.formats.columns import laid
 from flyweight.deploy.formats.exporter import quick_and_quiet
+from flyweight.deploy.formats.packing import packed_weights
 from flyweight.deploy.formats.pads import merged_pads
 from flyweight.deploy.formats.proto import without_unread
 from flyweight.deploy.formats.translated import translated
@@ -44,7 +45,7 @@ def stored_name(layer: str) -> str:
 
 def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path, *, plain: bool = False) -> None:
     """Writes the ONNX file of `graph` to `path`: dynamic batch, no metadata, deterministic bytes; unless `plain`, columns laid
-    on their side (`columns.laid`).
+    on their side (`columns.laid`), and integer weights of few bits packed (`packing`).
 
     `inputs` is an example with at least two rows. `graph.meta["numbers"]`, if present, names the layers stored in
     integers (`methods.int8`). Raises ModelError when an operator has no ONNX form.
@@ -73,7 +74,8 @@ def export(graph: fx.GraphModule, inputs: Sequence[Tensor], path: Path, *, plain
         ) from error
     model = turned_keys(unguarded(merged_pads(made.model_proto)))
     model = model if plain else laid(model)
-    onnx.save(_named(_stripped(_lean(model)), graph), path)
+    small = {stored_name(name): form.bits for name, form in number_forms(graph).items() if form.integer}
+    onnx.save(_named(packed_weights(_stripped(_lean(model)), small), graph), path)
 
 
 def _stays(node: Any) -> bool | None:

@@ -87,7 +87,9 @@ def conformance(path: Path, planned: Sequence[str]) -> list[str]:
     """
     import onnx
 
-    source = onnx.load(str(path))
+    from flyweight.deploy.formats.packing import unpacked_weights
+
+    source = unpacked_weights(onnx.load(str(path)))
     optimized = _optimized(Path(path))
     weights = _weights(source)
     facts = _facts(source, optimized)

@@ -82,7 +82,9 @@ def conformance(path: Path, planned: Sequence[str]) -> list[str]:
     """
     import onnx
 
-    graph = onnx.load(str(path)).graph
+    from flyweight.deploy.formats.packing import unpacked_weights
+
+    graph = unpacked_weights(onnx.load(str(path))).graph
     known = {entry.name for entry in graph.initializer}
     for name in planned:
         if name not in known:
