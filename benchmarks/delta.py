@@ -1,6 +1,7 @@
 """One base and small changes: a fine-tuned MiniLM as base and delta, a hard-cut ResNet-20 with a corrector beside it.
 
-    python benchmarks/delta.py [mails|pictures] [--data FOLDER] [--rows N] [--seeds 3] [--errors 0.1,0.3] [--threads N]
+    python benchmarks/delta.py [mails|pictures] [--data FOLDER] [--rows N] [--seeds 3] [--errors 0.1,0.3] [--no-lora]
+                              [--out NAME] [--threads N]
 
 mails: all of MiniLM learns spam from ham for an epoch (64 tokens); the delta is extracted at several errors on training
 mails, its labels unread, and merged into the base; `share` is the delta's file of the base's bytes. `lora` learns a delta
@@ -13,6 +14,7 @@ what flows into the cut network's layers. Asked: better than the source alone.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import time
@@ -134,6 +136,8 @@ def mails_rows(options: Any) -> list[dict[str, Any]]:
             kinds = [entry.kind for entry in delta.entries.values()]
             print("  ", {kind: kinds.count(kind) for kind in sorted(set(kinds))})
             note("base + delta", error, right(fw.merge_delta(base, delta), test), delta.nbytes, since=started)
+        if not options.lora:
+            continue
         started = time.perf_counter()
         learning = fw.delta_parameters(base, RANK)
         learned(base, learning, train, options.epochs, 10 * options.lr, seed)
@@ -229,6 +233,10 @@ def main() -> None:
     parser.add_argument(
         "--errors", type=lambda text: tuple(map(float, text.split(","))), default=(0.1, 0.3), help="of the deltas"
     )
+    parser.add_argument(
+        "--lora", action=argparse.BooleanOptionalAction, default=True, help="a delta learned from the start"
+    )
+    parser.add_argument("--out", default="", help="what the names of the tables end in")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     given = options.rows
@@ -239,7 +247,7 @@ def main() -> None:
         found = table(options)
         print_table(found, COLUMNS[part])
         about = {"training": f"{options.rows} rows, {options.seeds} seeds"}
-        write_csv(RESULTS / f"delta_{part}.csv", found, facts(options.threads, "transformers") | about)
+        write_csv(RESULTS / f"delta_{part}{options.out}.csv", found, facts(options.threads, "transformers") | about)
 
 
 if __name__ == "__main__":
