@@ -81,10 +81,9 @@ def made_note(source: Any, role: str) -> tuple[Note, ...]:
     """A Note where the data of a role were made from a model."""
     if not isinstance(source, Synthetic):
         return ()
-    judged = (
-        "they steer and teach as well as they are like real ones; what is judged on a part of them is not proven of any"
-    )
-    text = judged if role == "calib" else "what is measured on them is not proven of real ones"
+    only = "is shown for made ones alone"
+    steer = f"they steer and teach as far as they are like real ones, and what is judged on a part of them {only}"
+    text = steer if role == "calib" else f"what is measured on them {only}"
     return (
         Note(
             code="data.synthetic",

@@ -12,7 +12,8 @@ Example           inputs = fw.synthesize(model, example=torch.zeros(2, 3, 224, 2
                   fw.compress(model, calib=inputs, tune=…, test=…, budget="size<=30%")
 Known problems    Means and deviations of channels are all that is matched: what lies between channels and places is the
                   network's own idea of its classes, clearer than real inputs are. Each batch matches by itself, so its rows are
-                  a set; ranges of inputs (0 to 1) are not kept. Norms of which one branch is rarely used count like others.
+                  a set. Pictures are kept within 2.5 deviations of their mean, which real ones may leave (a star at
+                  night); ranges of other inputs are not known. Norms of which one branch is rarely used count like others.
 Source            Cai et al. 2020, arXiv:2001.00281 (ZeroQ), eq. 3; classes and smoothness: Yin et al. 2020, arXiv:1912.08795
                   (DeepInversion), eq. 3 and 4. Here each channel counts in units of its own variance, so no layer outweighs.
 """
@@ -51,6 +52,7 @@ RATE = 0.1  # Adam's, in deviations of the first draw
 SMOOTH, ASKED = 0.03, 0.02  # weights of roughness and of the classes' cross entropy; the statistics have 1
 LEAST = 0.01  # of a layer's mean variance: channels that hardly move are weighed no heavier than this
 FARTHEST = 1e4  # how far from 1 the scale of the first draw may go
+WIDEST = 2.5  # deviations from the mean: pixels have a darkest and a brightest; a few glaring ones would stretch int8's ranges
 IMAGE_SIDE, IMAGE_CHANNELS = 8, 4  # [rows, at most 4, at least 8, at least 8]: a picture
 
 
@@ -69,9 +71,8 @@ def norms_of(model: nn.Module) -> dict[str, Norm]:
         for name, module in model.named_modules()
         if isinstance(getattr(module, "running_mean", None), Tensor)
         and isinstance(getattr(module, "running_var", None), Tensor)
-        and not isinstance(
-            module, nn.modules.instancenorm._InstanceNorm
-        )  # those are means over samples' own statistics
+        # what instance norms keep are means of each sample's own statistics
+        and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
     }
     if found and all(bool((m.running_mean == 0).all()) and bool((m.running_var == 1).all()) for m in found.values()):
         raise ModelError(
@@ -149,7 +150,8 @@ def synthetic(
 
     `network` runs a model in eval mode whose `norms` are looked at; `shapes` are those of one sample, `names` of the inputs.
     Minimises, batch by batch, the mean over norms of `moments_apart` + SMOOTH * `roughness` of pictures + ASKED * the
-    classifier's cross entropy with classes in turn: Adam, `steps` of them, cosine to 0. Batch n depends on seed and n alone.
+    classifier's cross entropy with classes in turn: Adam, `steps` of them, cosine to 0. Pictures are kept within WIDEST
+    deviations of their mean. Batch n depends on seed and n alone.
     Raises ModelError where an input reaches no norm, where values are NaN, and where nothing came of it; Interrupted when
     `late`.
     """
@@ -243,6 +245,8 @@ def _moved(
         for group in optimizer.param_groups:
             group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step()
+        for z in filter(_is_picture, free):
+            _bound(z)
         advance(1)
     made = [(scale * z + offset).detach() for z in free]
     with torch.no_grad():
@@ -313,6 +317,13 @@ def _moments(parts: Sequence[Tensor]) -> Moments:
         raise NumericsError("a norm was given one value a channel: it has no variance")
     variance, mean = torch.var_mean(values, dim=1)
     return mean, variance
+
+
+@torch.no_grad()
+def _bound(z: Tensor) -> None:
+    """Takes values of pictures farther than WIDEST deviations of the batch from its mean back to there, in place."""
+    reach, mean = WIDEST * float(z.std()), float(z.mean())
+    z.clamp_(mean - reach, mean + reach)
 
 
 def _is_picture(x: Tensor) -> bool:

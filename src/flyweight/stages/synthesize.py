@@ -15,7 +15,7 @@ from flyweight.data.binding import names_of, signature_of
 from flyweight.data.checks import converted
 from flyweight.errors import FlyweightError, ModelError, UsageError
 from flyweight.face.progress import Progress
-from flyweight.graph.proofs import first_line
+from flyweight.graph.proofs import check_weights, first_line
 from flyweight.graph.trace import own_copy
 from flyweight.numerics.divergence import TASKS
 from flyweight.recover.generated import generated, other_inputs, vocabulary
@@ -53,6 +53,7 @@ def synthesize(
     Source: Cai et al. 2020, arXiv:2001.00281; Yin et al. 2020, arXiv:1912.08795; Liu et al. 2023, arXiv:2305.17888.
     """
     _check_settings(model, rows=rows, steps=steps, batch_size=batch_size, task=task, seed=seed)
+    check_weights(model)
     device = device_of(model, "model")
     call = converted(bind_example(model, example))
     names = names_of(call, signature_of(model))
@@ -137,7 +138,7 @@ class _Made:
     def texts(self, bar: Progress) -> Synthetic:
         """From a language model's own next tokens."""
         example = self.call.example
-        at = _tokens_at(example)
+        at = _tokens_at(example, self.names)
         if at is None or self.task not in ("auto", "generate"):
             raise _no_slope(example, self.names, self.task)
         places = int(example.inputs[at].shape[1])
@@ -147,7 +148,8 @@ class _Made:
             given = [x.to(self.call.device).expand(len(tokens), *x.shape[1:]) for x in others]
             return self.call.tried([*given[:at], tokens, *given[at:]])
 
-        seen = torch.arange(2 * places).reshape(2, places).remainder(2)  # all vocabularies know 0 and 1
+        # all vocabularies know 0 and 1; beginning with 1 they are not taken for places
+        seen = torch.arange(1, 2 * places + 1).reshape(2, places).remainder(2)
         size = vocabulary(self.call.network, answer, seen.to(self.call.device))
         batches = -(-self.rows // self.batch_size)
         tokens = generated(
@@ -191,12 +193,15 @@ def _holds_tokens(call: Batch, task: str) -> bool:
     return task == "generate" or not all(x.is_floating_point() for x in call.inputs)
 
 
-def _tokens_at(call: Batch) -> int | None:
-    """The number of the input that holds tokens [rows, places]: the first of whole numbers, where no input is floating."""
+def _tokens_at(call: Batch, names: Sequence[str]) -> int | None:
+    """The number of the input that holds tokens [rows, places]: the first of whole numbers that is no mask, where no input is
+    floating."""
+    if any(x.is_floating_point() for x in call.inputs):
+        return None
     found = [
         number
-        for number, x in enumerate(call.inputs)
-        if x.ndim == 2 and not x.is_floating_point() and x.dtype is not torch.bool
+        for number, (x, name) in enumerate(zip(call.inputs, names, strict=True))
+        if x.ndim == 2 and x.dtype is not torch.bool and "mask" not in name.lower()
     ]
     return found[0] if found else None
 
