@@ -159,7 +159,9 @@ def test_the_same_seed_gives_the_same_bits_and_more_rows_begin_with_the_same(tra
     assert longer.rows == BATCH + 3
     assert torch.equal(longer.inputs["image"][:BATCH], one.inputs["image"])
     assert not torch.equal(longer.inputs["image"][BATCH:], one.inputs["image"][:3])
-    assert not torch.equal(made(trained, steps=5, rows=BATCH, seed=1).inputs["image"], one.inputs["image"])
+    # no class is asked for, so the noise alone can differ
+    plain, other = (made(trained, steps=2, rows=2, task="embed", seed=seed).inputs["image"] for seed in (0, 1))
+    assert float((plain - other).abs().max()) > 0.5
 
 
 def test_the_model_and_the_global_generator_stay_as_they_were(trained: nn.Module):

@@ -68,7 +68,7 @@ def show_made(about: Mapping[str, Any]) -> None:
             console.print(_text(f"{name} {'×'.join(map(str, sizes))}"))
         console.print(_text(about["how"]), soft_wrap=True)
         console.print(_text(f"inputs: {about['path']}"), soft_wrap=True)
-        _next(console, f"--calib {shlex.quote(about['path'])} steers and teaches; --test wants real data")
+        _next(console, f"--calib {shlex.quote(about['path'])} finds int8's ranges; --tune and --test want real data")
 
 
 def show_plan(plan: Plan, folder: str) -> None:

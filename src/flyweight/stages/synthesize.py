@@ -46,7 +46,8 @@ def synthesize(
     deviations that they keep; where `task` is classify, classes are asked for evenly ("auto" decides by the output, as in
     `compress`). Causal language models of tokens (task "generate", or "auto"): rows that the model writes, as long as those of
     `example`. Same seed, same bits on one number of CPU threads. `stop()` is asked between steps; nothing is kept then.
-    Made inputs steer and teach; they prove nothing about real ones. A Note in every result says that they were used: give real
+    Made inputs serve to find ranges; a few hundred may teach worse than none (`benchmarks/synthetic.py`), and they prove nothing
+    about real ones. A Note in every result says that they were used: give real
     data as tune and test where there are some.
     Raises UsageError for settings and for integers that no language model reads, ModelError for networks that keep nothing of
     their data (no BatchNorm that was trained, no next token), DataError for an example that does not fit, Interrupted.
