@@ -441,6 +441,17 @@ def test_inputs_that_came_no_nearer_are_refused(trained: nn.Module, monkeypatch:
         made(trained, steps=1)
 
 
+def test_a_network_that_was_trained_on_noise_is_shown_noise(monkeypatch: pytest.MonkeyPatch):
+    """Classes ask for a little of what was there from the start; nothing is wrong with that."""
+    monkeypatch.setattr("flyweight.recover.synthetic.ASKED", 1.0)
+    model = Pictures()
+    with torch.no_grad():
+        for _ in range(40):
+            model(torch.randn(64, 1, SIDE, SIDE))
+    got = made(model.eval(), steps=20, rows=4)
+    assert got.noise < got.reached < 0.1
+
+
 class Infinite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x / 0

@@ -5,8 +5,8 @@ What it does      Draws noise and moves it until every BatchNorm sees the means 
 When to use       No data at all: int8's ranges come out far better than from noise (benchmarks/synthetic.py).
 When not          Some hundred real inputs can be had, without labels: they are better. Lessons that real data do not judge: a few
                   hundred made rows taught a cut ResNet-20 worse than none (the same benchmark). To judge by: what is measured on
-                  made inputs is shown for made inputs. A network without BatchNorms keeps nothing of its data (language models: see
-                  `recover.generated`).
+                  made inputs is shown for made inputs. A network without BatchNorms keeps nothing of its data (language
+                  models: see `recover.generated`).
 Cost to run       A forward and a backward pass (of values, not of weights) a row and step: like training rows * steps samples.
 What it changes   Nothing: a copy is used.
 Example           inputs = fw.synthesize(model, example=torch.zeros(2, 3, 224, 224), rows=256)
@@ -52,6 +52,7 @@ Network = Callable[[Sequence[Tensor]], Any]  # inputs in order -> what the model
 RATE = 0.1  # Adam's, in deviations of the first draw
 SMOOTH, ASKED = 0.03, 0.02  # weights of roughness and of the classes' cross entropy; the statistics have 1
 LEAST = 0.01  # of a layer's mean variance: channels that hardly move are weighed no heavier than this
+FAR = 0.1  # apart: means or deviations off by a third of a deviation; batches of 32 real rows are a tenth of that
 FARTHEST = 1e4  # how far from 1 the scale of the first draw may go
 WIDEST = 2.5  # deviations from the mean: pixels have a darkest and a brightest; a few glaring ones would stretch int8's ranges
 IMAGE_SIDE, IMAGE_CHANNELS = 8, 4  # [rows, at most 4, at least 8, at least 8]: a picture
@@ -171,7 +172,7 @@ def synthetic(
         begun.append(first)
         ended.append(last)
     noise_apart, apart = math.fsum(begun) / batches, math.fsum(ended) / batches
-    if not apart < noise_apart:
+    if apart > FAR and not apart < noise_apart:  # near from the start: the model was trained on such noise
         raise ModelError(
             f"the inputs came no nearer to the norms' statistics: {noise_apart:.3g} apart before, {apart:.3g} after",
             why="what does not look like the training data is noise, and would be taken for them",
