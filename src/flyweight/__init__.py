@@ -40,6 +40,7 @@ _HOME = {
     "merge_delta": "flyweight.transfer.merging:merge",
     "plan": "flyweight.compress:plan",
     "rule": "flyweight.compress:rule",
+    "synthesize": "flyweight.stages.synthesize:synthesize",
     "teach": "flyweight.stages.teach:teach",
     "unmerge_delta": "flyweight.transfer.merging:unmerge",
     "verify": "flyweight.compress:verify",
@@ -70,6 +71,7 @@ __all__ = [
     "merge_delta",
     "plan",
     "rule",
+    "synthesize",
     "teach",
     "unmerge_delta",
     "verify",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from flyweight.errors import FlyweightError
     from flyweight.recover.distill import distill
     from flyweight.stages.result import Result
+    from flyweight.stages.synthesize import synthesize
     from flyweight.stages.teach import teach
     from flyweight.transfer.corrected import Corrected, corrector_like
     from flyweight.transfer.delta import extract as extract_delta

@@ -28,7 +28,9 @@ from flyweight.types import Plan, Results, from_json, to_json
 from shortclock import FIRST
 
 ROOT = Path(__file__).parents[2]
-VERBS = {"demo", "inspect", "plan", "compress", "pick", "advise", "apply", "verify", "report", "distill", "delta"}
+VERBS = {
+    "demo", "inspect", "plan", "compress", "pick", "advise", "apply", "verify", "report", "distill", "delta", "synthesize",
+}  # fmt: skip
 NETS = '''
 import torch
 from torch import nn

@@ -2,6 +2,7 @@
 
 from flyweight.data.binding import Spec, bind_example, data
 from flyweight.data.files import load_data, load_model
+from flyweight.data.made import Synthetic
 from flyweight.data.records import Batch, Batches, Roles, Shape, fingerprint, first_batch
 from flyweight.data.roles import joined, learning, role, roles
 
@@ -11,6 +12,7 @@ __all__ = [
     "Roles",
     "Shape",
     "Spec",
+    "Synthetic",
     "bind_example",
     "data",
     "fingerprint",

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flyweight.data.made import Synthetic, made_with
+from flyweight.data.sources import as_tensor
 from flyweight.errors import DataError, FlyweightError, ModelError, UnsafeFileError, UsageError
 
 __all__ = ["load_data", "load_function", "load_model", "load_state"]
@@ -48,7 +50,10 @@ def load_data(text: str, batch_size: int = 32) -> Any:
         )
     if path.suffix != ".npz":
         raise UsageError(f"{text!r} is no DATA", fix="give an .npz file, or package.module:callable")
-    return _Columns(_arrays(path), batch_size)
+    arrays, how = _arrays(path), made_with(path)
+    if how:
+        return Synthetic({name: as_tensor(array, f"{path}, {name}") for name, array in arrays.items()}, how, batch_size)
+    return _Columns(arrays, batch_size)
 
 
 def load_model(text: str, weights: str | os.PathLike[str] | None = None) -> nn.Module:

@@ -24,6 +24,7 @@ from flyweight.data.checks import (
     restarted,
     survey,
 )
+from flyweight.data.made import made_note
 from flyweight.data.records import Batch, Batches, Roles, Shape
 from flyweight.data.sources import repeatable, walker
 from flyweight.errors import DataError
@@ -144,8 +145,8 @@ def _role(
 
     found = survey(name, bound(), signature, form)
     steady, note = restarted(bound, found)
-    if note:
-        found = replace(found, notes=(*found.notes, note))
+    more = made_note(spec.source if spec else source, name) + ((note,) if note else ())
+    found = replace(found, notes=(*found.notes, *more))
     return _Role(lambda: (converted(batch) for batch, _ in bound() if batch.rows), found, steady)
 
 

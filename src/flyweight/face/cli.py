@@ -31,6 +31,7 @@ from flyweight.face.options import (
     LEARN,
     LIMITS,
     LOOK,
+    MAKE,
     MODEL,
     PICKED,
     PLAN,
@@ -217,6 +218,34 @@ def distill(session: Session, /, teacher: str, student: str, as_json: bool, quie
         done = teach(pupil, master, **given, progress=not quiet, stop=session.stop)
     _print_json(done.lessons) if as_json else show_lessons(done.lessons, session.folder)
     return 0 if done.lessons.best else 1
+
+
+@cli.command(short_help="Makes inputs from MODEL alone, where there are no data.")
+@options(MODEL, WEIGHTS, *MAKE, JSON, QUIET)
+@click.pass_obj
+def synthesize(session: Session, /, model: str, weights: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
+    """Makes inputs from MODEL alone, where there are no data: from its BatchNorms, or the text a language model writes.
+
+    The .npz is DATA of all other commands. They say that it is no real data: what it steers is weighed on real data (--test).
+    """
+    from flyweight.face.shapes import example_of, sizes_of
+
+    out, example, shapes = given.pop("out"), given.pop("example"), [sizes_of(text) for text in given.pop("shapes")]
+    if bool(shapes) == (example is not None):
+        raise UsageError("give --shape or --example, one of them", fix="--shape 3,224,224, the sizes of one sample")
+    from flyweight.data import load_model
+    from flyweight.data.made import check_new_npz
+    from flyweight.face.printing import show_made
+    from flyweight.stages.synthesize import synthesize as make
+
+    check_new_npz(out)  # before minutes go into what could not be written
+    network = load_model(model, weights)
+    given["example"] = example_of(shapes) if shapes else _first_call(network, example)
+    with exits.finishing(session):
+        made = make(network, **given, progress=not quiet, stop=session.stop)
+    made.save(out)
+    _print_json(made.about(out)) if as_json else show_made(made.about(out))
+    return 0
 
 
 @cli.command(short_help="Weighs the model in FOLDER again, on this machine.")

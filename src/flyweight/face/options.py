@@ -27,6 +27,7 @@ __all__ = [
     "LEARN",
     "LIMITS",
     "LOOK",
+    "MAKE",
     "MERGED",
     "MODEL",
     "MODEL_OF",
@@ -245,6 +246,26 @@ CHANGE = (
     ),
     _option("--rank", type=click.IntRange(min=1), help="Of every matrix that has factors.  [default: chosen]"),
     _shown("--bits", type=click.Choice(["4", "8", "16", "32"]), default="8", help="Of a stored number."),
+)
+MAKE = (
+    _option(
+        "--example", metavar="DATA", help="What a call looks like: its first batch; values of floats do not matter."
+    ),
+    _option(
+        "--shape",
+        "shapes",
+        multiple=True,
+        metavar="SIZES",
+        help="In its place, sizes of one sample: 3,224,224; x=64, or ids=128:int64 for tokens. Once an input.",
+    ),
+    _shown("--rows", type=int, default=256, help="How many samples to make."),
+    _shown("--steps", type=int, default=300, help="Of Adam, for every batch; language models take one a token."),
+    _shown("--batch-size", type=int, default=32, help="Rows that match the norms' statistics together."),
+    _shown(
+        "--task", type=click.Choice(TASKS), default="auto", help="classify: classes are asked for; generate: tokens."
+    ),
+    _shown("--seed", type=int, default=0, help="Decides the first noise, classes and tokens: same seed, same bytes."),
+    _shown("-o", "--out", default="calib.npz", metavar="FILE", help="The .npz to write; one that is there is refused."),
 )
 RUN = (
     _option("--time-limit", metavar="TIME", help="90s, 20m, 1.5h: then ends with the best so far, marked."),

@@ -7,9 +7,9 @@ import io
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich import box
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from flyweight.stages.sensitivity import LevelLook
     from flyweight.transfer.record import Part, Told
 
-__all__ = ["show", "show_advice", "show_delta", "show_lessons", "show_merged", "show_plan", "show_results"]
+__all__ = ["show", "show_advice", "show_delta", "show_lessons", "show_made", "show_merged", "show_plan", "show_results"]
 
 
 def show_results(results: Results, folder: Path) -> None:
@@ -61,6 +61,16 @@ def show_lessons(lessons: Lessons, folder: Path) -> None:
         for note in lessons.notes:
             console.print(_text(f"note: {note.text}"))
         console.print(_text(f"weights: {folder / 'weights.safetensors'}"), soft_wrap=True)
+
+
+def show_made(about: Mapping[str, Any]) -> None:
+    """Where made inputs are, what they are, and what they are good for."""
+    with _stdout() as console:
+        for name, sizes in about["inputs"].items():
+            console.print(_text(f"{name} {'×'.join(map(str, sizes))}"))
+        console.print(_text(about["how"]), soft_wrap=True)
+        console.print(_text(f"inputs: {about['path']}"), soft_wrap=True)
+        _next(console, f"--calib {shlex.quote(about['path'])} finds int8's ranges; --tune and --test want real data")
 
 
 def show_plan(plan: Plan, folder: str) -> None:

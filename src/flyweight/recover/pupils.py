@@ -14,7 +14,7 @@ from flyweight.data import Batches, first_batch
 from flyweight.errors import ModelError, UsageError
 from flyweight.numerics.divergence import main_output
 
-__all__ = ["Called", "as_they_were", "check_models", "shape_of"]
+__all__ = ["Called", "as_they_were", "check_models", "device_of", "shape_of"]
 
 
 def shape_of(values: Tensor) -> str:
@@ -36,7 +36,7 @@ class Called:
     def of(model: nn.Module, who: str, calib: Batches) -> Called:
         """It, where all of it is and as calib's batches are given. Raises UsageError for a model in several places."""
         first = first_batch(calib)
-        return Called(model, who, _device(model, who), len(first.args), tuple(first.kwargs))
+        return Called(model, who, device_of(model, who), len(first.args), tuple(first.kwargs))
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """The answer that counts, where the model is."""
@@ -65,8 +65,8 @@ class Called:
         return found
 
 
-def _device(model: nn.Module, who: str) -> torch.device:
-    """Where all of the model is. Batches are brought there."""
+def device_of(model: nn.Module, who: str) -> torch.device:
+    """Where all of the model is; batches are brought there. Raises UsageError for several places, and for none (meta)."""
     found = {x.device for x in chain(model.parameters(), model.buffers())} or {torch.device("cpu")}
     if len(found) > 1 or next(iter(found)).type == "meta":
         raise UsageError(

@@ -12,6 +12,7 @@ import msgspec
 from flyweight.audit.quality import Yardstick
 from flyweight.budget import limits_memory
 from flyweight.data import role
+from flyweight.data.made import made_note
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.deploy.machine import largest_weight
@@ -172,7 +173,8 @@ def reweighed(folder: Path, test: Any, threads: int | None, stage: Stage) -> Res
     peaks: Mapping[str, Interval] = {}
     if limits_memory(results.budget):
         peaks = peaks_of(graph, files, data, results.shapes, results.target, count)
-    return _updated(results, proofs, found, timings, peaks)
+    notes = tuple(n for n in results.notes if (n.code, n.where) != ("data.synthetic", "test")) + made_note(test, "test")
+    return msgspec.structs.replace(_updated(results, proofs, found, timings, peaks), notes=notes)
 
 
 def _int8_steps(plan: Plan) -> list[Step]:
