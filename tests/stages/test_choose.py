@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
 
 from flyweight.budget import parse
 from flyweight.search.pareto import frontier
-from flyweight.search.problem import evaluate
+from flyweight.search.problem import Problem, Solution, evaluate
 from flyweight.stages import choose as choosing
 from flyweight.stages.choose import ROUNDS, USED, Reference, choose, corrected, cost_limits, goal, steps_of
-from flyweight.stages.price import markets, problem
+from flyweight.stages.price import Market, markets, problem
 from flyweight.types import Budget, Interval, Limit
 
 from .menus import SHAPE, bare, menu, table
@@ -377,12 +379,34 @@ def test_what_only_tightened_limits_call_out_of_reach_is_measured(kept: bool):
     assert (found.solution.binding == "") == kept
 
 
+@cache
+def whole_menu() -> tuple[Market, ...]:
+    return markets(bare(), None)
+
+
+@pytest.fixture
+def frontiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a frontier is, is asked once: it takes seconds, and is the same in every case."""
+    monkeypatch.setattr(choosing, "frontier", remembered)
+
+
+@cache
+def remembered_points(problem: Problem, aim: str, points: int) -> list[Solution]:
+    return frontier(problem, aim, points=points, limits={})
+
+
+def remembered(problem: Problem, aim: str, *, points: int, limits: Mapping[str, float]) -> list[Solution]:
+    assert not limits
+    return list(remembered_points(problem, aim, points))
+
+
+@pytest.mark.usefixtures("frontiers")
 @pytest.mark.parametrize("gained", [(0, 2, 4), (0, 0, 6), (3, 3, 3), (1, 5, 9), (0, 9, 9)])
 @pytest.mark.parametrize("allowed", [0, 3, 7])
 def test_probes_lead_to_what_whole_attempts_alone_find_with_fewer_of_them(gained: tuple[int, ...], allowed: int):
     """Lessons give back so many points of the drop: nothing, some by a probe, more by whole ones."""
-    limit, offers = parse(f"drop<={allowed}pt").limits[0], markets(bare(), None)
-    points = frontier(offers[0].problem, "macs", points=choosing.TRIES)
+    limit, offers = parse(f"drop<={allowed}pt").limits[0], whole_menu()
+    points = remembered(offers[0].problem, "macs", points=choosing.TRIES, limits={})
     depth = {str(steps_of(bare(), point)): i for i, point in enumerate(reversed(points))}  # a point of drop each
     seen: list[list[int]] = [[], [], []]
 
