@@ -1,6 +1,7 @@
 """Few labels, and a small network of one's own: what a teacher adds, on Fashion-MNIST.
 
     python benchmarks/small_data.py [--data FOLDER] [--shares 0.01 0.1] [--rows 11000] [--steps 400] [--seeds 3]
+                                   [--only small]
 
 Two questions, each of two students that are alike but for the teacher: one first weights, one set of rows, one number of steps.
 "few labels": a ResNet-20 on a share of the labelled training rows, alone (cross entropy) and with the trained ResNet-20 as its
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--judge-rows", type=int, default=2_000, help="of the 5,000 that choose the epoch")
     parser.add_argument("--test-rows", type=int, default=None, help="fewer test rows, to try the script")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=("few labels", "small"), help="one question alone")
     parser.add_argument("--out", default="small_data.csv", help="name of the table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -161,6 +163,8 @@ def main() -> None:
     }
     table = [whole | {"labels": "yes", "test": accuracy(teacher, *data.test), "tune": accuracy(teacher, *data.choose)}]
     for case in cases(len(data.train[0]), options.shares, options.rows):
+        if options.only not in (None, case.question):
+            continue
         found = [learned(case, teacher, data, options.steps, options.lr, seed) for seed in range(options.seeds)]
         table.append(row_of(case, found))
     print()
