@@ -66,8 +66,8 @@ def test_an_embedding_is_weighed_by_how_often_its_rows_are_read():
         assert option.error == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_every_options_error_is_that_of_its_entry(bits: int):
+@pytest.mark.parametrize("bits", [4, 8, 16, None])
+def test_every_options_error_is_that_of_its_entry(bits: int | None):
     base, target, gram = drawn(24, 40, seed=1), drawn(24, 40, seed=2), gram_of(40, 3)
     found = priced(base, target, dense(gram), bits, None)
     assert {option.kind for option in found.options} == {"factors", "rows", "none", "bits"}
@@ -76,8 +76,8 @@ def test_every_options_error_is_that_of_its_entry(bits: int):
             assert option.error == pytest.approx(lost(found, option, gram), rel=1e-5, abs=1e-12), option
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_bytes_quoted_are_those_of_the_tensors_and_a_header_each(bits: int):
+@pytest.mark.parametrize("bits", [4, 8, 16, None])
+def test_bytes_quoted_are_those_of_the_tensors_and_a_header_each(bits: int | None):
     base = drawn(25, 41, seed=1)  # odd sizes, so that halves of bytes count
     target = base.clone()
     target[[1, 5, 6, 20]] += drawn(4, 41, seed=2)
@@ -88,6 +88,17 @@ def test_bytes_quoted_are_those_of_the_tensors_and_a_header_each(bits: int):
         if (entry := made(found, option)) is not None and option.kind != "bits"
     }
     assert len(heads) == 1
+
+
+def test_without_bits_factors_of_four_and_of_eight_are_offered():
+    base, target, gram = drawn(24, 40, seed=1), drawn(24, 40, seed=2), gram_of(40, 3)
+    by_bits = {
+        bits: {one for one in priced(base, target, dense(gram), bits, None).options if one.kind != "none"}
+        for bits in (4, 8, None)
+    }
+    assert by_bits[None] == by_bits[4] | by_bits[8]
+    (alone,) = priced(base, target, dense(gram), None, 5).options  # a rank asked for has no second width
+    assert (alone.rank, alone.bits) == (5, 8)
 
 
 errors = st.lists(st.floats(0, 1), min_size=1, max_size=4)

@@ -51,7 +51,7 @@ def extract(base: str, target: str, out: str, model: str | None, as_json: bool, 
     from flyweight.data import load_data
     from flyweight.transfer.delta import extract as make
 
-    given["bits"] = int(given["bits"])
+    given["bits"] = None if given["bits"] is None else int(given["bits"])
     given["calib"] = None if given["calib"] is None else load_data(given["calib"])
     _say("reading", quiet, base, target)
     old, new = _network(base, model), _network(target, model)

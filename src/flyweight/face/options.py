@@ -245,7 +245,7 @@ CHANGE = (
         "--error", type=click.FloatRange(0, 1), default=0.01, help="The most that matrices lose on average; 0: exact."
     ),
     _option("--rank", type=click.IntRange(min=1), help="Of every matrix that has factors.  [default: chosen]"),
-    _shown("--bits", type=click.Choice(["4", "8", "16", "32"]), default="8", help="Of a stored number."),
+    _option("--bits", type=click.Choice(["4", "8", "16", "32"]), help="Of a stored number.  [default: 4 or 8]"),
 )
 MAKE = (
     _option(

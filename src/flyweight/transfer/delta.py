@@ -44,7 +44,7 @@ def extract(
     calib: Any = None,
     rank: int | str | None = None,
     error: float = 0.01,
-    bits: int = 8,
+    bits: int | None = None,
 ) -> Delta:
     """The delta that turns `base` into `target`, modules or state dicts of one architecture; neither is changed.
 
@@ -52,9 +52,9 @@ def extract(
     `error`: the most that the matrices may lose on average, as a share of E|D x|^2, rounding included (0: exact). Forms are
     chosen for the fewest bytes (`allot`). With `calib`, a layer's bias that differs takes what its weights lose on average,
     and x is counted from its mean. `rank`: an own number in place of the choice, for every matrix that has factors.
-    `bits`: 4, 8, 16 or 32, of a stored number; rows may take more where the limit asks for it. Vectors, buffers, tensors
-    below SMALL numbers and those that are no floats are stored exactly, as bytes: they are few, and a running variance
-    must not turn negative by rounding.
+    `bits`: 4, 8, 16 or 32, of a stored number (default: 4 or 8, matrix by matrix; 8 where a rank is given); rows may take more
+    where the limit asks for it. Vectors, buffers, tensors below SMALL numbers and those that are no floats are stored exactly,
+    as bytes: they are few, and a running variance must not turn negative by rounding.
     Raises UsageError for settings out of range, ModelError for other names, shapes, types or weights that are no numbers,
     DataError and TraceError as `compress` does.
     """
@@ -83,9 +83,9 @@ def extract(
     return Delta(fingerprint(old), {name: entries[name] for name in old if name in entries}, lost)
 
 
-def _checked(rank: int | str | None, error: float, bits: int) -> int | None:
+def _checked(rank: int | str | None, error: float, bits: int | None) -> int | None:
     """The rank as a number, None where it is to be chosen."""
-    if bits not in WIDTHS or isinstance(bits, bool):
+    if bits is not None and (bits not in WIDTHS or isinstance(bits, bool)):
         raise UsageError(f"bits is {bits!r}", fix=f"one of {', '.join(map(str, WIDTHS))}")
     if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0 <= error <= 1:
         raise UsageError(f"error is {error!r}", fix="a share from 0 (exact) to 1 (nothing is kept)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,25 +28,29 @@ __all__ = ["Priced", "made", "priced"]
 
 HEADER = 250  # bytes that name an entry and its parts in the file, about
 SCALE = 4
+FEW = (
+    4,
+    8,
+)  # bits of factors that are tried: twice the rank at four keeps more than half of it at eight, until errors are small
 
 
 @dataclass(frozen=True, eq=False)
 class Priced:
-    """One tensor's options. `rows` are those of D that differ (`changed`: their numbers, None for all of the tensor); `up` and
-    `down` hold a component a row, the strongest first, and are empty where the layer has no factors."""
+    """One tensor's options. `rows` are those of D that differ (`changed`: their numbers, None for all of the tensor); `factors`
+    are (up, down) by the bits of a number, each a component a row, the strongest first; empty where the layer has none."""
 
     base: Tensor
     target: Tensor
     rows: Float[Tensor, "changed columns"]
     changed: Int64[Tensor, " changed"] | None
     importance: Float[Tensor, " columns"] | None
-    up: Numbers
-    down: Numbers
+    factors: Mapping[int, tuple[Numbers, Numbers]]
     options: tuple[Option, ...]
 
 
-def priced(base: Tensor, target: Tensor, metric: Metric, bits: int, rank: int | None) -> Priced:
-    """The options for D = target - base (two dimensions or more, not equal), its numbers of `bits` or more.
+def priced(base: Tensor, target: Tensor, metric: Metric, bits: int | None, rank: int | None) -> Priced:
+    """The options for D = target - base (two dimensions or more, not equal), its numbers of `bits`, or of FEW where that is
+    None; rows take more as well.
 
     Factors: with E = D "out in" and U the leading eigenvectors of E H E^T, the best pair of rank k is U_k and U_k^T E
     (`numerics.lowrank`). Both are rounded a component at a time, so all ranks are one set of numbers, and the error of each
@@ -64,31 +69,34 @@ def priced(base: Tensor, target: Tensor, metric: Metric, bits: int, rank: int | 
         return priced(base, target, plain(whole.shape[1]), bits, rank)
     fixed = HEADER + marks_bytes(len(rows), len(whole))
     importance = None if metric.turned else metric.importance
-    nothing = Numbers(torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0), bits)
-    found = Priced(base, target, rows, changed, importance, nothing, nothing, ())
+    found = Priced(base, target, rows, changed, importance, {}, ())
+    widths = FEW if bits is None else (bits,)
     if not power > 0:  # too small to be squared
         return replace(found, options=(Option("bits", 0, 32, base.nbytes + HEADER, 0.0),))
     if not metric.grouped:
-        found = _with_factors(found, lying, metric, power, fixed, rank)
+        found = _with_factors(found, lying, metric, power, fixed, widths if rank is None else widths[-1:], rank)
     if rank is not None and found.options:
         return found
-    whole_rows = [_in_rows(found, metric, width, power, fixed) for width in WIDTHS if bits <= width < 32]
-    ends = (Option("none", 0, bits, 0, 1.0), Option("bits", 0, 32, base.nbytes + HEADER, 0.0))
+    whole_rows = [_in_rows(found, metric, width, power, fixed) for width in WIDTHS if widths[0] <= width < 32]
+    ends = (Option("none", 0, widths[0], 0, 1.0), Option("bits", 0, 32, base.nbytes + HEADER, 0.0))
     return replace(found, options=(*found.options, *whole_rows, *ends))
 
 
-def _with_factors(found: Priced, lying: Tensor, metric: Metric, power: float, fixed: int, rank: int | None) -> Priced:
-    bits = found.up.bits
+def _with_factors(
+    found: Priced, lying: Tensor, metric: Metric, power: float, fixed: int, widths: Sequence[int], rank: int | None
+) -> Priced:
     most = max(1, paying_rank(*lying.shape)) if rank is None else rank
     principal = components(lying, metric.directions)
     down, up = factors(lying, principal, min(most, len(principal.powers)))
-    first, second = rounded(up.T.contiguous(), bits), rounded(down, bits, metric.importance)
-    errors = _errors(lying, first, second, metric, power)
-    each = row_bytes(lying.shape[0], bits) + row_bytes(lying.shape[1], bits) + SCALE
-    ranks = range(1, len(errors) + 1) if rank is None else [len(errors)]
-    options = tuple(Option("factors", k, bits, k * each + fixed, errors[k - 1]) for k in ranks)
-    first, second = (second, first) if metric.turned else (first, second)
-    return replace(found, up=first, down=second, options=options)
+    pairs, options = {}, list[Option]()
+    for bits in widths:
+        first, second = rounded(up.T.contiguous(), bits), rounded(down, bits, metric.importance)
+        errors = _errors(lying, first, second, metric, power)
+        each = row_bytes(lying.shape[0], bits) + row_bytes(lying.shape[1], bits) + SCALE
+        ranks = range(1, len(errors) + 1) if rank is None else [len(errors)]
+        options += [Option("factors", k, bits, k * each + fixed, errors[k - 1]) for k in ranks]
+        pairs[bits] = (second, first) if metric.turned else (first, second)
+    return replace(found, factors=pairs, options=tuple(options))
 
 
 def _errors(lying: Tensor, up: Numbers, down: Numbers, metric: Metric, power: float) -> list[float]:
@@ -122,7 +130,8 @@ def made(found: Priced, option: Option) -> Entry | None:
         return bits_between(found.base, found.target)
     if option.kind == "rows":
         return in_rows(rounded(found.rows, option.bits, found.importance), shape, found.changed, option.error)
-    return factored(_first(found.up, option.rank), _first(found.down, option.rank), shape, found.changed, option.error)
+    up, down = (_first(one, option.rank) for one in found.factors[option.bits])
+    return factored(up, down, shape, found.changed, option.error)
 
 
 def _first(numbers: Numbers, rank: int) -> Numbers:
