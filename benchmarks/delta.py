@@ -132,7 +132,7 @@ def mails_rows(options: Any) -> list[dict[str, Any]]:
         note("full fine-tuning", 0.0, full, base_bytes, since=started)
         for error in options.errors:
             started = time.perf_counter()
-            delta = fw.extract_delta(base, tuned, calib=calib, error=error, bits=options.bits)
+            delta = fw.extract_delta(base, tuned, calib=calib, error=error)
             kinds = [entry.kind for entry in delta.entries.values()]
             print("  ", {kind: kinds.count(kind) for kind in sorted(set(kinds))})
             note("base + delta", error, right(fw.merge_delta(base, delta), test), delta.nbytes, since=started)
