@@ -1,6 +1,6 @@
 """Deep cuts and what a teacher gets back, without labels: ResNet-20 on Fashion-MNIST at two sizes.
 
-    python benchmarks/recover_resnet20.py [--data FOLDER] [--rows 16384] [--epochs 3] [--seeds 3]
+    python benchmarks/recover_resnet20.py [--data FOLDER] [--rows 16384] [--epochs 3] [--seeds 3] [--parts weights]
 
 flyweight's cut (as it is delivered without recovery) and Torch-Pruning's at the same MACs learn from the original on the same
 unlabelled training rows by the same loop. The best epoch is that of the least divergence on the last 5,000 training rows,
@@ -33,7 +33,7 @@ from common import (
 )
 from flyweight.graph.trace import trace
 from flyweight.numerics.divergence import divergence
-from flyweight.recover.distill import Distill, distilled
+from flyweight.recover.distill import Distill, distill, distilled
 from flyweight.search.knapsack import solve
 from flyweight.stages.choose import steps_of
 from flyweight.stages.deliver import restructured
@@ -113,13 +113,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parts", default="weights", help="what learns, one after the other: norms+lowrank+weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     data, model = load_fashion_mnist(options.data), load_resnet20(options.data)
     unmodified = float_row(model, data)
     teacher = trace(model, (data.test[0][:2],)).module
-    rows, settings = data.calib(options.rows)[0], Distill(options.epochs, options.lr)
+    rows = data.calib(options.rows)[0]
+    settings = distill(epochs=options.epochs, lr=options.lr, parts=options.parts)
     whole, table = (
         macs(model, data.test[0]),
         [{"tool": "float", "goal": "÷1.00", "divide": 1.0, "before": unmodified["raw"]}],
@@ -136,7 +138,8 @@ def main() -> None:
     print()
     print_table(table, COLUMNS)
     about = {
-        "lessons": f"{options.epochs} epochs over {options.rows} unlabelled rows, lr {options.lr}, {options.seeds} seeds"
+        "lessons": f"{options.epochs} epochs over {options.rows} unlabelled rows, lr {options.lr}, {options.seeds} seeds, "
+        f"{options.parts} learn"
     }
     write_csv(RESULTS / "recover_resnet20.csv", table, facts(options.threads) | about)
 

@@ -1,7 +1,7 @@
 """Few labels, and a small network of one's own: what a teacher adds, on Fashion-MNIST.
 
     python benchmarks/small_data.py [--data FOLDER] [--shares 0.01 0.1] [--rows 11000] [--steps 400] [--seeds 3]
-                                   [--only small]
+                                   [--only small] [--temperature 1]
 
 Two questions, each of two students that are alike but for the teacher: one first weights, one set of rows, one number of steps.
 "few labels": a ResNet-20 on a share of the labelled training rows, alone (cross entropy) and with the trained ResNet-20 as its

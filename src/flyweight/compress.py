@@ -56,8 +56,8 @@ def rule(pattern: str, *, bits: int | None = None, weight_bits: int | None = Non
     """A word about the layers whose names match `pattern` (fnmatch): their bits, or to leave them alone.
 
     32 bits are float, 8 int8 (weights and values); 2 to 7 are those of the weights alone, computed with in float. With 8 bits,
-    `weight_bits` from 2 to 7 puts the weights on a grid of so many: as fast as int8, and stored in as many where that is
-    smaller.
+    `weight_bits` from 2 to 7 puts the weights on a grid of so many: the kernels of int8 run, and what is stored takes as many
+    bits where that is smaller.
     """
     return Rule(pattern, bits, keep, weight_bits)
 

@@ -3,8 +3,8 @@
 What it does      Trains all weights of the compressed network towards the original's answers, by the divergence that the
                   task's budgets limit (softened where a temperature is set); the best epoch, judged on other data, is kept.
 When to use       Deep cuts, where fitting layers once more leaves a loss; calibration data in numbers.
-When not          Few calibration samples (hundreds): all weights learn them by heart, and the judge keeps the first ones. Norms
-                  and low-rank additions (`parts`) still gain a little there.
+When not          Few calibration samples (hundreds): all weights may learn them by heart, and the judge keeps the first ones.
+                  `parts` has fewer that learn.
 Cost to run       Three forward passes of the compressed network a sample and epoch, one of the original for all epochs.
 What it changes   Values of weights, biases and norms. Norms keep their running statistics: they are part of the network that
                   is exported, and data of another spread would move them.

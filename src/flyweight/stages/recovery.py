@@ -202,5 +202,7 @@ def _told(course: Course, parts: Sequence[str], done: Descent, *, other: bool) -
         text += f"; it ended early: {done.stopped}"
     if other:
         text += "; taught by the squared error, as nothing is known of the slope of a divergence of your own"
-    fix = 'more calibration inputs, a lower lr, or fewer weights that learn: parts="norms"' if done.best == 0 else ""
+    fix = "more calibration inputs, or a lower lr" if done.best == 0 else ""
+    if fix and course is CUT and WEIGHTS in parts:
+        fix += ', or fewer weights that learn: parts="norms"'
     return Note(course.code, text, fix=fix)

@@ -47,8 +47,7 @@ def synthesize(
     `compress`). Causal language models of tokens (task "generate", or "auto"): rows that the model writes, as long as those of
     `example`. Same seed, same bits on one number of CPU threads. `stop()` is asked between steps; nothing is kept then.
     Made inputs serve to find ranges; a few hundred may teach worse than none (`benchmarks/synthetic.py`), and they prove nothing
-    about real ones. A Note in every result says that they were used: give real
-    data as tune and test where there are some.
+    about real ones. A Note in every result says that they were used: give real data as tune and test where there are some.
     Raises UsageError for settings and for integers that no language model reads, ModelError for networks that keep nothing of
     their data (no BatchNorm that was trained, no next token), DataError for an example that does not fit, Interrupted.
     Source: Cai et al. 2020, arXiv:2001.00281; Yin et al. 2020, arXiv:1912.08795; Liu et al. 2023, arXiv:2305.17888.

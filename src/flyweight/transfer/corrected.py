@@ -195,8 +195,8 @@ def corrector_like(source: nn.Module, example: Any, macs: float = 0.05, reads: s
     """An untrained corrector for `source` that takes at most the share `macs` of its multiply-accumulates.
 
     `example`: one call (a tensor, a tuple, a dict or (args, kwargs)), samples in dimension 0. `reads` "layers": what flows into
-    the source's convolutions and linear layers, as means over places, and two layers behind; it sees what the source sees, for
-    fewer multiply-accumulates, and corrects more. "inputs": the source's inputs alone, so that it stands beside any source of
+    the source's convolutions and linear layers, as means over places, and two layers behind; it sees what the source sees, and
+    corrects more (`benchmarks/delta.py pictures`). "inputs": the source's inputs alone, so that it stands beside any source of
     these: images "n c h w" get strided convolutions, vectors "n d" two layers, token numbers "n t" (and a mask beside them) the
     mean of word vectors and two layers. Each as wide as the share allows. It answers 0 until it has learned. Raises UsageError
     for other inputs, outputs that are no vector a sample, or a share too small for any, and TraceError for a source that

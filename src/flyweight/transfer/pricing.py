@@ -28,10 +28,7 @@ __all__ = ["Priced", "made", "priced"]
 
 HEADER = 250  # bytes that name an entry and its parts in the file, about
 SCALE = 4
-FEW = (
-    4,
-    8,
-)  # bits of factors that are tried: twice the rank at four keeps more than half of it at eight, until errors are small
+FEW = (4, 8)  # bits of factors that compete: four buy twice the rank, until the error asked for is that of rounding
 
 
 @dataclass(frozen=True, eq=False)
