@@ -181,6 +181,14 @@ def test_only_the_corrector_learns_and_the_source_keeps_answering():
     assert fingerprint(state_of(source)) == before  # norms' statistics, too
 
 
+def test_a_source_keeps_the_modes_of_its_parts_while_it_is_looked_at():
+    source, x = convolutional().train(), drawn(16, 3, 17, 13, seed=1)
+    source[1].eval()  # a frozen norm, as fine-tuning has it
+    before = fingerprint(state_of(source)), [part.training for part in source.modules()]
+    fw.corrector_like(source, x)
+    assert (fingerprint(state_of(source)), [part.training for part in source.modules()]) == before
+
+
 def test_what_cannot_be_added_is_refused():
     source = nn.Linear(4, 3)
     with pytest.raises(ModelError, match="answers 2×1, the source 2×3"):

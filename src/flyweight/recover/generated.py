@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flyweight.errors import Interrupted, ModelError
+from flyweight.graph.heard import heard
 from flyweight.numerics.divergence import main_output
 
 __all__ = ["generated", "looked_up", "other_inputs", "vocabulary"]
@@ -33,21 +34,13 @@ Answer = Callable[[Tensor], Any]  # tokens [rows, places] -> what the model retu
 
 def looked_up(model: nn.Module, answer: Answer, tokens: Tensor) -> int | None:
     """How many tokens the embedding knows that the model looks `tokens` up in; None if none of its embeddings is asked."""
-    sizes: list[int] = []
-
-    def hearing(module: nn.Module, given: tuple[Any, ...]) -> None:
-        asked = given[0] if given else None
-        if isinstance(asked, Tensor) and asked.shape == tokens.shape and torch.equal(asked.to(tokens), tokens):
-            sizes.append(int(module.num_embeddings))  # type: ignore[arg-type]
-
-    hooks = [m.register_forward_pre_hook(hearing) for m in model.modules() if isinstance(m, nn.Embedding)]
-    try:
-        with torch.no_grad():
-            answer(tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sizes[0] if sizes else None
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    with heard(tables) as given, torch.no_grad():
+        answer(tokens)
+    for name, calls in given.items():
+        if any(asked.shape == tokens.shape and torch.equal(asked.to(tokens), tokens) for asked in calls):
+            return int(tables[name].num_embeddings)
+    return None
 
 
 def vocabulary(model: nn.Module, answer: Answer, tokens: Tensor) -> int:

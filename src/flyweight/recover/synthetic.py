@@ -21,9 +21,8 @@ Source            Cai et al. 2020, arXiv:2001.00281 (ZeroQ), eq. 3; classes and 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from flyweight.errors import Interrupted, ModelError, NumericsError
+from flyweight.graph.heard import heard
 from flyweight.numerics.divergence import main_output
 from flyweight.recover.objective import Loss, objective
 
@@ -192,9 +192,9 @@ class _Task:
 
     def looked(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Moments], Any]:
         """(the moments of what each norm got, in the order of execution; the outputs)."""
-        with _listening(self.norms) as heard:
+        with heard(self.norms) as given:
             outputs = self.network(inputs)
-        return {name: _moments(parts) for name, parts in heard.items()}, outputs
+        return {name: _moments(parts) for name, parts in given.items()}, outputs
 
     def statistics(self, found: Mapping[str, Moments]) -> Tensor:
         """The mean over norms that were reached."""
@@ -294,22 +294,6 @@ def _check_reached(task: _Task, inputs: list[Tensor], names: Sequence[str]) -> N
                 " (or forward computes without gradients)",
                 fix="give real inputs: some hundred without labels are enough",
             )
-
-
-@contextlib.contextmanager
-def _listening(norms: Mapping[str, Norm]) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, what each norm was given, in the order of execution; several calls of one are kept apart."""
-    heard: dict[str, list[Tensor]] = {}
-
-    def hearing(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, given: heard.setdefault(name, []).append(given[0])
-
-    hooks = [norm.register_forward_pre_hook(hearing(name)) for name, norm in norms.items()]
-    try:
-        yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _moments(parts: Sequence[Tensor]) -> Moments:

@@ -15,9 +15,8 @@ Source            The residual form of He et al. 2015, arXiv:1512.03385, eq. 1, 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +27,15 @@ from flyweight.data import Batch
 from flyweight.data.binding import bind_example
 from flyweight.errors import ModelError, UsageError
 from flyweight.graph.cost import total_macs
-from flyweight.graph.operators import tables
-from flyweight.graph.trace import trace
+from flyweight.graph.heard import heard
+from flyweight.graph.operators import CONVOLUTIONS, tables
+from flyweight.graph.trace import own_copy, trace
 
 __all__ = ["Corrected", "Images", "Inner", "Tokens", "Vectors", "corrector_like"]
 
 WORD = 16  # numbers that a token becomes: looking them up multiplies nothing, but every one costs a table's column
 WIDEST = 1024  # channels of a corrector, however much work is allowed
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 
 class Corrected(nn.Module):
@@ -62,30 +62,11 @@ class Corrected(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The sum of both answers."""
         names: Sequence[str] = getattr(self.corrector, "reads", ())
-        with _read(self.source, names) as seen:
+        with heard({name: self.source.get_submodule(name) for name in names}) as seen:
             answer = self.source(*inputs)
-        change = self.corrector(*([seen[name] for name in names] or inputs))
+        change = self.corrector(*([seen[name][-1] for name in names] or inputs))
         _check_alike(answer, change)
         return answer + change  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _read(source: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Within, what flows into each named layer of `source`, by name. Hooks are set for one call: a copy would share them."""
-    seen: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen[name] = given[0]
-
-        return keep
-
-    hooks = [source.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        yield seen
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def _check_alike(answer: Any, change: Any) -> None:
@@ -232,17 +213,13 @@ OWN = "write a corrector of your own, any module with the source's inputs and ou
 def _inner(
     source: nn.Module, call: Batch, shape: tuple[int, ...]
 ) -> tuple[Callable[[int], nn.Module], Callable[[int], int]]:
-    """As `_form`, for what flows into layers of the source that are called once and read one row a sample."""
-    names = [name for name, part in source.named_modules() if isinstance(part, LAYERS)]
-    rows = len(call.inputs[0])
-    mode = source.training
-    source.eval()
-    try:
-        with _read(source, names) as seen, torch.no_grad():
-            source(*call.args, **call.kwargs)
-    finally:
-        source.train(mode)
-    columns = {name: _mean(x).shape[1] for name, x in seen.items() if x.ndim >= 2 and len(x) == rows}
+    """As `_form`, for what flows into layers of the source, in their last call, one row a sample."""
+    own, _ = own_copy(source)
+    layers = {name: part for name, part in own.named_modules() if isinstance(part, LAYERS)}
+    with heard(layers) as seen, torch.no_grad():
+        own(*call.args, **call.kwargs)
+    last, rows = {name: values[-1] for name, values in seen.items()}, len(call.inputs[0])
+    columns = {name: _mean(x).shape[1] for name, x in last.items() if x.ndim >= 2 and len(x) == rows}
     if not columns:
         raise UsageError(
             "no convolution or linear layer of the source reads one row a sample", fix='reads="inputs", or ' + OWN
