@@ -15,6 +15,7 @@ from flyweight.graph.trace import trace
 from flyweight.numerics.divergence import divergence
 from flyweight.recover.distill import Distill, distilled, read_recover
 from flyweight.recover.parts import learning
+from flyweight.train.additions import LowRank
 from flyweight.train.descent import Descent
 
 from ..graph.cases import seeded
@@ -93,7 +94,7 @@ def test_additions_have_the_rank_asked_for_and_begin_at_nothing(teacher: fx.Grap
     with learning(student, "lowrank", (), RANK, seed=0):
         assert torch.equal(student(x), before(x))
         for one in student.modules():
-            if hasattr(one, "up"):
+            if isinstance(one, LowRank):
                 nn.init.normal_(one.up)
         within = student(x)
     assert torch.allclose(student(x), within, rtol=0, atol=1e-5)  # the same sums, in another order
@@ -106,7 +107,7 @@ def test_additions_have_the_rank_asked_for_and_begin_at_nothing(teacher: fx.Grap
 def test_a_layer_too_narrow_or_frozen_or_shared_gets_no_addition(teacher: fx.GraphModule):
     def with_additions(graph: fx.GraphModule, rank: int, *frozen: str) -> set[str]:
         with learning(graph, "lowrank", frozen, rank, seed=0):
-            return {name for name, one in graph.named_modules() if hasattr(one, "up")}
+            return {name.removesuffix(".addition") for name, one in graph.named_modules() if isinstance(one, LowRank)}
 
     assert with_additions(teacher, 2) == {"0", "3", "6"}
     assert with_additions(teacher, 3) == {"0", "3"}  # six columns are twice three; of five classes there are too few

@@ -1,53 +1,49 @@
 """What of a network learns: norms and biases, low-rank additions to its matrices, or all. Cheap parts first, each from the last.
 
-Source: norms and biases, Frantar Alistarh 2022, arXiv:2208.11580, section 6 (post-processing); low-rank additions, Hu et al.
-2021, arXiv:2106.09685, section 4.1, whose factor alpha / rank is left to the learning rate.
+Source: norms and biases, Frantar Alistarh 2022, arXiv:2208.11580, section 6 (post-processing); low-rank additions:
+`train.additions`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from flyweight.errors import UsageError
+from flyweight.graph.operators import CONVOLUTIONS
+from flyweight.train.additions import LowRank
 from flyweight.train.descent import Descent
 
 __all__ = ["LOWRANK", "NORMS", "PARTS", "WEIGHTS", "in_parts", "learning"]
 
 PARTS = NORMS, LOWRANK, WEIGHTS = "norms", "lowrank", "weights"
-MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MATRICES = (nn.Linear, *CONVOLUTIONS)
 
 
 class _Added(nn.Module):
-    """A layer with W + up down in the place of W, "out cols", where cols is all but the first axis. `up` is zero at first."""
+    """A layer with an addition to its weight."""
 
     def __init__(self, layer: nn.Module, rank: int, draw: torch.Generator) -> None:
         super().__init__()
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        self.layer = layer
-        self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
-        bound = 1 / math.sqrt(weight[0].numel())  # as nn.Linear's own first weights
-        down = torch.empty(rank, weight[0].numel()).uniform_(-bound, bound, generator=draw)
-        self.down = nn.Parameter(down.to(weight))
+        assert isinstance(layer.weight, Tensor)
+        self.layer, self.addition = layer, LowRank(layer.weight.detach(), rank, draw)
 
-    def weight(self) -> Float[Tensor, "out ..."]:
-        """The weight with the addition."""
+    def forward(self, x: Tensor) -> Any:
+        return functional_call(self.layer, {"weight": self.addition(self.layer.weight)}, (x,))
+
+    def merged(self) -> nn.Module:
+        """The layer, the addition in its weight."""
         weight = self.layer.weight
         assert isinstance(weight, Tensor)
-        return weight + (self.up @ self.down).reshape(weight.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = functional_call(self.layer, {"weight": self.weight()}, (x,))
-        assert isinstance(found, Tensor)
-        return found
+        with torch.no_grad():
+            weight.copy_(self.addition(weight))
+        return self.layer
 
 
 @contextlib.contextmanager
@@ -72,11 +68,7 @@ def learning(graph: fx.GraphModule, part: str, frozen: Collection[str], rank: in
         yield
     finally:
         for name, one in added.items():
-            with torch.no_grad():
-                weight = one.layer.weight
-                assert isinstance(weight, Tensor)
-                weight.copy_(one.weight())
-            graph.set_submodule(name, one.layer)
+            graph.set_submodule(name, one.merged())
         for name, parameter in graph.named_parameters():
             parameter.requires_grad_(required[name])
 

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from flyweight.errors import ModelError, UsageError
+from flyweight.train.additions import LowRank
 from flyweight.transfer.entries import WIDTHS, Entry, bits_between, factored, rounded
 from flyweight.transfer.record import Delta, fingerprint, state_of
 
-__all__ = ["LowRank", "collected", "delta_parameters"]
+__all__ = ["collected", "delta_parameters"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,19 +39,12 @@ class _Before:
     learned: frozenset[str]
 
 
-class LowRank(nn.Module):
-    """W -> W + up down: "out in", "out rank", "rank in"."""
+class _Attached(LowRank):
+    """An addition that knows the model it was attached to."""
 
-    def __init__(self, weight: Float[Tensor, "out in"], rank: int, before: _Before) -> None:
-        super().__init__()
+    def __init__(self, weight: Tensor, rank: int, before: _Before) -> None:
+        super().__init__(weight, rank)
         self.before = before
-        self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
-        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as nn.Linear's own
-
-    def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The weight with the delta on."""
-        return weight + self.up @ self.down
 
 
 def delta_parameters(
@@ -75,7 +68,7 @@ def delta_parameters(
     model.requires_grad_(False)
     for layer in chosen.values():
         least = min(rank, *layer.weight.shape)
-        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight.detach(), least, before))
+        parametrize.register_parametrization(layer, "weight", _Attached(layer.weight.detach(), least, before))
     return tuple(p for one in _attached(model).values() for p in (one.up, one.down))
 
 
@@ -106,13 +99,13 @@ def _layers(model: nn.Module, patterns: str | Sequence[str] | None) -> dict[str,
     return chosen
 
 
-def _attached(model: nn.Module) -> dict[str, LowRank]:
+def _attached(model: nn.Module) -> dict[str, _Attached]:
     """What was put in by `delta_parameters`, by the name of the weight that it changes."""
     found = {}
     for name, part in model.named_modules():
         if parametrize.is_parametrized(part, "weight"):
             for one in part.parametrizations.weight:
-                if isinstance(one, LowRank):
+                if isinstance(one, _Attached):
                     found[f"{name}.weight".lstrip(".")] = one
     return found
 
@@ -176,7 +169,7 @@ def _detach(model: nn.Module, before: _Before) -> None:
     for part in list(model.modules()):
         if parametrize.is_parametrized(part, "weight"):
             kinds = part.parametrizations.weight  # type: ignore[union-attr]
-            if any(isinstance(one, LowRank) for one in kinds):  # type: ignore[union-attr]
+            if any(isinstance(one, _Attached) for one in kinds):  # type: ignore[union-attr]
                 parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
     with torch.no_grad():
         for name, x in model.named_buffers():
