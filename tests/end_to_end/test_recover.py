@@ -141,14 +141,15 @@ def test_what_was_rounded_is_taught_where_nothing_was_cut(world: World, asked: d
     assert all(claim.state == "holds" for claim in made.results.claims if claim.kind == "proof")
 
 
-def test_what_is_cut_and_not_rounded_is_taught_once_and_the_rest_is_said(tmp_path):
+def test_what_is_cut_and_not_rounded_is_taught_once_and_the_rest_is_said(tmp_path, capsys: pytest.CaptureFixture[str]):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).eval(), torch.randn(300, 16)
     made = fw.compress(
         net, calib=x[:200], tune=x[200:], budget="macs<=50%, divergence<=100", methods=["channels"],
-        recover="distill:epochs=1,quantized_epochs=1", workdir=tmp_path / "o", progress=False,
+        recover="distill:epochs=1,quantized_epochs=1", workdir=tmp_path / "o",
     )  # fmt: skip
     assert len(told(made)) == len(told(made, "recover.nothing-rounded")) == 1
+    assert "distill: epoch 1 of 1: loss " in capsys.readouterr().err
     assert not told(made, "recover.quantized")
 
 
@@ -160,6 +161,7 @@ def test_learning_that_diverges_keeps_what_was_before_and_says_so(tmp_path):
         net, calib=x[:200], tune=x[200:300], test=x[300:], budget="macs<=50%, divergence<=100",
         recover=fw.distill(epochs=2, lr=1e25), workdir=tmp_path / "o", progress=False,
     )  # fmt: skip
-    (text,) = told(made)
-    assert "ended early" in text
-    assert "was kept" in text
+    (note,) = (one for one in made.notes if one.code == "recover.distilled")
+    assert "ended early" in note.text
+    assert "was kept" in note.text
+    assert 'parts="norms"' in note.fix

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-__all__ = ["FAKE_QUANTIZE", "FLOAT32", "INT8", "Form", "grid_bits", "integer_layers", "number_forms"]
+__all__ = ["FAKE_QUANTIZE", "FLOAT32", "INT8", "Form", "grid_bits", "integer_layers", "largest_of", "number_forms"]
 
 
 class Form(NamedTuple):
@@ -22,6 +22,11 @@ class Form(NamedTuple):
     def integer(self) -> bool:
         """Whether it is computed with in integers."""
         return not self.packed and self.bits <= 8
+
+
+def largest_of(bits: int) -> int:
+    """The largest integer of a grid of so many bits that is as wide on both sides of 0."""
+    return (1 << (bits - 1)) - 1
 
 
 def grid_bits(largest: int) -> int:
@@ -43,7 +48,7 @@ def number_forms(graph: fx.GraphModule) -> dict[str, Form]:
 def _form(told: Mapping[str, Any]) -> Form:
     if told.get("computed") == "float":
         return Form(int(told["bits"]), packed=True)
-    return Form(grid_bits(int(told.get("largest", 127))))
+    return Form(grid_bits(int(told.get("largest", largest_of(8)))))
 
 
 def integer_layers(graph: fx.GraphModule) -> list[str]:

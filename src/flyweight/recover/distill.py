@@ -36,7 +36,7 @@ __all__ = ["Distill", "distill", "distilled", "lessons", "read_recover"]
 Inputs = tuple[Tensor, ...]
 Lesson = tuple[Inputs, Tensor]
 WINDOW = 32  # batches whose samples are mixed
-WHOLE = ("epochs", "quantized_epochs", "rank")
+WHOLE = ("epochs", "quantized_epochs", "rank")  # the settings that are whole numbers
 REMEMBERED = 2**28  # bytes of the original's answers that are kept; more are asked for anew in every epoch
 
 
@@ -53,7 +53,9 @@ class Distill:
     rank: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", _read_parts(self.parts))
+        if not self.parts or not set(self.parts) <= set(PARTS) or len(set(self.parts)) < len(self.parts):
+            fix = f'some of {", ".join(PARTS)}, each once and in the order they are to learn: "norms+weights"'
+            raise UsageError(f"parts is {self.parts!r}", fix=fix)
         for name, least in (("epochs", 1), ("quantized_epochs", 0), ("rank", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -68,16 +70,6 @@ class Distill:
     def setting(self) -> dict[str, Any]:
         """Plain JSON."""
         return asdict(self) | {"parts": list(self.parts)}
-
-
-def _read_parts(value: object) -> tuple[str, ...]:
-    """Names, one or several, or a text of several: "norms+weights". Raises UsageError for others, none, or one twice."""
-    names = value.split("+") if isinstance(value, str) else value
-    found = tuple(names) if isinstance(names, (list, tuple)) else ()
-    if not found or any(name not in PARTS for name in found) or len(set(found)) < len(found):
-        fix = f'one or several of {", ".join(PARTS)}, each once and in the order they are to learn: "norms+weights"'
-        raise UsageError(f"parts is {value!r}", fix=fix)
-    return found
 
 
 def distill(
@@ -100,7 +92,10 @@ def distill(
     the cheapest network within limits on quality is asked for, lessons end when these hold. Raises UsageError for values
     out of range.
     """
-    return Distill(epochs, lr, temperature, weight_decay, quantized_epochs, _read_parts(parts), rank)
+    names = parts.split("+") if isinstance(parts, str) else parts
+    if not isinstance(names, Sequence):
+        raise UsageError(f"parts is {parts!r}", fix='names: "norms+weights", or ["norms", "weights"]')
+    return Distill(epochs, lr, temperature, weight_decay, quantized_epochs, tuple(names), rank)
 
 
 def read_recover(value: object) -> Distill | None:

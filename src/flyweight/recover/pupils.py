@@ -14,7 +14,7 @@ from flyweight.data import Batches, first_batch
 from flyweight.errors import ModelError, UsageError
 from flyweight.numerics.divergence import main_output
 
-__all__ = ["Called", "as_they_were", "check_models", "device_of", "shape_of"]
+__all__ = ["Called", "as_they_were", "check_models", "device_of", "own_draws", "shape_of"]
 
 
 def shape_of(values: Tensor) -> str:
@@ -100,3 +100,10 @@ def as_they_were(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def own_draws(device: torch.device) -> Iterator[None]:
+    """What a forward draws (dropout) comes from the global generators: they are the caller's again afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

@@ -34,7 +34,7 @@ from flyweight.numerics.divergence import default_metric, quality
 from flyweight.recover.distill import Distill, lessons
 from flyweight.recover.hints import Pair, Values, comparison, paired, watched
 from flyweight.recover.objective import Loss, Objective, check_labels, objective
-from flyweight.recover.pupils import Called, as_they_were, check_models, shape_of
+from flyweight.recover.pupils import Called, as_they_were, check_models, own_draws, shape_of
 from flyweight.train.descent import Store, descend
 from flyweight.types import Note
 
@@ -93,7 +93,7 @@ def taught(
     check_models(student, teacher)
     assert data.tune is not None
     pupil, master = Called.of(student, "student", data.calib), Called.of(teacher, "teacher", data.calib)
-    with as_they_were(student, teacher), distributed.alone(), _own_draws(pupil.device):
+    with as_they_were(student, teacher), distributed.alone(), own_draws(pupil.device):
         teacher.eval()
         aim, pairs = _looked_at(pupil, master, data.calib, task, how, loss, hints)
         weight, notes = _share_of_labels(alpha, aim, data.calib)
@@ -122,13 +122,6 @@ def _check_settings(alpha: float | None, hint_weight: float, mode: str) -> None:
         raise UsageError(f"hint_weight is {hint_weight!r}", fix='a number above 0; without hints: hints="none"')
     if mode not in ("train", "eval"):
         raise UsageError(f"mode is {mode!r}", fix="train, or eval: norms keep their running statistics, dropout is off")
-
-
-@contextlib.contextmanager
-def _own_draws(device: torch.device) -> Iterator[None]:
-    """Dropout of the student draws from the global generators: they are the caller's again afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def _seeded(walk: Iterator[Any], seed: int, epoch: int) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from flyweight.deploy.machine import largest_weight
 from flyweight.errors import DataError, UsageError, VerificationError
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.measure import measure
-from flyweight.graph.numbers import integer_layers
+from flyweight.graph.numbers import integer_layers, largest_of
 from flyweight.graph.operators import embeddings, layers, roundable
 from flyweight.graph.program import load_files
 from flyweight.methods import channels, int8
@@ -103,7 +103,7 @@ def _check_step(one: Step, known: Mapping[str, Group]) -> None:
             )
 
 
-GRIDS = tuple(2 ** (bits - 1) - 1 for bits in WIDTHS)  # the largest int8 weights that there are
+GRIDS = tuple(map(largest_of, WIDTHS))  # the largest int8 weights that there are
 
 
 def _check_int8(one: Step) -> None:

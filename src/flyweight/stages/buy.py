@@ -29,11 +29,12 @@ from flyweight.stages.passing import passing
 from flyweight.stages.price import Market, Menu, markets, options
 from flyweight.stages.quote import Quotes
 from flyweight.stages.recovery import (
+    CUTS,
     PROBE,
+    ROUNDED,
     Outcome,
     left_by_lessons,
     lessons_note,
-    rounded_teaching,
     shortened,
     teaching,
     with_lessons,
@@ -153,7 +154,7 @@ def delivered(
     """The compressed graph that `steps` make, and what it learned of the original where that was asked for: by a `share` of
     all lessons."""
     heard: list[Lessons] = []
-    cut, rounded = (make(job, steps, folder, stage, share, heard.append) for make in (teaching, rounded_teaching))
+    cut, rounded = (teaching(job, steps, folder, stage, share, heard.append, course) for course in (CUTS, ROUNDED))
     graph, notes = deliver(quotes.network, steps, job.calib, teach=cut, teach_rounded=rounded)
     return Outcome(graph, notes, tuple(heard))
 

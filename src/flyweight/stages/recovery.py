@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from flyweight.budget import is_quality, judge_limit
 from flyweight.numerics import distributed
 from flyweight.numerics.divergence import divergence, main_output
-from flyweight.recover.distill import distilled
+from flyweight.recover.distill import Distill, distilled
 from flyweight.recover.parts import WEIGHTS
 from flyweight.recover.quantized import quantized
 from flyweight.stages.deliver import NUMBERS, Network, deliver
@@ -27,11 +27,12 @@ from flyweight.train.descent import Descent
 from flyweight.types import Lessons, Note, Step, to_json
 
 __all__ = [
+    "CUTS",
     "PROBE",
+    "ROUNDED",
     "Outcome",
     "left_by_lessons",
     "lessons_note",
-    "rounded_teaching",
     "shortened",
     "teaching",
     "with_lessons",
@@ -56,17 +57,26 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Course:
-    """What a graph is taught by, and the words for it: what learns, the note's code, what made it, the stage."""
+    """What a graph is taught by, for how many epochs and which parts of it, and the words for it: what learns, the note's code,
+    what made it, the stage."""
 
     learn: Callable[..., Descent]
+    epochs: Callable[[Distill], int]
+    parts: Callable[[Distill], tuple[str, ...]]
     what: str
     code: str
     before: str
     stage: str
 
 
-CUT = Course(distilled, "cut", "recover.distilled", "what fitting layers again had made", "distill")
-ROUNDED = Course(quantized, "rounded", "recover.quantized", "rounding alone", "learn int8")
+CUTS = Course(
+    distilled, lambda how: how.epochs, lambda how: how.parts, "cut", "recover.distilled", "what fitting layers again had made",
+    "distill",
+)  # fmt: skip
+ROUNDED = Course(
+    quantized, lambda how: how.quantized_epochs, lambda how: (WEIGHTS,), "rounded", "recover.quantized", "rounding alone",
+    "learn int8",
+)  # fmt: skip
 
 
 def with_lessons(menu: Menu, left: float) -> Menu:
@@ -114,19 +124,6 @@ def shortened(outcome: Outcome, steps: Collection[Step], share: float) -> Outcom
     return outcome._replace(notes=(*outcome.notes, note))
 
 
-def rounded_teaching(
-    job: Job,
-    steps: Collection[Step],
-    store: Store,
-    stage: Stage,
-    share: float = 1.0,
-    heard: Heard = lambda done: None,
-) -> Teaching | None:
-    """As `teaching`, of what was rounded to int8, behind it; None unless `quantized_epochs` were asked for."""
-    asked = job.settings.recover is not None and job.settings.recover.quantized_epochs > 0
-    return teaching(job, steps, store, stage, share, heard, ROUNDED) if asked else None
-
-
 def teaching(
     job: Job,
     steps: Collection[Step],
@@ -134,21 +131,22 @@ def teaching(
     stage: Stage,
     share: float = 1.0,
     heard: Heard = lambda done: None,
-    course: Course = CUT,
+    course: Course = CUTS,
 ) -> Teaching | None:
-    """What teaches the graph that `steps` make, in place, and says how it went; None where nothing was asked for.
+    """What teaches the graph that `steps` make, in place, and says how it went; None where nothing was asked for. `course`: what
+    was cut, before rounding, or what was rounded to int8, behind it.
 
     A `share` below 1 of all lessons is a probe. Where the cheapest network that keeps the limits on quality is looked for, all
     lessons end as soon as they hold, unless what learns is still to be rounded. `heard` is told how it went. A checkpoint
     under the name of the steps lets a resumed run go on with the same bits.
     """
     settings = job.settings.recover
-    if settings is None or share <= 0.0:
+    if settings is None or share <= 0.0 or not course.epochs(settings):
         return None
     text = b"".join(to_json(step).encode() for step in steps) + repr(settings).encode()
     text += b"" if share == 1.0 else repr(share).encode()
     key = hashlib.sha256(text).hexdigest()[:16]
-    parts = (WEIGHTS,) if course is ROUNDED else settings.parts
+    parts = course.parts(settings)
     ends = job.budget.prefer != "quality" and share >= 1.0 and any(map(is_quality, job.budget.limits))
     ends &= course is ROUNDED or all(one.method not in NUMBERS for one in steps)
     other = job.yardstick.divergence is not None  # the user's function: it need not have a slope
@@ -203,6 +201,6 @@ def _told(course: Course, parts: Sequence[str], done: Descent, *, other: bool) -
     if other:
         text += "; taught by the squared error, as nothing is known of the slope of a divergence of your own"
     fix = "more calibration inputs, or a lower lr" if done.best == 0 else ""
-    if fix and course is CUT and WEIGHTS in parts:
+    if fix and course is CUTS and WEIGHTS in parts:
         fix += ', or fewer weights that learn: parts="norms"'
     return Note(course.code, text, fix=fix)

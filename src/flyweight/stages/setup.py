@@ -20,6 +20,7 @@ from flyweight.deploy import runtimes
 from flyweight.deploy.latency import LatencyTable, table_hash
 from flyweight.deploy.machine import largest_weight
 from flyweight.errors import DataError, Interrupted, ResourceError, UsageError
+from flyweight.graph.numbers import largest_of
 from flyweight.graph.places import user_line
 from flyweight.graph.proofs import check_unrounded, check_weights, first_line
 from flyweight.graph.trace import own_copy, trace
@@ -129,13 +130,13 @@ class Job:
 
     def in_int8(self, layer: str, compensate: bool = True) -> Step:
         """The step that stores a layer in int8, as this job and this processor want it."""
-        largest = min(largest_weight(), 2 ** (self.weight_bits(layer) - 1) - 1)
+        largest = min(largest_weight(), largest_of(self.weight_bits(layer)))
         return int8.step(layer, compensate, fixed=self.fixed_point, largest=largest)
 
     def weight_bits(self, layer: str) -> int:
         """The bits of the grid of a layer's weights where it is in int8, as the last rule on its bits says."""
-        found = [rule.weight_bits for rule in self._ruled(layer)]
-        return (found and found[-1]) or 8
+        rule = self._rule(layer)
+        return 8 if rule is None or rule.weight_bits is None else rule.weight_bits
 
     def kept_reason(self, layers: Sequence[str]) -> str:
         """Why the user wants these layers left alone, "" if nothing says so."""
@@ -148,11 +149,13 @@ class Job:
 
     def fixed_bits(self, layer: str) -> int | None:
         """The number of bits that a rule fixes for a layer; the last rule that matches counts."""
-        found = self._ruled(layer)
-        return found[-1].bits if found else None
+        rule = self._rule(layer)
+        return None if rule is None else rule.bits
 
-    def _ruled(self, layer: str) -> list[Rule]:
-        return [r for r in self.settings.rules if fnmatch.fnmatchcase(layer, r.pattern) and r.bits is not None]
+    def _rule(self, layer: str) -> Rule | None:
+        """The last rule about the bits of a layer."""
+        rules = (r for r in self.settings.rules if fnmatch.fnmatchcase(layer, r.pattern) and r.bits is not None)
+        return next(reversed(list(rules)), None)
 
     def key(self) -> dict[str, Any]:
         """What the run was asked for, part by part: two runs with equal keys are the same run."""

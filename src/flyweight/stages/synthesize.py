@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from flyweight.graph.proofs import check_weights, first_line
 from flyweight.graph.trace import own_copy
 from flyweight.numerics.divergence import TASKS
 from flyweight.recover.generated import generated, other_inputs, vocabulary
-from flyweight.recover.pupils import device_of
+from flyweight.recover.pupils import device_of, own_draws
 from flyweight.recover.synthetic import class_wish, norms_of, synthetic
 
 __all__ = ["synthesize"]
@@ -60,7 +59,8 @@ def synthesize(
     _check_named(names, call)
     network = own_copy(model)[0].to(device).requires_grad_(False)
     made = _Made(_Call(network, call, device), names, rows, steps, batch_size, task, seed, stop)
-    with Progress(enabled=progress) as bar, torch.inference_mode(False), _own_draws(device, seed):
+    with Progress(enabled=progress) as bar, torch.inference_mode(False), own_draws(device):
+        torch.manual_seed(seed)
         return made.texts(bar) if _holds_tokens(call, task) else made.statistics(bar)
 
 
@@ -216,11 +216,3 @@ def _no_slope(call: Batch, names: Sequence[str], task: str) -> UsageError:
         why="they have no slope to follow; only rows of tokens [samples, tokens] of a language model can be drawn",
         fix="an example of floating numbers where the model takes them, or real inputs",
     )
-
-
-@contextlib.contextmanager
-def _own_draws(device: torch.device, seed: int) -> Any:
-    """What a forward draws comes from `seed`; the global generators are the caller's again afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

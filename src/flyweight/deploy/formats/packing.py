@@ -15,6 +15,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from flyweight.deploy.formats.proto import without_unread
 from flyweight.numerics.packed import packed, planes, stored_bits, unpacked
 
 __all__ = ["packed_weights", "unpacked_weights"]
@@ -54,25 +55,8 @@ def unpacked_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         parts = [torch.from_numpy(numpy_helper.to_array(tensors[f"{name}{PACKED}{w}"]).copy())[None] for w in widths]
         numbers = unpacked(parts, int(dims.prod()), sum(widths)).to(torch.int8).numpy().reshape(dims)
         model.graph.initializer.append(numpy_helper.from_array(numbers, name))
-        _forget(model, name)
-    return model
-
-
-def _forget(model: onnx.ModelProto, name: str) -> None:
-    """Removes the nodes and tensors that `name` was computed from."""
-    makers = {output: node for node in model.graph.node for output in node.output}
-    waiting, gone = [name], []
-    while waiting:
-        node = makers.pop(waiting.pop(), None)
-        if node is not None:
-            gone.append(node)
-            waiting += node.input
-    for node in gone:
-        model.graph.node.remove(node)
-    read = {one for node in model.graph.node for one in node.input} | {output.name for output in model.graph.output}
-    for tensor in list(model.graph.initializer):
-        if tensor.name not in read:
-            model.graph.initializer.remove(tensor)
+        model.graph.node.remove(next(node for node in model.graph.node if name in node.output))
+    return without_unread(model)
 
 
 class _Unpacking:
