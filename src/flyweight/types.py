@@ -23,12 +23,12 @@ __all__ = [
     "Histogram",
     "Interval",
     "LayerRow",
-    "Lessons",
     "Limit",
     "Note",
     "Option",
     "Plan",
     "Provenance",
+    "Recovery",
     "Results",
     "Row",
     "Rule",
@@ -265,7 +265,7 @@ class Behaviour(msgspec.Struct, frozen=True):
     classes: tuple[ClassRow, ...] = ()
 
 
-class Lessons(msgspec.Struct, frozen=True):
+class Recovery(msgspec.Struct, frozen=True):
     """What the original taught the network, and how that went, epoch by epoch."""
 
     what: str  # "cut" or "rounded"
@@ -306,7 +306,7 @@ class Results(msgspec.Struct, frozen=True):
     seed: int
     date: str
     task_reason: str = ""  # why answers are judged as this task
-    lessons: tuple[Lessons, ...] = ()  # what recovery taught the network that was delivered
+    lessons: tuple[Recovery, ...] = ()  # what recovery taught the network that was delivered
     schema_version: int = 1
 
 

@@ -20,12 +20,12 @@ from flyweight.types import (
     Histogram,
     Interval,
     LayerRow,
-    Lessons,
     Limit,
     Note,
     Option,
     Plan,
     Provenance,
+    Recovery,
     Results,
     Row,
     Site,
@@ -116,8 +116,8 @@ def classification(layer_count: int = 12) -> Results:
         seed=0,
         date="2026-11-22",
         lessons=(
-            Lessons("cut", ("norms", "weights"), (0.061, 0.043, 0.03, 0.026), (0.0512, 0.0381, 0.0307, 0.0182, 0.0195), 3),
-            Lessons("rounded", ("weights",), (0.024, 0.021), (0.0203, 0.0196), 1, "the time was over"),
+            Recovery("cut", ("norms", "weights"), (0.061, 0.043, 0.03, 0.026), (0.0512, 0.0381, 0.0307, 0.0182, 0.0195), 3),
+            Recovery("rounded", ("weights",), (0.024, 0.021), (0.0203, 0.0196), 1, "the time was over"),
         ),
     )  # fmt: skip
 

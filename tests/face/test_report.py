@@ -31,8 +31,8 @@ from flyweight.types import (
     FrontierPoint,
     Histogram,
     Interval,
-    Lessons,
     Limit,
+    Recovery,
     Results,
 )
 
@@ -304,7 +304,7 @@ def test_the_frontier_shows_every_point_and_marks_the_chosen_limit_and_measured_
 
 
 def test_lessons_show_every_epoch_and_mark_what_was_kept():
-    taught = Lessons("cut", ("weights",), (0.5, 0.3, 0.4), (0.6, 0.45, 0.2, 0.25), 2)
+    taught = Recovery("cut", ("weights",), (0.5, 0.3, 0.4), (0.6, 0.45, 0.2, 0.25), 2)
     svg = plots.lessons(taught, 0)
     texts = [e.text for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("text")]
     assert texts.count("kept") == 1

@@ -17,6 +17,7 @@ from flyweight.recover.distill import Distill, distilled, read_recover
 from flyweight.recover.parts import learning
 from flyweight.train.additions import LowRank
 from flyweight.train.descent import Descent
+from stores import Kept
 
 from ..graph.cases import seeded
 
@@ -154,13 +155,6 @@ def test_when_it_is_enough_the_parts_behind_are_left_out(teacher: fx.GraphModule
 
 
 def test_a_stopped_course_of_parts_goes_on_with_the_same_bits(teacher: fx.GraphModule):
-    class Kept(dict[str, bytes]):
-        def save(self, name: str, payload: bytes) -> None:
-            self[name] = payload
-
-        def load(self, name: str) -> bytes | None:
-            return self.get(name)
-
     settings = fw.distill(epochs=2, lr=1e-2, parts="lowrank+weights", rank=RANK)
     whole = disturbed(teacher)
     expected = taught(whole, teacher, settings)

@@ -28,6 +28,7 @@ from flyweight.recover.distill import Distill, read_recover
 from flyweight.recover.quantized import quantized
 from flyweight.stages.deliver import prepared, with_numbers
 from flyweight.train.descent import Descent
+from stores import Kept
 
 from ..deploy import int8_nets as nets
 from ..graph.cases import seeded
@@ -238,16 +239,6 @@ def test_the_exported_file_answers_as_what_was_trained(learned, tmp_path: Path):
         steps = (torch.from_numpy(next(iter(answer.values()))) - student(x)).abs() / last.args[1]
     assert float(steps.max()) <= 1.01
     assert float((steps > 0.01).float().mean()) <= 1e-3
-
-
-class Kept(dict[str, bytes]):
-    """A store in memory."""
-
-    def save(self, name: str, payload: bytes) -> None:
-        self[name] = payload
-
-    def load(self, name: str) -> bytes | None:
-        return self.get(name)
 
 
 @pytest.mark.parametrize("stop_at", [0, 5, 17])

@@ -13,18 +13,9 @@ from torch import Tensor, nn
 from flyweight.errors import DataError, UsageError
 from flyweight.train.descent import Descent, descend
 from flyweight.train.fit import one_cycle
+from stores import Kept
 
 STEPS, EPOCHS = 4, 3
-
-
-class Kept(dict[str, bytes]):
-    """A store in memory."""
-
-    def save(self, name: str, payload: bytes) -> None:
-        self[name] = payload
-
-    def load(self, name: str) -> bytes | None:
-        return self.get(name)
 
 
 def network() -> nn.Sequential:

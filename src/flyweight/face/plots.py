@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flyweight.types import Claim, ClassRow, FrontierPoint, Histogram, Lessons
+from flyweight.types import Claim, ClassRow, FrontierPoint, Histogram, Recovery
 
 __all__ = ["bullet", "classes", "frontier", "histograms", "lessons"]
 
@@ -115,7 +115,7 @@ def classes(rows: Sequence[ClassRow], limit: int = 30) -> Markup:
         return _svg(axes, "classes", f"Recall before and after of {len(worst)} classes, the largest loss first.", names)
 
 
-def lessons(taught: Lessons, number: int) -> Markup:
+def lessons(taught: Recovery, number: int) -> Markup:
     """The divergence on the data that choose, before the first epoch and behind each, and the loss of each; the kept epoch
     marked. "" without an epoch. `number` keeps the names of several pictures on one page apart."""
     judged = [(epoch, value) for epoch, value in enumerate(taught.judged) if math.isfinite(value)]

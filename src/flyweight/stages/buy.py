@@ -44,7 +44,7 @@ from flyweight.stages.tell import decisions, frontier_points
 from flyweight.stages.watch import Stage
 from flyweight.stages.weigh import COMPRESSED, ORIGINAL, clocked, peaks_of
 from flyweight.stages.weighing import Store
-from flyweight.types import Decision, FrontierPoint, Interval, Lessons, Limit, Note, Option, Step
+from flyweight.types import Decision, FrontierPoint, Interval, Limit, Note, Option, Recovery, Step
 
 __all__ = ["Purchase", "attempting", "buy", "delivered", "offers_of"]
 
@@ -66,7 +66,7 @@ class Purchase:
     frontier: tuple[FrontierPoint, ...]
     decisions: tuple[Decision, ...]
     weight_bytes: int  # predicted
-    lessons: tuple[Lessons, ...] = ()
+    lessons: tuple[Recovery, ...] = ()
     file: bytes | None = None  # the exported graph, where it was timed already
 
 
@@ -153,7 +153,7 @@ def delivered(
 ) -> Outcome:
     """The compressed graph that `steps` make, and what it learned of the original where that was asked for: by a `share` of
     all lessons."""
-    heard: list[Lessons] = []
+    heard: list[Recovery] = []
     cut, rounded = (teaching(job, steps, folder, stage, share, heard.append, course) for course in (CUTS, ROUNDED))
     graph, notes = deliver(quotes.network, steps, job.calib, teach=cut, teach_rounded=rounded)
     return Outcome(graph, notes, tuple(heard))

@@ -24,7 +24,7 @@ from flyweight.stages.setup import Job
 from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store
 from flyweight.train.descent import Descent
-from flyweight.types import Lessons, Note, Step, to_json
+from flyweight.types import Note, Recovery, Step, to_json
 
 __all__ = [
     "CUTS",
@@ -44,7 +44,7 @@ LEAST_LEFT = 0.02  # of the divergence of cuts, whatever a probe said: prices of
 PROBE = 0.25  # of all lessons, to see what they are worth at some depth
 
 Teaching = Callable[[fx.GraphModule], tuple[Note, ...]]
-Heard = Callable[[Lessons], None]
+Heard = Callable[[Recovery], None]
 
 
 class Outcome(NamedTuple):
@@ -52,7 +52,7 @@ class Outcome(NamedTuple):
 
     graph: fx.GraphModule
     notes: tuple[Note, ...]
-    lessons: tuple[Lessons, ...] = ()
+    lessons: tuple[Recovery, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def left_by_lessons(job: Job, network: Network, steps: Collection[Step], folder:
         return float(msgspec.json.decode(kept, type=float))
     job.checkpoint("a probe of what lessons give back", needed=False)
     cuts = [one for one in steps if one.method not in NUMBERS]
-    heard: list[Lessons] = []
+    heard: list[Recovery] = []
     if cuts:
         deliver(network, cuts, job.calib, teach=teaching(job, cuts, folder, stage, PROBE, heard.append))
     before, after = (heard[0].judged[0], heard[0].judged[heard[0].best]) if heard else (0.0, 0.0)
@@ -184,7 +184,7 @@ def teaching(
                 enough=enough, stage=lambda count: stage(course.stage, count),
                 tell=lambda text: job.say(f"{course.stage}: {text}"),
             )  # fmt: skip
-        heard(Lessons(course.what, parts, done.losses, done.judged, done.best, done.stopped))
+        heard(Recovery(course.what, parts, done.losses, done.judged, done.best, done.stopped))
         return (_told(course, parts, done, other=other),)
 
     return teach
