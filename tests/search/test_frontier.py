@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyweight.errors import UsageError
-from flyweight.search import Factor, Problem, brute_frontier, evaluate, frontier, minimum, solve
+from flyweight.search import Factor, Line, Problem, brute_frontier, evaluate, frontier, minimum, solve
 
 from .menus import network_menu, random_menu
 
@@ -78,6 +78,38 @@ def test_of_two_points_with_equal_error_only_the_cheaper_is_shown():
 def test_a_cost_that_is_zero_or_negative_has_a_frontier_too():
     problem = Problem((3,), (Factor((0,), np.array([0.0, 1.0, 2.0]), {"size": np.array([0.0, -1.0, -2.0])}),))
     assert [point.choices for point in frontier(problem, "size")] == [(2,), (1,), (0,)]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from(["latency", "size"]), st.integers(2, 6), st.booleans())
+def test_a_line_has_the_least_error_of_all_problems_below_ceilings_of_even_ratios(seed, cost, wanted, ties):
+    problems = [random_menu(seed + turn, variables=3 + turn, ties=ties) for turn in range(2)]
+    line = Line(problems, cost, points=wanted, limits=[{}, {}])
+    every = [point for problem in problems for point in brute_frontier(problem, cost)]
+    low, high = min(c for c, _ in every), min(every, key=lambda point: (point[1], point[0]))[0]
+    assert len(line) == wanted
+    for i in np.random.default_rng(seed).permutation(wanted).tolist():  # in any order
+        share = i / (wanted - 1)
+        ceiling = low * (high / low) ** share if low > 0 else low + (high - low) * share
+        best = min((e, c) for c, e in every if c <= ceiling + CLOSE * abs(ceiling))
+        which, point = line.at(i)
+        assert_close([point.error, point.costs[cost]], best)
+        assert evaluate(problems[which], point.choices) == (point.error, point.costs)
+
+
+def test_a_line_leaves_out_what_cannot_hold_its_limits():
+    problems = [random_menu(seed, variables=5) for seed in (3, 2)]
+    limit = (minimum(problems[1], "size") + evaluate(problems[1], (0,) * 5)[1]["size"]) / 2
+    line = Line(problems, "latency", points=5, limits=[{"size": 1.0}, {"size": limit}])
+    assert [line.at(i)[0] for i in range(len(line))] == [1] * 5
+    assert all(line.at(i)[1].costs["size"] <= limit * (1 + 1e-9) for i in range(5))
+    assert len(Line(problems, "latency", points=5, limits=[{"size": 1.0}] * 2)) == 0
+
+
+def test_a_line_of_one_choice_is_one_point():
+    problem = Problem((3,), (Factor((0,), np.array([0.0, 1.0, 2.0]), {"size": np.array([1.0, 1.0, 3.0])}),))
+    line = Line([problem], "size", points=9, limits=[{}])
+    assert (len(line), line.at(0)[1].choices) == (1, (0,))
 
 
 def test_a_real_network_is_solved_exactly_in_seconds():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from typing import Any, ClassVar
 
 import pytest
 
 from flyweight.budget import parse
-from flyweight.search.pareto import frontier
-from flyweight.search.problem import Problem, Solution, evaluate
+from flyweight.search.pareto import Line
+from flyweight.search.problem import Problem, evaluate
 from flyweight.stages import choose as choosing
 from flyweight.stages.choose import ROUNDS, USED, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.price import Market, markets, problem
@@ -384,30 +385,34 @@ def whole_menu() -> tuple[Market, ...]:
     return markets(bare(), None)
 
 
+class Remembered(Line):
+    """A line that is solved once, since it takes seconds and is the same in every case."""
+
+    lines: ClassVar[dict[str, Line]] = {}
+
+    def __new__(cls, problems: Sequence[Problem], cost: str, **given: Any) -> Line:
+        if cost not in cls.lines:
+            cls.lines[cost] = Line(problems, cost, **given)
+        return cls.lines[cost]
+
+
 @pytest.fixture
-def frontiers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a frontier is, is asked once: it takes seconds, and is the same in every case."""
-    monkeypatch.setattr(choosing, "frontier", remembered)
+def line(monkeypatch: pytest.MonkeyPatch) -> Line:
+    """The points among which `choose` looks for the smallest in `whole_menu`."""
+    offers = whole_menu()
+    monkeypatch.setattr(choosing, "Line", Remembered)
+    return Remembered([one.problem for one in offers], "macs", points=choosing.TRIES, limits=[{}] * len(offers))
 
 
-@cache
-def remembered_points(problem: Problem, aim: str, points: int) -> list[Solution]:
-    return frontier(problem, aim, points=points, limits={})
-
-
-def remembered(problem: Problem, aim: str, *, points: int, limits: Mapping[str, float]) -> list[Solution]:
-    assert not limits
-    return list(remembered_points(problem, aim, points))
-
-
-@pytest.mark.usefixtures("frontiers")
 @pytest.mark.parametrize("gained", [(0, 2, 4), (0, 0, 6), (3, 3, 3), (1, 5, 9), (0, 9, 9)])
 @pytest.mark.parametrize("allowed", [0, 3, 7])
-def test_probes_lead_to_what_whole_attempts_alone_find_with_fewer_of_them(gained: tuple[int, ...], allowed: int):
+def test_probes_lead_to_what_whole_attempts_alone_find_with_fewer_of_them(
+    line: Line, gained: tuple[int, ...], allowed: int
+):
     """Lessons give back so many points of the drop: nothing, some by a probe, more by whole ones."""
     limit, offers = parse(f"drop<={allowed}pt").limits[0], whole_menu()
-    points = remembered(offers[0].problem, "macs", points=choosing.TRIES, limits={})
-    depth = {str(steps_of(bare(), point)): i for i, point in enumerate(reversed(points))}  # a point of drop each
+    every = dict.fromkeys(str(steps_of(bare(), line.at(i)[1])) for i in range(len(line)))
+    depth = {steps: i for i, steps in enumerate(reversed(every))}  # a point of drop each
     seen: list[list[int]] = [[], [], []]
 
     def dose(worth: int):

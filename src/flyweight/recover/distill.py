@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -29,6 +30,7 @@ from flyweight.numerics import distributed
 from flyweight.numerics.divergence import main_output
 from flyweight.recover.losses import soft_labels
 from flyweight.recover.parts import PARTS, WEIGHTS, in_parts
+from flyweight.recover.quick import quick
 from flyweight.train.descent import Descent, Store, descend
 
 __all__ = ["Distill", "distill", "distilled", "lessons", "read_recover"]
@@ -156,11 +158,12 @@ def distilled(
     `train.descent`.
     """
     walk, steps = lessons(batches, teacher, seed)
+    first = next(iter(batches()))
     count, steps = _shortened(settings.epochs if epochs is None else epochs, steps, share)
 
-    def loss(lesson: Lesson) -> Tensor:
+    def loss(answer: Callable[..., Any], lesson: Lesson) -> Tensor:
         inputs, wanted = lesson
-        outputs = student(*inputs)
+        outputs = answer(*inputs)
         if settings.temperature != 1.0:
             return soft_labels(main_output(outputs)[0], wanted, settings.temperature)
         return divergence(wanted, outputs).mean()
@@ -170,10 +173,11 @@ def distilled(
 
     def learn(part: str) -> Descent:
         return descend(
-            student, lambda epoch: islice(walk(epoch), steps), loss, steps=steps, epochs=count, lr=settings.lr,
-            weight_decay=settings.weight_decay, judge=lambda: judge(student), rows=lambda lesson: len(lesson[1]),
-            store=store, name=name if len(chosen) == 1 else f"{part}-{name}", key=key, late=late, enough=enough,
-            advance=advance, tell=tell if len(chosen) == 1 else lambda text: tell(f"{part}, {text}"),
+            student, lambda epoch: islice(walk(epoch), steps), partial(loss, quick(student, first)), steps=steps,
+            epochs=count, lr=settings.lr, weight_decay=settings.weight_decay, judge=lambda: judge(student),
+            rows=lambda lesson: len(lesson[1]), store=store, name=name if len(chosen) == 1 else f"{part}-{name}",
+            key=key, late=late, enough=enough, advance=advance,
+            tell=tell if len(chosen) == 1 else lambda text: tell(f"{part}, {text}"),
         )  # fmt: skip
 
     return in_parts(student, chosen, frozen, settings.rank, seed, learn)

@@ -2,11 +2,12 @@
 
 from flyweight.search.brute import brute, brute_frontier
 from flyweight.search.knapsack import minimum, solve
-from flyweight.search.pareto import frontier
+from flyweight.search.pareto import Line, frontier
 from flyweight.search.problem import Factor, Problem, Solution, cost_names, evaluate, excess, excesses
 
 __all__ = [
     "Factor",
+    "Line",
     "Problem",
     "Solution",
     "brute",

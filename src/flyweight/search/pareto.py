@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flyweight.search.knapsack import optimum, relative_gap
 from flyweight.search.problem import Problem, Solution, check_limits, evaluate, slack
 
-__all__ = ["frontier"]
+__all__ = ["Line", "frontier"]
 
 
 def frontier(
@@ -37,6 +37,63 @@ def frontier(
     high = sweep.point(bounds, low.choices)
     between = _between(sweep, bounds, low, high, points - 2)
     return _undominated([low, high, *between], cost)
+
+
+class Line:
+    """The frontier of several problems together at `points` ceilings on one cost, from the least cost to that of the least
+    error, each the same share above the one before. A point is solved when it is looked at: who bisects pays for a few.
+
+    A point is (number of the problem, Solution). Costs rise along them and errors fall, neither strictly. `limits` are those of
+    each problem; there are no points where none can meet its own. `time_limit_s` is that of a point.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        cost: str,
+        *,
+        points: int,
+        limits: Sequence[Mapping[str, float]],
+        time_limit_s: float = 10.0,
+    ) -> None:
+        self._cost, self._time_limit_s = cost, time_limit_s
+        self._parts: list[tuple[int, Problem, Mapping[str, float], Solution]] = []  # with the cheapest of each
+        tops: list[tuple[int, Solution]] = []
+        for which, (problem, own) in enumerate(zip(problems, limits, strict=True)):
+            if ends := frontier(problem, cost, points=2, limits=own, time_limit_s=2 * time_limit_s):
+                self._parts.append((which, problem, check_limits(problem, {cost: math.inf, **own}, None), ends[0]))
+                tops.append((which, ends[-1]))
+        self._known: dict[int, tuple[int, Solution]] = {}
+        self._low, self._high, self._count = 0.0, 0.0, 0
+        if tops:
+            top = min(tops, key=self._rank)
+            self._low, self._high = min(part[-1].costs[cost] for part in self._parts), top[1].costs[cost]
+            self._count = points if self._high > self._low + 2 * slack(self._high) else 1
+            self._known[self._count - 1] = top
+
+    def __len__(self) -> int:
+        return self._count
+
+    def at(self, i: int) -> tuple[int, Solution]:
+        """Point i of len(self)."""
+        if i not in self._known:
+            share = i / (self._count - 1)
+            even = self._low + (self._high - self._low) * share  # of costs that have no shares
+            self._known[i] = self._solved(self._low * (self._high / self._low) ** share if self._low > 0 else even)
+        return self._known[i]
+
+    def _solved(self, ceiling: float) -> tuple[int, Solution]:
+        found = []
+        for which, problem, bounds, least in self._parts:
+            if least.costs[self._cost] <= ceiling + slack(ceiling):
+                sweep = _Sweep(problem, self._cost, time.monotonic() + self._time_limit_s)
+                within = {**bounds, self._cost: min(ceiling, bounds.get(self._cost, math.inf))}
+                found.append((which, sweep.point(within, least.choices)))
+        return min(found, key=self._rank)
+
+    def _rank(self, item: tuple[int, Solution]) -> tuple[float, float, int]:
+        which, solution = item
+        return solution.error, solution.costs[self._cost], which
 
 
 @dataclass(frozen=True)

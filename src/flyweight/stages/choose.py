@@ -10,7 +10,7 @@ from typing import Any
 from flyweight.budget import is_quality, is_time, judge_limit, shape_sizes
 from flyweight.deploy.latency import LatencyTable
 from flyweight.search.knapsack import solve
-from flyweight.search.pareto import frontier
+from flyweight.search.pareto import Line
 from flyweight.search.problem import Solution, excesses
 from flyweight.stages.price import Market, Menu, steps
 from flyweight.types import Budget, Interval, Limit, Step
@@ -26,7 +26,7 @@ TAIL = 1.1
 AS_NEAR = 1.02  # of the time of the nearest point to a limit that cannot be met
 FARTHER = (1.06, 1.12, 1.19, 1.26, 1.35, 1.5, 2.0, math.inf)  # of its costs, where the nearest point lacks quality
 HOPE = 0.15  # as far beyond limits as the nearest point is measured all the same: predictions may be too high
-TRIES = 16  # points of the frontier among which the cheapest good one is looked for
+TRIES = 24  # points of the frontier among which the cheapest good one is looked for
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,15 @@ def choose(
         return _nearest_good(market, own[market], nearest, judge or attempt, late, probes)
     if aim == "error":
         return _attempted(min(feasible, key=lambda pair: pair[1].error), attempt, 1)
-    points = [(m, p) for m, _ in feasible for p in frontier(m.problem, aim, points=TRIES, limits=own[m])]
-    return _cheapest_good(_undominated(points, aim) or feasible, attempt, late, probes)
+    line = Line([market.problem for market in offers], aim, points=TRIES, limits=[own[market] for market in offers])
+
+    def offered(i: int) -> Offer:
+        which, solution = line.at(i)
+        return offers[which], solution
+
+    if not len(line):  # there was no time for it
+        return _cheapest_good(len(feasible), feasible.__getitem__, attempt, late, probes)
+    return _cheapest_good(len(line), offered, attempt, late, probes)
 
 
 def _moved(limits: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
@@ -230,7 +237,7 @@ def _nearest_good(
         return first
     rooms = [{name: farther * cost for name, cost in passed.items()} for farther in FARTHER]
     points = [(market, _within(market, limits, room, nearest)) for room in rooms]
-    found = _cheapest_good(points, attempt, late, probes)
+    found = _cheapest_good(len(points), points.__getitem__, attempt, late, probes)
     return found if found.good else first
 
 
@@ -246,30 +253,36 @@ def _within(market: Market, limits: Mapping[str, float], room: Mapping[str, floa
 Offer = tuple[Market, Solution]
 
 
-def _undominated(points: Sequence[Offer], aim: str) -> list[Offer]:
-    """By rising cost and falling error, the rest left out."""
-    kept: list[Offer] = []
-    for offer in sorted(points, key=lambda pair: (pair[1].costs[aim], pair[1].error)):
-        if not kept or offer[1].error < kept[-1][1].error:
-            kept.append(offer)
-    return kept
-
-
 def _cheapest_good(
-    points: Sequence[Offer], attempt: Attempt, late: Callable[[], bool], probes: Sequence[Attempt] = ()
+    count: int,
+    offered: Callable[[int], Offer],
+    attempt: Attempt,
+    late: Callable[[], bool],
+    probes: Sequence[Attempt] = (),
 ) -> Choice:
-    """Bisection over the frontier, cheap to dear: errors fall along it, so what holds at one point holds behind it.
+    """Bisection over `count` points of the frontier, cheap to dear: errors fall along it, so what holds at one holds behind it.
 
     Every probe narrows the range from above; the attempt itself begins as far below as the last probe was below the one before.
+    A point that was tried and is offered again, for more room, is not tried again.
     """
-    high, tried, whole = len(points) - 1, 0, False
-    ends: list[int] = []
+    tried, whole = 0, False
+    high, ends = count - 1, list[int]()
     found: Choice | None = None  # the cheapest that holds
-    for worth, dose in enumerate((*probes, attempt)):
+    known: dict[tuple[int, Market, tuple[int, ...]], Choice] = {}
+
+    def trial(i: int, worth: int) -> Choice:
+        nonlocal tried
+        market, solution = offered(i)
+        name = (worth, market, solution.choices)
+        if name not in known:
+            tried += 1
+            known[name] = _attempted((market, solution), (*probes, attempt)[worth], tried)
+        return known[name]
+
+    for worth in range(len(probes) + 1):
         last = worth == len(probes)
         if found is None:
-            tried += 1
-            first = _attempted(points[high], dose, tried)
+            first = trial(high, worth)
             if not first.good and last:
                 return first
             if not first.good:
@@ -279,21 +292,19 @@ def _cheapest_good(
         if last and len(ends) > 1:
             middle = max(0, high - max(1, ends[-2] - ends[-1]))
         while low < high and not late():
-            tried += 1
-            trial = _attempted(points[middle], dose, tried)
-            if trial.good:
-                found, high, whole = trial, middle, last
+            one = trial(middle, worth)
+            if one.good:
+                found, high, whole = one, middle, last
             else:
                 low = middle + 1
             middle = (low + high) // 2
         ends.append(high)
-    for offer in () if whole else points[high:]:
+    for i in () if whole else range(high, count):
         if late():
             break
-        tried += 1
-        trial = _attempted(offer, attempt, tried)
-        if trial.good:
-            found = trial
+        one = trial(i, len(probes))
+        if one.good:
+            found = one
             break
     assert found is not None
     return replace(found, tried=tried)
