@@ -21,7 +21,7 @@ import flyweight as fw
 from common import RESULTS, arguments, facts, load_fashion_mnist, load_resnet20, print_table, write_csv
 from flyweight.budget import judge_limit
 from flyweight.deploy.folder import Folder, open_folder
-from flyweight.search.pareto import frontier
+from flyweight.search.pareto import Line
 from flyweight.stages.bases import priced, reference_of
 from flyweight.stages.buy import attempting, offers_of
 from flyweight.stages.choose import TRIES, cost_limits, steps_of
@@ -45,13 +45,13 @@ def exhaustive(job: Job, folder: Folder) -> list[dict[str, Any]]:
     attempt, rows = attempting(job, quotes, folder, quiet), []
     limits, cost = cost_limits(job.budget, reference, table), f"latency@{SHAPE}"
     offers = offers_of(menu, table, footprint)
-    points = [(m, p) for m in offers for p in frontier(m.problem, cost, points=TRIES, limits=limits)]
+    line = Line([m.problem for m in offers], cost, points=TRIES, limits=[limits] * len(offers))
     best = float("inf")
-    for market, point in sorted(points, key=lambda pair: pair[1].costs[cost]):
+    for which, point in map(line.at, range(len(line))):
         if point.error >= best:
-            continue  # dominated by a point of the other market
+            continue  # the point before, again
         best, started = point.error, time.perf_counter()
-        _, found = attempt(steps_of(market.menu, point))
+        _, found = attempt(steps_of(offers[which].menu, point))
         limit, value = found[0]
         rows.append({
             "way": "exhaustive", "state": judge_limit(limit, value), "share": point.costs[cost], "drop": value.value,
