@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import optimize
+from scipy.special import bdtr, ndtri, stdtrit  # those of scipy.stats, whose import takes half a second
 
 from flyweight.errors import DataError, NumericsError
 from flyweight.types import Interval
@@ -80,7 +81,7 @@ def mean_interval(values: Any, level: float = 0.95) -> Interval:
     if deviation == 0.0:
         return Interval(mean, mean, mean, level)
     skewness = float(((numbers - mean) ** 3).mean()) / deviation**3
-    t = float(stats.t.ppf(0.5 + level / 2, count - 1))
+    t = float(stdtrit(count - 1, 0.5 + level / 2))
     step = deviation / math.sqrt(count)
     low, high = (mean - step * _unskewed(end, skewness, count) for end in (t, -t))
     return Interval(mean, low, high, level)
@@ -119,7 +120,7 @@ def paired_difference(before: Any, after: Any, level: float = 0.95) -> Interval:
 
 def _half_width(values: Numbers, level: float) -> float:
     count = len(values)
-    return float(stats.t.ppf(0.5 + level / 2, count - 1) * values.std(ddof=1) / math.sqrt(count))
+    return float(stdtrit(count - 1, 0.5 + level / 2) * values.std(ddof=1) / math.sqrt(count))
 
 
 def paired_proportions(worse: float, better: float, items: float, level: float = 0.95) -> Interval:
@@ -158,7 +159,7 @@ def mcnemar_p(worse: int, better: int) -> float:
     Source: McNemar 1947, Psychometrika 12:153-157, in its exact (binomial) form.
     """
     changed = worse + better
-    return min(1.0, 2.0 * float(stats.binom.cdf(min(worse, better), changed, 0.5))) if changed else 1.0
+    return min(1.0, 2.0 * float(bdtr(min(worse, better), changed, 0.5))) if changed else 1.0
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
@@ -217,7 +218,7 @@ def items_to_decide(interval: Interval, limit: float, items: int) -> int:
 
 
 def _normal(level: float) -> float:
-    return float(stats.norm.ppf(0.5 + level / 2))
+    return float(ndtri(0.5 + level / 2))
 
 
 def _numbers(values: Any) -> Numbers:

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, fx
 
 from flyweight.data import Roles
@@ -222,6 +221,8 @@ def _power(graph: fx.GraphModule, layer: Layer, stats: Stats) -> float:
 
 def agreement(a: Tensor, b: Tensor) -> float:
     """Spearman's rank correlation of two scores, ties at their mean rank; 0 where one of them says nothing."""
+    from scipy.stats import rankdata  # half a second, for what is asked rarely
+
     ranks = [rankdata(x.numpy()) - (len(x) + 1) / 2 for x in (a, b)]
     size = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
     return float((ranks[0] * ranks[1]).sum()) / size if size > 0 else 0.0
