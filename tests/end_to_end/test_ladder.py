@@ -15,8 +15,8 @@ from flyweight.stages.ladder import speedups
 def given():
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten(),
-        nn.Linear(64 * 64, 5),
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(),
+        nn.Linear(4 * 64, 5),
     ).eval()  # fmt: skip
     x = torch.randn(400, 3, 8, 8)
     return net, {"calib": x[:200], "tune": x[200:300], "test": x[300:]}
