@@ -5,7 +5,8 @@
 ResNet-20 on Fashion-MNIST in batches of 32 under `latency<=35%, drop<=0.5pt, recover=distill`, the fastest preferred. The
 original teaches on unlabelled training rows; labelled ones choose; the test rows are read once, by the run itself.
 Exhaustive: every point of the same frontier, from the dearest on, is made and taught by all lessons, until three in a row do not
-hold on the rows that choose. `share` is the predicted share of the original's time, so that the clock decides nothing between the two.
+hold on the rows that choose. `share` is the predicted share of the original's time, so that the clock decides nothing between
+the two.
 """
 
 from __future__ import annotations
