@@ -9,9 +9,10 @@ import pytest
 CHECK = (
     "\nimport flyweight as fw\nfor name in ('compress', 'data', 'plan'):\n    assert callable(getattr(fw, name)), name"
 )
-# A process that knows torch, but nothing of flyweight, is forked for each case: most of the time is torch's import.
+# A process that knows what flyweight needs, but nothing of flyweight, is forked for each case: most of the time is its imports.
 FORKING = """
-import os, sys, torch
+import os, sys, torch, torch.export, torch.onnx
+import jinja2, matplotlib.figure, msgspec, onnx, onnxscript.optimizer, onnxscript.rewriter, scipy.optimize, scipy.sparse.csgraph
 assert not [name for name in sys.modules if name.startswith("flyweight")]
 for code in sys.argv[1:]:
     child = os.fork()
