@@ -94,7 +94,10 @@ def deliver(
     behind = None if rough else teach_rounded
     if not numbers:
         return graph, (*taught, *_rounding_taught(graph, behind))
-    ready = prepared(graph, network.example, in_integers, calib, packed={s.target for s in numbers} - in_integers)
+    named = {s.target for s in numbers}
+    uncut = not structure and named & set(roundable(graph)) <= set(network.stats.inputs)
+    known = network.stats if uncut else None  # nothing that flows has changed
+    ready = prepared(graph, network.example, in_integers, calib, known, packed=named - in_integers)
     rounded = with_numbers(ready, numbers)[0]
     return rounded, (*taught, *_rounding_taught(rounded, behind), *_folded_note(network, graph, ready.graph))
 
