@@ -216,6 +216,20 @@ def test_a_loss_of_ones_own_takes_the_place_of_the_divergence(teacher: nn.Module
     assert done.lessons.best > 0
 
 
+def test_a_loss_of_ones_own_may_give_one_number_a_sample(teacher: nn.Module):
+    def one(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return (outputs - wanted).square().mean()
+
+    def each(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return (outputs - wanted).square().mean(1)
+
+    y = torch.arange(ROWS) % CLASSES
+    for data in ({}, {"calib": (inputs(), y)}, {"tune": (inputs(64, 1), y[:64])}):
+        found = [teach(made(Student), teacher, loss=loss, task="classify", **data).lessons for loss in (one, each)]
+        assert found[0].losses == pytest.approx(found[1].losses, rel=1e-5)
+        assert found[0].judged == pytest.approx(found[1].judged, rel=1e-5)
+
+
 # --- hints ------------------------------------------------------------------------------------------------------------
 class Pictures(nn.Module):
     """Two stages; the student's may be narrower, and its modules have other names."""
@@ -313,6 +327,31 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_a_finished_one_give
         teach(made(Student), teacher, workdir=tmp_path / "whole", how=fw.distill(epochs=4))
 
 
+class Contrary(Teacher):
+    """The same weights, other answers."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": -3 * self.head(self.body(x))}
+
+
+def test_another_loss_or_forward_of_the_same_name_is_another_run(teacher: nn.Module, tmp_path):
+    losses = [lambda a, b: (a - b).square().mean(), lambda a, b: (a + b).square().mean()]
+    teach(made(Student), teacher, loss=losses[0], workdir=tmp_path / "loss")
+    with pytest.raises(UsageError, match="differs in loss"):
+        teach(made(Student), teacher, loss=losses[1], workdir=tmp_path / "loss")
+    other = made(Contrary)
+    other.load_state_dict(teacher.state_dict())
+    with pytest.raises(UsageError, match="differs in teacher"):
+        teach(made(Student), other.eval(), loss=losses[0], workdir=tmp_path / "loss")
+
+
+def test_a_refused_call_leaves_its_folder_free(teacher: nn.Module, tmp_path):
+    y = torch.arange(40) % CLASSES
+    with pytest.raises(DataError, match="from 0 to"):
+        teach(made(Student), teacher, calib=(inputs(40), y + 1), workdir=tmp_path / "o")
+    assert len(teach(made(Student), teacher, calib=(inputs(40), y), workdir=tmp_path / "o").lessons.losses) == 3
+
+
 def test_the_callers_random_numbers_go_on_as_if_nobody_had_learned(teacher: nn.Module):
     student = made(Student)
     torch.manual_seed(3)
@@ -355,9 +394,9 @@ def test_a_loss_that_is_no_number_keeps_the_best_weights_and_says_so(teacher: nn
         nonlocal calls
         calls += outputs.requires_grad
         value = (outputs - wanted).square().mean()
-        return value * float("nan") if calls > 20 and outputs.requires_grad else value
+        return value * float("nan") if calls > 21 and outputs.requires_grad else value
 
-    done = teach(student, teacher, loss=spoiled)  # eight steps an epoch
+    done = teach(student, teacher, loss=spoiled)  # looked at once, then eight steps an epoch
     assert "nan at epoch 3, step 5" in done.lessons.stopped
     assert done.lessons.best == 2
     assert len(done.lessons.losses) == 2
@@ -381,6 +420,15 @@ REFUSED = {
     "weight": ({"hints": "name", "hint_weight": 0.0}, UsageError, "hint_weight"),
     "temperature": ({"task": "regress", "how": fw.distill(temperature=2.0)}, UsageError, "temperature"),
     "how": ({"how": 3}, UsageError, "fw.distill"),
+    "hints": ({"hints": 5}, UsageError, "hints is 5"),
+    "batch": ({"batch_size": 0}, UsageError, "batch_size is 0"),
+    "seed": ({"seed": 2**70}, UsageError, "seed must be"),
+    "stop": ({"stop": 5}, UsageError, "stop is 5"),
+    "folder": ({"workdir": 5}, UsageError, "workdir is 5"),
+    "loss": ({"loss": 3}, UsageError, "loss is 3"),
+    "loss's kind": ({"loss": lambda a, b: 1.0}, UsageError, "gives a float"),
+    "loss's shape": ({"loss": lambda a, b: (a - b).square()}, UsageError, "gives a tensor of shape (64, 4)"),
+    "loss's slope": ({"loss": lambda a, b: (a - b).square().mean().detach()}, UsageError, "the loss has no slope"),
     "inputs": ({"calib": torch.randn(40, 7), "tune": torch.randn(40, 7)}, ModelError, "teacher cannot be called"),
 }
 

@@ -434,6 +434,26 @@ def test_probes_lead_to_what_whole_attempts_alone_find_with_fewer_of_them(
     assert found.good
 
 
+def test_what_holds_without_lessons_is_not_left_for_something_dearer(line: Line):
+    """Scatter may leave undecided with all lessons what held without: then a dearer point is no better buy."""
+    limit, offers = parse("drop<=5pt").limits[0], whole_menu()
+    every = dict.fromkeys(str(steps_of(bare(), line.at(i)[1])) for i in range(len(line)))
+    depth = {steps: i for i, steps in enumerate(reversed(every))}
+
+    def dose(worth: int, more: int):
+        def attempt(steps):
+            drop = float(depth[str(steps)] + more)
+            return (worth, steps), [(limit, Interval(drop, drop, drop))]
+
+        return attempt
+
+    alone = choose(offers, {}, "macs", dose(0, 0))
+    found = choose(offers, {}, "macs", dose(2, 2), probes=(dose(0, 0), dose(1, 1)))
+    assert found.solution.choices == alone.solution.choices
+    assert found.outcome[0] == 0
+    assert found.good
+
+
 def test_what_a_probe_made_is_kept_where_the_time_is_over():
     limit, asked = parse("drop<=3pt").limits[0], []
 

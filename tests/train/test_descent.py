@@ -202,13 +202,13 @@ def test_it_ends_when_what_was_asked_for_holds_and_resumes_to_the_same_end():
 
     def enough() -> bool:
         asked.append(judge())
-        return len(asked) == 2
+        return len(asked) == 3
 
     judge, lines = judge_of(model), []
     done = run(model, judge=judge, enough=enough, store=kept, tell=lines.append)
     assert (len(done.losses), done.best) == (2, 2)
     assert "holds" in done.stopped
-    assert asked == list(done.judged[1:])  # the weights at hand, behind each epoch
+    assert asked == list(done.judged)  # the weights at hand, before each epoch
     assert lines[1] == f"epoch 2 of {EPOCHS}: loss {done.losses[1]:.4g}, judged {done.judged[2]:.4g}"
     again = network()
     assert run(again, judge=judge_of(again), enough=lambda: True, store=kept) == done
@@ -216,10 +216,19 @@ def test_it_ends_when_what_was_asked_for_holds_and_resumes_to_the_same_end():
 
 
 def test_what_is_not_the_best_is_not_asked_about():
-    model, said = network(), iter([0.1, 0.5, 0.4, 0.3])
+    model, said, asked = network(), iter([0.1, 0.5, 0.4, 0.3]), []
 
     def enough() -> bool:
-        raise AssertionError
+        asked.append(1)
+        return False
 
     done = run(model, judge=lambda: next(said), enough=enough)
     assert (done.best, done.stopped) == (0, "")
+    assert len(asked) == 1  # before the first epoch alone
+
+
+def test_what_holds_at_once_learns_nothing():
+    model, before = network(), network()
+    done = run(model, judge=judge_of(model), enough=lambda: True)
+    assert (done.losses, len(done.judged), done.best) == ((), 1, 0)
+    assert_same(model, before)

@@ -199,9 +199,15 @@ def test_what_cannot_be_added_is_refused():
         fw.Corrected(nn.LSTM(4, 3), nn.Linear(4, 3))(torch.zeros(2, 4))
     with pytest.raises(UsageError, match=r"not a torch\.nn\.Module"):
         fw.Corrected(source, torch.relu)
+    with pytest.raises(UsageError, match="one module"):
+        fw.Corrected(source, source)
 
 
 def test_sources_and_shares_that_have_no_corrector_are_refused():
+    with pytest.raises(UsageError, match=r"computes in torch\.bfloat16"):
+        fw.corrector_like(nn.Linear(4, 3).bfloat16(), torch.zeros(2, 4).bfloat16())
+    with pytest.raises(UsageError, match=r"not a torch\.nn\.Module"):
+        fw.corrector_like(len, torch.zeros(2, 4))
     with pytest.raises(UsageError, match="reads is 'outputs'"):
         fw.corrector_like(nn.Linear(4, 3), torch.zeros(2, 4), reads="outputs")
     with pytest.raises(UsageError, match="no convolution or linear layer"):

@@ -228,6 +228,34 @@ def test_tied_weights_are_stored_once_and_stay_tied():
     assert torch.equal(state["0.weight"], state["1.weight"])
 
 
+def test_two_values_are_not_put_into_one_tensor():
+    base, target = (
+        nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)),
+        nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)),
+    )
+    base[1].weight = base[0].weight
+    target.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        target[1].weight.add_(1)
+    found = fw.extract_delta(base, target, error=0)
+    merged = merge(base.state_dict(), found)
+    assert all(torch.equal(merged[name], x) for name, x in target.state_dict().items())
+    before = {name: x.clone() for name, x in base.state_dict().items()}
+    with pytest.raises(ModelError, match=r"'0\.weight' and '1\.weight' are one tensor"):
+        merge(base, found)
+    with pytest.raises(ModelError, match="are one tensor"), fw.applied_delta(base, found):
+        pass
+    assert all(torch.equal(before[name], x) for name, x in base.state_dict().items())
+
+
+def test_a_byte_that_changed_on_the_way_is_found(delta, tmp_path):
+    raw = bytearray(delta.save(tmp_path / "whole.delta").read_bytes())
+    raw[-100] ^= 1
+    (tmp_path / "changed.delta").write_bytes(raw)
+    with pytest.raises(UnsafeFileError, match="damaged"):
+        load(tmp_path / "changed.delta")
+
+
 def test_buffers_integers_and_half_floats_are_exact():
     def change(model: nn.Module) -> None:
         model[1].running_var.mul_(1e-3)

@@ -114,6 +114,13 @@ def test_models_and_settings_that_cannot_be_are_refused():
         fw.delta_parameters(net(), 0)
     with pytest.raises(UsageError, match="no linear layer is called 'attention"):
         fw.delta_parameters(net(), layers="attention.*")
+    for layers in (5, [5], []):
+        with pytest.raises(UsageError, match="layers is"):
+            fw.delta_parameters(net(), layers=layers)
+    lost = net()
+    fw.delta_parameters(lost)[0].data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        fw.collected_delta(lost)
     with pytest.raises(UsageError, match=r"only nn\.Linear"):
         fw.delta_parameters(nn.Conv2d(1, 1, 1))
     twice = net()

@@ -28,7 +28,7 @@ import msgspec
 
 from flyweight.atomic import PART, Content, append_line, disk_errors, write_atomic
 from flyweight.deploy import machine
-from flyweight.errors import FolderInUse, UnsafeFileError, UsageError
+from flyweight.errors import DataError, FolderInUse, ModelError, UnsafeFileError, UsageError
 from flyweight.types import Note, to_json
 
 __all__ = [
@@ -150,7 +150,12 @@ def open_folder(path: Path, *, fresh: bool, run_key: Mapping[str, Any]) -> Itera
         finished = (root / MANIFEST).is_file()
         if earlier is None or not (root / RECORD).is_file():
             _write_record(root, earlier or _Record("flyweight", key))
-        yield Folder(root, key, resumed=earlier is not None, finished=finished)
+        try:
+            yield Folder(root, key, resumed=earlier is not None, finished=finished)
+        except (DataError, ModelError, UsageError):
+            if earlier is None and not _listed(root) and not any((root / STAGES).glob("*.stage")):
+                _remove_ours(root)  # refused before any work: the folder is free for the corrected call
+            raise
 
 
 def commit(folder: Folder, files: Sequence[str], meta: Mapping[str, Any]) -> Manifest:
@@ -314,11 +319,10 @@ def _decode(path: Path, kind: type[_Kind]) -> _Kind:
 
 def _another_run(root: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> UsageError:
     parts = [part for part in sorted({*then, *now}) if then.get(part) != now.get(part)]
-    shown = "; ".join(f"{part}: {_short(then.get(part))} then, {_short(now.get(part))} now" for part in parts)
     return UsageError(
         "the folder holds another run: what was asked for differs in " + ", ".join(parts),
         where=str(root),
-        why=shown,
+        why="; ".join(f"{part}: {_short(then.get(part))} then, {_short(now.get(part))} now" for part in parts),
         fix="ask for the same to resume, name another folder, or start over with --fresh (removes our files only)",
     )
 

@@ -55,7 +55,7 @@ class Distill:
     rank: int = 8
 
     def __post_init__(self) -> None:
-        if not self.parts or not set(self.parts) <= set(PARTS) or len(set(self.parts)) < len(self.parts):
+        if not self.parts or not all(one in PARTS for one in self.parts) or len(set(self.parts)) < len(self.parts):
             fix = f'some of {", ".join(PARTS)}, each once and in the order they are to learn: "norms+weights"'
             raise UsageError(f"parts is {self.parts!r}", fix=fix)
         for name, least in (("epochs", 1), ("quantized_epochs", 0), ("rank", 1)):
@@ -64,7 +64,7 @@ class Distill:
                 raise UsageError(f"{name} is {value!r}", fix=f"a whole number from {least}")
         for name in ("lr", "temperature"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} is {value!r}", fix="a number above 0")
         if not (isinstance(self.weight_decay, (int, float)) and 0 <= self.weight_decay < 1):
             raise UsageError(f"weight_decay is {self.weight_decay!r}", fix="a number from 0 to below 1")
@@ -114,6 +114,8 @@ def read_recover(value: object) -> Distill | None:
     given: dict[str, Any] = {}
     for pair in filter(None, (part.strip() for part in rest.split(","))):
         word, _, number = (part.strip() for part in pair.partition("="))
+        if word in given:
+            raise UsageError(f"{word} is said twice", where=str(value), fix=fix)
         try:
             given[word] = number if word == "parts" else int(number) if word in WHOLE else float(number)
         except ValueError as error:

@@ -15,7 +15,7 @@ from flyweight.errors import DataError, ModelError, UsageError
 from flyweight.numerics.divergence import TASKS, class_numbers, infer_task, reference_variance
 from flyweight.recover.losses import bernoulli, cosine, soft_labels
 
-__all__ = ["Loss", "Objective", "check_labels", "objective"]
+__all__ = ["Loss", "Objective", "check_labels", "mean_of", "objective"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (what the student answers, what is wanted) -> one number, 0 or more
 Form = Literal["logits", "distribution", "shares"]
@@ -65,6 +65,22 @@ def objective(
         )
     soft, apart, hard = _losses(found, form, temperature, reference_variance(answers))
     return Objective(found, reason, loss or soft, loss or apart, hard, tuple(answers.shape[1:]))
+
+
+def mean_of(loss: Loss) -> Loss:
+    """A loss of the user's as one number, whether it gives that or one a sample. Raises UsageError for anything else."""
+
+    def mean(outputs: Tensor, wanted: Tensor) -> Tensor:
+        found = loss(outputs, wanted)
+        if not isinstance(found, Tensor) or found.shape not in ((), (1,), (len(outputs),)):
+            told = (
+                f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            )
+            fix = "give one number as a tensor, the mean over samples, or one a sample"
+            raise UsageError(f"the loss gives {told}", where=getattr(loss, "__qualname__", ""), fix=fix)
+        return found.mean()
+
+    return mean
 
 
 def check_labels(aim: Objective, labels: Tensor, rows: int) -> None:

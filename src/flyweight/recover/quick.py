@@ -51,13 +51,14 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
-def quick(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def quick(graph: nn.Module, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """What computes the same as `graph` in the mode that it is in, from the very same parameters, faster forth and back.
 
-    `graph` itself where there is nothing to gain, where parameters are shards, and where both do not answer alike on `inputs`.
+    `graph` itself where there is nothing to gain or no graph, where parameters are shards, and where both do not answer alike
+    on `inputs`.
     """
     pictures = any(isinstance(module, nn.Conv2d) for module in graph.modules())
-    if not pictures or any(map(distributed.sharded, graph.parameters())):
+    if not isinstance(graph, fx.GraphModule) or not pictures or any(map(distributed.sharded, graph.parameters())):
         return graph
     form = _form(graph)
     return form if _alike(graph, form, inputs) else graph

@@ -33,7 +33,7 @@ from flyweight.numerics import distributed
 from flyweight.numerics.divergence import default_metric, quality
 from flyweight.recover.distill import Distill, lessons
 from flyweight.recover.hints import Pair, Values, comparison, paired, watched
-from flyweight.recover.objective import Loss, Objective, check_labels, objective
+from flyweight.recover.objective import Loss, Objective, check_labels, mean_of, objective
 from flyweight.recover.pupils import Called, as_they_were, check_models, own_draws, shape_of
 from flyweight.train.descent import Store, descend
 from flyweight.types import Note
@@ -211,6 +211,15 @@ def _looked_at(
             why="it was computed without gradients, or from frozen parameters alone",
             fix="remove torch.no_grad or detach from its forward, or call student.requires_grad_(True)",
         )
+    if loss is not None:
+        loss = mean_of(loss)
+        with torch.enable_grad():
+            told = loss(guesses, answers.to(guesses.device))
+        if not told.requires_grad:
+            raise UsageError(
+                "the loss has no slope", why="it does not depend on the outputs, or was computed without gradients",
+                fix="compute it from the outputs by operations of torch",
+            )  # fmt: skip
     guesses, wanted = guesses.detach().cpu(), answers.cpu()
     if how.temperature != 1.0 and loss is not None:
         raise UsageError(

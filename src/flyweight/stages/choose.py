@@ -299,13 +299,8 @@ def _cheapest_good(
                 low = middle + 1
             middle = (low + high) // 2
         ends.append(high)
-    for i in () if whole else range(high, count):
-        if late():
-            break
-        one = trial(i, len(probes))
-        if one.good:
-            found = one
-            break
+    if not whole and not late() and (one := trial(high, len(probes))).good:
+        found = one  # else what a probe made: it is measured to hold, and anything dearer would be no better buy
     assert found is not None
     return replace(found, tried=tried)
 

@@ -23,7 +23,7 @@ from flyweight.stages.passing import passing
 from flyweight.stages.setup import Job
 from flyweight.stages.watch import Stage
 from flyweight.stages.weighing import Store
-from flyweight.train.descent import Descent
+from flyweight.train.descent import ENOUGH, Descent
 from flyweight.types import Note, Recovery, Step, to_json
 
 __all__ = [
@@ -116,11 +116,13 @@ def lessons_note(left: float) -> tuple[Note, ...]:
 
 
 def shortened(outcome: Outcome, steps: Collection[Step], share: float) -> Outcome:
-    """What a probe made of `steps`, with the note that counts if that is delivered after all: where the time is over."""
+    """What a probe made of `steps`, with the note that counts if that is delivered after all: where the time is over, or where
+    all lessons leave undecided what holds without them."""
     if share >= 1.0 or all(one.method in NUMBERS for one in steps):
         return outcome
-    text = f"the search ended before all lessons: what is delivered had {share:.0%} of them, and a replay of its plan gives all"
-    note = Note("recover.shortened", text, fix="a longer time limit, or fewer epochs")
+    text = f"what is delivered had {share:.0%} of all lessons, and a replay of its plan gives all: there was no time for more, "
+    text += "or the limits, which hold like that on the data that choose, did not hold with more"
+    note = Note("recover.shortened", text, fix="a longer time limit, or other lessons")
     return outcome._replace(notes=(*outcome.notes, note))
 
 
@@ -137,8 +139,8 @@ def teaching(
     was cut, before rounding, or what was rounded to int8, behind it.
 
     A `share` below 1 of all lessons is a probe. Where the cheapest network that keeps the limits on quality is looked for, all
-    lessons end as soon as they hold, unless what learns is still to be rounded. `heard` is told how it went. A checkpoint
-    under the name of the steps lets a resumed run go on with the same bits.
+    lessons end as soon as they hold, before the first one too, unless what learns is still to be rounded. `heard` is told how
+    it went. A checkpoint under the name of the steps lets a resumed run go on with the same bits.
     """
     settings = job.settings.recover
     if settings is None or share <= 0.0 or not course.epochs(settings):
@@ -191,6 +193,9 @@ def teaching(
 
 
 def _told(course: Course, parts: Sequence[str], done: Descent, *, other: bool) -> Note:
+    if not done.losses and done.stopped == ENOUGH:
+        text = f"the original was to teach what was {course.what}, but took no step: {done.stopped}"
+        return Note(course.code, text)
     what = "" if tuple(parts) == (WEIGHTS,) else f" ({', then '.join(parts)})"
     text = f"the original taught what was {course.what} for {len(done.losses)} epoch(s){what}: divergence on the data that "
     text += f"choose {done.judged[0]:.3g} -> {done.judged[done.best]:.3g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import time
 import types
@@ -168,10 +169,10 @@ class Job:
             "budget": [budgets.format_limit(limit) for limit in self.budget.limits],
             "prefer": self.budget.prefer,
             "task": self.yardstick.task,
-            "divergence": _code_of(s.divergence),
-            "metric": self.yardstick.metric_name + _code_of(s.metric),
+            "divergence": code_of(s.divergence),
+            "metric": self.yardstick.metric_name + code_of(s.metric),
             "better": s.better,
-            "evaluate": _code_of(s.evaluate),
+            "evaluate": code_of(s.evaluate),
             "target": s.target,
             "threads": s.threads,
             "shapes": list(self.shapes),
@@ -323,8 +324,7 @@ def _check(settings: Settings) -> None:
         raise UsageError(f"unknown task {settings.task!r}", fix=f"choose from auto, {', '.join(div.TASKS)}")
     if not isinstance(settings.threads, int) or settings.threads < 1:
         raise UsageError(f"threads must be a whole number from 1, got {settings.threads!r}")
-    if not isinstance(settings.seed, int) or not 0 <= settings.seed < 2**32:
-        raise UsageError(f"seed must be a whole number from 0 to 2^32 - 1, got {settings.seed!r}")
+    check_seed(settings.seed)
     if settings.better not in ("higher", "lower"):
         raise UsageError(f"better must be 'higher' or 'lower', got {settings.better!r}")
     for name in ("evaluate", "divergence", "metric"):
@@ -366,8 +366,16 @@ def _hash(graph: fx.GraphModule) -> str:
     return digest.hexdigest()[:32]
 
 
-def _code_of(function: object) -> str:
+def check_seed(seed: object) -> None:
+    """Raises UsageError unless random generators take it."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UsageError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
+
+
+def code_of(function: object) -> str:
     """What tells one function of the user's from another, the same in each process: its name and its compiled code."""
+    if isinstance(function, functools.partial):
+        return f"{code_of(function.func)} of {function.args!r} {function.keywords!r}"
     if not callable(function):
         return ""
     name = getattr(function, "__qualname__", type(function).__qualname__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from flyweight.recover.distill import Distill
 from flyweight.recover.objective import Loss
 from flyweight.recover.pupils import check_models
 from flyweight.recover.taught import Lessons, taught
+from flyweight.stages.setup import check_seed, code_of
 from flyweight.transfer.record import fingerprint
 from flyweight.types import to_json
 
@@ -98,10 +100,11 @@ def teach(
                 f"the {who} is a {type(model).__name__}, not a torch.nn.Module", fix="give the model itself"
             )
     check_models(student, teacher)
+    _check_arguments(hints, batch_size, seed, loss, stop, workdir)
     data = learning(student, calib=calib, tune=tune, batch_size=batch_size, seed=seed)
     settings = {
         "task": task, "alpha": alpha, "hints": hints if isinstance(hints, str) else dict(hints), "hint_weight": hint_weight,
-        "loss": None if loss is None else getattr(loss, "__qualname__", type(loss).__name__), "mode": mode, "seed": seed,
+        "loss": None if loss is None else code_of(loss), "mode": mode, "seed": seed,
         "batch_size": batch_size, "how": how.setting(),
     }  # fmt: skip
 
@@ -140,12 +143,44 @@ def _key(student: nn.Module, teacher: nn.Module, data: Roles, settings: Mapping[
     assert data.tune is not None
     shapes = repr([(name, tuple(x.shape), str(x.dtype)) for name, x in student.state_dict().items()])
     return {
-        "student": hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        "teacher": fingerprint(teacher.state_dict())[:16],
+        "student": hashlib.sha256((shapes + _forms(student)).encode()).hexdigest()[:16],
+        "teacher": hashlib.sha256((fingerprint(teacher.state_dict()) + _forms(teacher)).encode()).hexdigest()[:16],
         "calib": data.calib.digest,
         "tune": data.tune.digest,
         **settings,
     }
+
+
+def _forms(model: nn.Module) -> str:
+    """What its modules are and compute: two classes with equal weights can answer otherwise."""
+    return "\n".join(f"{name} {code_of(type(module).forward)}" for name, module in model.named_modules())
+
+
+def _check_arguments(
+    hints: object, batch_size: object, seed: object, loss: object, stop: object, workdir: object
+) -> None:
+    """Raises UsageError for what is of another kind than it should be."""
+    check_seed(seed)
+    fits: tuple[tuple[str, object, bool, str], ...] = (
+        (
+            "hints",
+            hints,
+            isinstance(hints, (str, Mapping)),
+            '"none", "name", "shape" or {student\'s module: teacher\'s}',
+        ),
+        ("batch_size", batch_size, type(batch_size) is int and batch_size > 0, "a whole number from 1"),
+        (
+            "loss",
+            loss,
+            loss is None or callable(loss),
+            "a function of (outputs, wanted) that gives the mean over samples",
+        ),
+        ("stop", stop, callable(stop), "a function that says whether to stop"),
+        ("workdir", workdir, workdir is None or isinstance(workdir, (str, os.PathLike)), "a path"),
+    )
+    for name, value, fine, fix in fits:
+        if not fine:
+            raise UsageError(f"{name} is {value!r}", fix=fix)
 
 
 def _write(

@@ -22,7 +22,7 @@ from flyweight.errors import DataError, UsageError
 from flyweight.numerics import distributed
 from flyweight.train.fit import one_cycle
 
-__all__ = ["Descent", "Store", "descend"]
+__all__ = ["ENOUGH", "Descent", "Store", "descend"]
 
 HEAD = "descent"  # the entry of a checkpoint that holds its numbers
 LATE = "the time was over"
@@ -94,9 +94,9 @@ def descend(
     default all. `judge()` says before the first and behind every epoch how bad the model is (less is better): the best
     weights are kept; without it the last. `store` keeps a checkpoint behind every epoch and every `every_s` seconds, from
     which the same call goes on: on one CPU process with the same bits. `late` is asked between steps; if it raises, a
-    checkpoint is kept first. `enough` is asked between epochs while the weights at hand are the best so far: if it says so, the
-    rest is left out. `tell` hears a line behind every epoch: its loss, and what the judge said. A loss or a judge that becomes
-    NaN or infinite ends the descent, with the best weights before.
+    checkpoint is kept first. `enough` is asked before every epoch while the weights at hand are the best so far: if it says
+    so, the rest is left out. `tell` hears a line behind every epoch: its loss, and what the judge said. A loss or a judge that
+    becomes NaN or infinite ends the descent, with the best weights before.
     With a torch.distributed group every rank makes the same call with its own batches (`numerics.distributed.shard` deals
     them): a step follows the gradient of the mean over all ranks' rows, all start from rank 0's weights, and the mean of
     what they judge counts. What is late, fails or is no number on one rank ends all, with one reason. Rank 0's `store`
@@ -154,7 +154,7 @@ def descend(
         return ""
 
     while state.epoch < epochs and not why:
-        if state.epoch and not state.step and _suffices(state, enough):
+        if not state.step and _suffices(state, enough):
             why = ENOUGH
             break
         why = _epoch(state, batches(state.epoch), steps, step)

@@ -50,6 +50,10 @@ class Corrected(nn.Module):
         for name, part in (("source", source), ("corrector", corrector)):
             if not isinstance(part, nn.Module):
                 raise UsageError(f"{name} is a {type(part).__name__}, not a torch.nn.Module", fix="give the module")
+        if source is corrector:
+            raise UsageError(
+                "source and corrector are one module", why="the source is frozen", fix="corrector_like(source, …)"
+            )
         self.source, self.corrector = source.requires_grad_(False), corrector
         self.source.eval()
 
@@ -179,10 +183,15 @@ def corrector_like(source: nn.Module, example: Any, macs: float = 0.05, reads: s
     the source's convolutions and linear layers, as means over places, and two layers behind; it sees what the source sees, and
     corrects more (`benchmarks/delta.py pictures`). "inputs": the source's inputs alone, so that it stands beside any source of
     these: images "n c h w" get strided convolutions, vectors "n d" two layers, token numbers "n t" (and a mask beside them) the
-    mean of word vectors and two layers. Each as wide as the share allows. It answers 0 until it has learned. Raises UsageError
+    mean of word vectors and two layers. Each as wide as the share allows. It answers 0 until it has learned, in float32. Raises UsageError
     for other inputs, outputs that are no vector a sample, or a share too small for any, and TraceError for a source that
     cannot become a graph.
     """
+    if not isinstance(source, nn.Module):
+        raise UsageError(f"the source is a {type(source).__name__}, not a torch.nn.Module", fix="give the model itself")
+    if others := {p.dtype for p in source.parameters() if p.is_floating_point()} - {torch.float32}:
+        fix = "source.float(), and an example of that type"
+        raise UsageError(f"the source computes in {others.pop()}, a corrector learns in float32", fix=fix)
     if reads not in ("inputs", "layers"):
         raise UsageError(f"reads is {reads!r}", fix='"layers" (what flows into the source\'s layers) or "inputs"')
     if isinstance(macs, bool) or not isinstance(macs, (int, float)) or not 0 < macs < math.inf:

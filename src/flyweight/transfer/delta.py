@@ -66,7 +66,7 @@ def extract(
     matrices = [
         name for name in differ if _is_matrix(name, new[name], target) and not torch.equal(old[name], new[name])
     ]
-    _check_finite({name: new[name] - old[name] for name in matrices})
+    _check_finite({name: new[name] - old[name] for name in differ if new[name].is_floating_point()})
     vectors = [name for name in differ if new[name].ndim == 1 and new[name].is_floating_point()]
     metrics = _metrics(target, calib, matrices, vectors)
     found = {

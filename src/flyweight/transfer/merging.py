@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from flyweight.errors import ModelError
-from flyweight.transfer.entries import Entry, added, removed
+from flyweight.errors import ModelError, UsageError
+from flyweight.transfer.entries import Entry, added, removed, same_bits
 from flyweight.transfer.record import Delta, State, fingerprint, state_of
 
 __all__ = ["applied", "merge", "unmerge"]
@@ -29,6 +29,10 @@ def merge(base: Network, delta: Delta) -> Network:
 
 def _merged(base: nn.Module | State, delta: Delta) -> dict[str, Tensor]:
     """The tensors that the delta changes, as they become."""
+    if not isinstance(delta, Delta):
+        raise UsageError(
+            f"a {type(delta).__name__} is no delta", fix="what extract_delta, collected_delta or load_delta gave"
+        )
     state = state_of(base)
     if fingerprint(state) != delta.base:
         raise ModelError(
@@ -65,9 +69,22 @@ def _with_state(network: Network, changed: State) -> Network:
 def _write(module: nn.Module, changed: State) -> None:
     """Puts values into a module's tensors, in place."""
     own = module.state_dict()
+    _check_tied(own, changed)
     with torch.no_grad():
         for name, x in changed.items():
             own[name].copy_(x)
+
+
+def _check_tied(own: State, changed: State) -> None:
+    """Raises ModelError where names that share one tensor are to become different."""
+    first: dict[object, str] = {}
+    for name, x in own.items():
+        other = first.setdefault((x.data_ptr(), x.shape, x.stride()), name) if x.numel() else name
+        if other != name and not same_bits(*(changed.get(one, own[one]).cpu() for one in (other, name))):
+            raise ModelError(
+                f"{other!r} and {name!r} are one tensor in this network, and differ in what the delta gives",
+                fix="merge into the state dict, and load that into a network where they are two",
+            )
 
 
 def unmerge(merged: Network, delta: Delta) -> Network:

@@ -41,6 +41,7 @@ class _Head(msgspec.Struct, frozen=True):
     base: str
     error: float
     entries: dict[str, _Written]
+    tensors: str = ""  # their fingerprint
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -117,8 +118,8 @@ def fingerprint(state: State) -> str:
 
 def _packed(delta: Delta) -> bytes:
     written = {name: _Written(e.kind, e.shape, e.bits, e.error, e.like) for name, e in delta.entries.items()}
-    head = msgspec.json.encode(_Head(SCHEMA_VERSION, delta.base, delta.error, written)).decode()
     parts = {f"{name}/{part}": x for name, entry in delta.entries.items() for part, x in entry.parts.items()}
+    head = msgspec.json.encode(_Head(SCHEMA_VERSION, delta.base, delta.error, written, fingerprint(parts))).decode()
     return save(parts, {HEAD: head})
 
 
@@ -147,6 +148,11 @@ def load(path: str | os.PathLike[str]) -> Delta:
         raise UnsafeFileError(
             f"{path.name} was written by a later version", where=str(path), fix="update flyweight to read it"
         )
+    if head.tensors and head.tensors != fingerprint(parts):
+        raise UnsafeFileError(
+            f"{path.name} is damaged", where=str(path), why="its numbers are not those that were written",
+            fix="fetch or write it again",
+        )  # fmt: skip
     entries = {
         name: Entry(told.kind, told.shape, _of(name, parts), told.bits, told.error, told.like)
         for name, told in head.entries.items()

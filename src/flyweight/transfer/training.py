@@ -61,7 +61,10 @@ def delta_parameters(
         raise UsageError(f"rank is {rank!r}", fix="a whole number from 1")
     if _attached(model):
         raise UsageError("the model has delta parameters already", fix="call collected(model) first")
-    chosen = _layers(model, layers)
+    wanted = ["*"] if layers is None else [layers] if isinstance(layers, str) else layers
+    if not isinstance(wanted, Sequence) or not wanted or not all(isinstance(one, str) for one in wanted):
+        raise UsageError(f"layers is {layers!r}", fix='names or patterns of linear layers: ["encoder.*.query"]')
+    chosen = _layers(model, wanted)
     learned = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     buffers = {name: x.detach().clone() for name, x in model.named_buffers()}
     before = _Before(fingerprint(state_of(model)), buffers, learned)
@@ -72,9 +75,8 @@ def delta_parameters(
     return tuple(p for one in _attached(model).values() for p in (one.up, one.down))
 
 
-def _layers(model: nn.Module, patterns: str | Sequence[str] | None) -> dict[str, nn.Linear]:
+def _layers(model: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Linear]:
     linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    wanted = [patterns] if isinstance(patterns, str) else ["*"] if patterns is None else list(patterns)
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in linear):
             raise UsageError(
@@ -124,6 +126,11 @@ def collected(model: nn.Module, bits: int = 32) -> Delta:
     if not attached:
         raise UsageError("the model has no delta parameters", fix="call delta_parameters(model) and train them first")
     before = next(iter(attached.values())).before
+    for name, one in attached.items():
+        if not all(bool(p.isfinite().all()) for p in (one.up, one.down)):
+            raise ModelError(
+                "what was learned is NaN or infinite", where=name, fix="train again from the base, with a lower rate"
+            )
     _check_frozen(model, before)
     buffers = {name: x for name, x in model.named_buffers() if not torch.equal(x, before.buffers[name])}
     kept = set(model.state_dict())
