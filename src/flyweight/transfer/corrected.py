@@ -183,9 +183,9 @@ def corrector_like(source: nn.Module, example: Any, macs: float = 0.05, reads: s
     the source's convolutions and linear layers, as means over places, and two layers behind; it sees what the source sees, and
     corrects more (`benchmarks/delta.py pictures`). "inputs": the source's inputs alone, so that it stands beside any source of
     these: images "n c h w" get strided convolutions, vectors "n d" two layers, token numbers "n t" (and a mask beside them) the
-    mean of word vectors and two layers. Each as wide as the share allows. It answers 0 until it has learned, in float32. Raises UsageError
-    for other inputs, outputs that are no vector a sample, or a share too small for any, and TraceError for a source that
-    cannot become a graph.
+    mean of word vectors and two layers. Each as wide as the share allows. It answers 0 until it has learned. Raises UsageError
+    for a source that is not in float32, other inputs, outputs that are no vector a sample, or a share too small for any, and
+    TraceError for a source that cannot become a graph.
     """
     if not isinstance(source, nn.Module):
         raise UsageError(f"the source is a {type(source).__name__}, not a torch.nn.Module", fix="give the model itself")
