@@ -78,7 +78,7 @@ def test_what_had_no_time_for_all_its_lessons_says_so(world: World, late_at, tmp
     )  # fmt: skip
     assert any(option.steps for option in cut.plan.choices.values())
     (text,) = (note.text for note in cut.notes if note.code == "recover.shortened")
-    assert "had 0% of them" in text
+    assert "had 0% of all lessons" in text
 
 
 def test_nothing_is_said_of_a_limit_that_did_not_run_out(world: World, tmp_path):
