@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import hashlib
 import time
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +30,7 @@ from flyweight.quantities import with_metric
 from flyweight.recover.distill import Distill
 from flyweight.stages import lengths
 from flyweight.stages.deadline import Deadline
+from flyweight.stages.keys import code_of
 from flyweight.stages.ruled import check_patterns, check_rules
 from flyweight.stages.tidy import tidy
 from flyweight.stages.yardstick import try_limits, unjudged, yardstick_of
@@ -370,21 +369,3 @@ def check_seed(seed: object) -> None:
     """Raises UsageError unless random generators take it."""
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise UsageError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
-
-
-def code_of(function: object) -> str:
-    """What tells one function of the user's from another, the same in each process: its name and its compiled code."""
-    if isinstance(function, functools.partial):
-        return f"{code_of(function.func)} of {function.args!r} {function.keywords!r}"
-    if not callable(function):
-        return ""
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    return f" {name}" + (f" {_hash_of(code)}" if isinstance(code, types.CodeType) else "")
-
-
-def _hash_of(code: types.CodeType) -> str:
-    digest = hashlib.sha256(code.co_code + repr(code.co_names).encode())
-    for value in code.co_consts:
-        digest.update((_hash_of(value) if isinstance(value, types.CodeType) else repr(value)).encode())
-    return digest.hexdigest()[:16]

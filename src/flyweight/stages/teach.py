@@ -24,7 +24,8 @@ from flyweight.recover.distill import Distill
 from flyweight.recover.objective import Loss
 from flyweight.recover.pupils import check_models
 from flyweight.recover.taught import Lessons, taught
-from flyweight.stages.setup import check_seed, code_of
+from flyweight.stages.keys import code_of
+from flyweight.stages.setup import check_seed
 from flyweight.transfer.record import fingerprint
 from flyweight.types import to_json
 
