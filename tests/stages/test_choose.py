@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Any, ClassVar
 
 import pytest
 
 from flyweight.budget import parse
 from flyweight.search.pareto import Line
-from flyweight.search.problem import Problem, evaluate
+from flyweight.search.problem import evaluate
 from flyweight.stages import choose as choosing
 from flyweight.stages.choose import ROUNDS, USED, Reference, choose, corrected, cost_limits, goal, steps_of
 from flyweight.stages.price import Market, markets, problem
@@ -385,34 +383,29 @@ def whole_menu() -> tuple[Market, ...]:
     return markets(bare(), None)
 
 
-class Remembered(Line):
-    """A line that is solved once, since it takes seconds and is the same in every case."""
-
-    lines: ClassVar[dict[str, Line]] = {}
-
-    def __new__(cls, problems: Sequence[Problem], cost: str, **given: Any) -> Line:
-        if cost not in cls.lines:
-            cls.lines[cost] = Line(problems, cost, **given)
-        return cls.lines[cost]
+@cache
+def whole_line(cost: str) -> Line:
+    """The points of `whole_menu`, solved once: it takes seconds."""
+    offers = whole_menu()
+    return Line([one.problem for one in offers], cost, points=choosing.TRIES, limits=[{}] * len(offers))
 
 
 @pytest.fixture
-def line(monkeypatch: pytest.MonkeyPatch) -> Line:
-    """The points among which `choose` looks for the smallest in `whole_menu`."""
-    offers = whole_menu()
-    monkeypatch.setattr(choosing, "Line", Remembered)
-    return Remembered([one.problem for one in offers], "macs", points=choosing.TRIES, limits=[{}] * len(offers))
+def depth(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How deep the steps of every point cut, 0 for none: what `choose` looks through in `whole_menu`."""
+    line = whole_line("macs")
+    monkeypatch.setattr(choosing, "Line", lambda problems, cost, **given: whole_line(cost))
+    every = dict.fromkeys(str(steps_of(bare(), line.at(i)[1])) for i in range(len(line)))
+    return {steps: i for i, steps in enumerate(reversed(every))}
 
 
 @pytest.mark.parametrize("gained", [(0, 2, 4), (0, 0, 6), (3, 3, 3), (1, 5, 9), (0, 9, 9)])
 @pytest.mark.parametrize("allowed", [0, 3, 7])
 def test_probes_lead_to_what_whole_attempts_alone_find_with_fewer_of_them(
-    line: Line, gained: tuple[int, ...], allowed: int
+    depth: dict[str, int], gained: tuple[int, ...], allowed: int
 ):
     """Lessons give back so many points of the drop: nothing, some by a probe, more by whole ones."""
     limit, offers = parse(f"drop<={allowed}pt").limits[0], whole_menu()
-    every = dict.fromkeys(str(steps_of(bare(), line.at(i)[1])) for i in range(len(line)))
-    depth = {steps: i for i, steps in enumerate(reversed(every))}  # a point of drop each
     seen: list[list[int]] = [[], [], []]
 
     def dose(worth: int):
@@ -434,11 +427,9 @@ def test_probes_lead_to_what_whole_attempts_alone_find_with_fewer_of_them(
     assert found.good
 
 
-def test_what_holds_without_lessons_is_not_left_for_something_dearer(line: Line):
+def test_what_holds_without_lessons_is_not_left_for_something_dearer(depth: dict[str, int]):
     """Scatter may leave undecided with all lessons what held without: then a dearer point is no better buy."""
     limit, offers = parse("drop<=5pt").limits[0], whole_menu()
-    every = dict.fromkeys(str(steps_of(bare(), line.at(i)[1])) for i in range(len(line)))
-    depth = {steps: i for i, steps in enumerate(reversed(every))}
 
     def dose(worth: int, more: int):
         def attempt(steps):
