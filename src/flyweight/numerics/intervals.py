@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
-from scipy.special import bdtr, ndtri, stdtrit  # those of scipy.stats, whose import takes half a second
+from scipy.special import bdtr, ndtri, stdtrit  # what scipy.stats calls; its import is slow
 
 from flyweight.errors import DataError, NumericsError
 from flyweight.types import Interval

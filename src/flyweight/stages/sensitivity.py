@@ -221,7 +221,7 @@ def _power(graph: fx.GraphModule, layer: Layer, stats: Stats) -> float:
 
 def agreement(a: Tensor, b: Tensor) -> float:
     """Spearman's rank correlation of two scores, ties at their mean rank; 0 where one of them says nothing."""
-    from scipy.stats import rankdata  # half a second, for what is asked rarely
+    from scipy.stats import rankdata  # its import is slow, and this is asked rarely
 
     ranks = [rankdata(x.numpy()) - (len(x) + 1) / 2 for x in (a, b)]
     size = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
