@@ -33,9 +33,10 @@ def sorted_rows(rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", SETTINGS_2D)
-def test_rows_of_a_conv2d_are_those_of_unfold(settings: dict):
-    conv = nn.Conv2d(3, 4, **{"kernel_size": 3, **settings}).double()
-    x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+@pytest.mark.parametrize("channels", [3, 9], ids=["few", "many"])  # copied tap by tap, or in runs of channels
+def test_rows_of_a_conv2d_are_those_of_unfold(settings: dict, channels: int):
+    conv = nn.Conv2d(channels, 4, **{"kernel_size": 3, **settings}).double()
+    x = torch.randn(2, channels, 8, 9, dtype=torch.float64)
     padding = conv.padding
     if isinstance(padding, str):
         left, right, top, bottom = conv._reversed_padding_repeated_twice if padding == "same" else (0, 0, 0, 0)
@@ -55,6 +56,7 @@ CONVOLUTIONS = {
     "2d": (nn.Conv2d(2, 3, (2, 3), stride=(2, 1), padding=(1, 0)), (2, 2, 7, 6)),
     "3d": (nn.Conv3d(2, 3, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 2), dilation=(1, 1, 2)), (2, 2, 3, 4, 5)),
     "3d same": (nn.Conv3d(2, 3, 3, padding="same"), (2, 2, 3, 4, 5)),
+    "3d, many channels": (nn.Conv3d(9, 3, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 2)), (2, 9, 3, 4, 5)),
     "linear": (nn.Linear(5, 3), (2, 5)),
     "linear on tokens": (nn.Linear(5, 3), (2, 4, 5)),
 }
@@ -92,9 +94,11 @@ def test_a_sample_shows_some_of_its_positions_and_the_samples_together_all():
 
 
 @pytest.mark.parametrize("split", [[1, 4], [2, 2, 1], [5]])
-@pytest.mark.parametrize("module", [nn.Conv2d(3, 2, 3, padding=1), nn.Conv1d(3, 2, 3), nn.Linear(6, 2)], ids=type)
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(9, 2, 3), nn.Conv1d(3, 2, 3), nn.Linear(6, 2)]
+)
 def test_rows_do_not_depend_on_the_batches(module: nn.Module, split: list[int]):
-    x = torch.randn(5, 3, 6, 6) if isinstance(module, nn.Conv2d) else torch.randn(5, 3, 6)
+    x = torch.randn(5, module.in_channels, 6, 6) if isinstance(module, nn.Conv2d) else torch.randn(5, 3, 6)
     parts, first = [], 0
     for part in x.split(split):
         parts.append(input_rows(module, part, first, 7))

@@ -43,7 +43,7 @@ from flyweight.deploy import machine, runtimes
 from flyweight.deploy.clock_worker import Job, PairTimes, Reply
 from flyweight.types import Interval, Note
 
-__all__ = ["Timing", "Timings", "compare", "ratio_interval"]
+__all__ = ["QUICK_S", "Timing", "Timings", "compare", "ratio_interval"]
 
 TWIN = ""  # the reference's second session; no artifact can have this name
 QUICK_S, THOROUGH_S, LEAST_S = 0.12, 0.5, 0.06

@@ -20,7 +20,7 @@ from flyweight.audit.quality import Yardstick, measured
 from flyweight.budget import format_limit, is_quality, is_time, judge_limit, shape_sizes
 from flyweight.data import Batch, Batches, first_batch
 from flyweight.deploy.answers import ask_each, distance, tolerance
-from flyweight.deploy.clock import Timing, Timings, compare
+from flyweight.deploy.clock import QUICK_S, Timing, Timings, compare
 from flyweight.deploy.footprint import peak_bytes
 from flyweight.deploy.formats.onnx import output_names
 from flyweight.deploy.runtimes import get
@@ -251,11 +251,13 @@ def clocked_until_decided(
 ) -> Timings:
     """The times; where they leave a limit on latency undecided, those of a second measurement, three times as long.
 
-    The second one stands alone, so what it says is not chosen from two.
+    The second one stands alone, so what it says is not chosen from two. Where time is neither
+    limited nor preferred nothing is to be decided: as many processes, each a quarter as long, tell what it came to.
     """
     started_s = time.monotonic()
-    found = clocked(graph, files, data, shapes, runtime, threads, deadline_s=deadline_s)
     limits = [limit for limit in budget.limits if is_time(limit)]
+    seconds = None if limits or budget.prefer == "latency" else QUICK_S
+    found = clocked(graph, files, data, shapes, runtime, threads, deadline_s=deadline_s, seconds_per_shape=seconds)
     if not any(claim.state == "undecided" for limit in limits for claim in _latency_claims(limit, found)):
         return found
     left = None if deadline_s is None else deadline_s - (time.monotonic() - started_s)
