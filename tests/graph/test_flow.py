@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flyweight.graph import flow
-from flyweight.graph.flow import Flow, affordable, chunked, split
+from flyweight.graph.flow import Flow, affordable, chunked, split, thinned
 from flyweight.graph.operators import layers
 from flyweight.graph.trace import trace
 from flyweight.recover.resolve import resolve
@@ -110,3 +110,12 @@ def test_what_has_no_rows_goes_with_every_part():
     parts = list(split((x, table), 2))
     assert [part[0].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
     assert all(part[1] is table for part in parts)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("sizes", [[20], [7, 4, 9], [1] * 20])
+def test_every_nth_sample_is_taken_however_they_are_batched(every: int, sizes: list[int]):
+    x, table = torch.arange(20), torch.randn(30, 2)
+    parts = list(thinned(((part, table) for part in x.split(sizes)), every))
+    assert torch.cat([part for part, _ in parts]).tolist() == list(range(0, 20, every))
+    assert all(len(part) and beside is table for part, beside in parts)

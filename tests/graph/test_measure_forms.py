@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flyweight.graph.measure import Stats, fingerprint, from_tensors, measure, to_tensors
+from flyweight.graph.measure import Stats, fingerprint, from_tensors, looks_of, measure, to_tensors
 from flyweight.graph.operators import input_rows, layers
 from flyweight.graph.trace import trace
 from flyweight.numerics.forms import Blocks
@@ -152,6 +152,12 @@ def test_few_samples_show_more_of_their_positions():
     assert stats([9], samples=9).inputs["groups"].count == 9 * 64  # 12 rows a column are there anyway
     assert stats([9], samples=1).inputs["groups"].count == 9 * (PLACES - 3)  # 108 positions wanted: all there are
     assert stats([9], positions=5).inputs["groups"].count == 9 * 5
+
+
+def test_many_samples_show_fewer_of_their_positions():
+    layer = layers(wide()[0])["groups"]
+    counts = [layer.columns * times for times in (8, 16, 500)]
+    assert [looks_of(layer, samples) for samples in counts] == [64, 32, 8]
 
 
 class Short(nn.Module):

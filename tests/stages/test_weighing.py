@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from flyweight.graph.axes import Group, Use
-from flyweight.graph.measure import Sensed
+from flyweight.graph.measure import Sensed, measure
 from flyweight.graph.operators import layers
 from flyweight.graph.sense import sense
 from flyweight.methods import channels
 from flyweight.methods.pricing import tried
+from flyweight.stages import weighing
 from flyweight.stages.deliver import Network
-from flyweight.stages.weighing import better, sensitivities, together
+from flyweight.stages.weighing import better, moments_of, sensitivities, together
 from flyweight.testing import Subject, small_network, subject
 
 LEVELS = (3, 2, 1)
@@ -208,3 +210,21 @@ def test_a_model_without_gradients_is_cut_the_plain_way_and_says_so():
     assert not shelf
     assert [note.code for note in notes] == ["measure.no-gradients"]
     assert "gradient" in notes[0].text
+
+
+@pytest.mark.parametrize(("macs", "every"), [(math.inf, 1), (0, 4)])
+def test_moments_are_those_of_samples_spread_over_calib(macs: float, every: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weighing, "MEASURE_MACS", macs)
+    monkeypatch.setattr(weighing, "LEAST_MEASURED", 16)
+    told, x = [], torch.randn(61, 4)
+    one = subject(Ignoring().eval(), [(x,)])
+    calib = SimpleNamespace(samples=len(x))
+    job = SimpleNamespace(
+        graph=one.graph, calib=lambda: [(part,) for part in x.split(7)], roles=SimpleNamespace(calib=calib)
+    )
+    found = moments_of(job, one.layers, lambda name, total: told.append(total) or told.append)
+    expected = measure(one.graph, [(x[::every],)], one.layers, samples=len(x[::every]))
+    assert found.samples == told[0] == sum(told[1:]) == len(x[::every])
+    for name, moments in expected.inputs.items():
+        # the same rows in another order of merging, in doubles
+        assert torch.allclose(found.inputs[name].gram, moments.gram, rtol=1e-9, atol=1e-11)

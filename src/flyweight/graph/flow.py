@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from flyweight.graph.operators import layers
 from flyweight.graph.shapes import numbers_of
 
-__all__ = ["Flow", "Values", "affordable", "chunked", "first", "split"]
+__all__ = ["Flow", "Values", "affordable", "chunked", "first", "split", "thinned"]
 
 Batch = tuple[Tensor, ...]
 Values = dict[fx.Node, object]
@@ -159,6 +159,16 @@ def first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
         seen += len(batch[0])
         if seen >= samples:
             return
+
+
+def thinned(batches: Iterable[Batch], every: int) -> Iterator[Batch]:
+    """Every `every`-th sample, counted over all batches, in their batches: data that are sorted are seen from end to end."""
+    seen = 0
+    for batch in batches:
+        rows = len(batch[0])
+        start, seen = -seen % every, seen + rows
+        if start < rows:
+            yield tuple(x[start::every] if len(x) == rows else x for x in batch) if every > 1 else batch
 
 
 def _most(samples: int) -> float:

@@ -44,6 +44,7 @@ ROWS: Map = ((), ())  # what is counted as it is
 POSITIONS = 64  # patches of each sample that a convolution's second moment looks at
 MOST = 1024  # of them where samples are few
 FEW = 8  # the same of wide convolutions, whose products are dear, and of depthwise ones of up to SMALL columns
+PLENTY = 512  # rows a column: more of them, from many samples, are dear and tell nothing new
 SMALL = 32
 KEPT, LOOKS = 1024, 8  # rows of a value that are kept, and of each sample
 STRIDE = 7919  # a prime, so that places run through a sample of any length
@@ -103,7 +104,8 @@ def measure(
 
     Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each part of one. `samples`: how many
     are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (two
-    above WIDE columns, whose products are dear; all of them where the input has no more numbers than a patch). `positions`
+    above WIDE columns, whose products are dear; all of them where the input has no more numbers than a patch), narrow ones at
+    no more than give PLENTY. `positions`
     sets the number of patches for every convolution. Padding (`graph.tokens`) is left out of the rows of linear layers.
     `share`, (rank, ranks): only the batches rank, rank + ranks, … are run, the others counted, so that what is looked at of
     a sample stays the same; `graph.reduced` makes one of such shares.
@@ -140,7 +142,8 @@ def looks_of(layer: Layer, samples: int | None) -> int:
         return least
     wide = layer.columns > WIDE
     wanted = -(-(2 if wide else 12) * layer.columns // samples)
-    return min(MOST, max(FEW if wide else least, wanted))
+    plenty = max(FEW, -(-PLENTY * layer.columns // samples))
+    return min(MOST, max(FEW if wide else min(least, plenty), wanted))
 
 
 def _is_product(layer: Layer) -> bool:

@@ -35,6 +35,7 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)  # of the mean diagonal: how strongly the old we
 HELD_BACK = 4  # every fourth sample judges how strongly
 POSITIONS = 32  # patches of each sample that a convolution is fitted to
 MOST = 256  # of them where samples are few
+PLENTY = 512  # rows a column: where so many are there, fewer patches do
 
 
 def resolve(
@@ -81,8 +82,9 @@ def _enough(layer: Layer, samples: int) -> bool:
 
 
 def _looks(layer: Layer, samples: int) -> int:
-    """Patches of each sample: as many as give eight rows a column."""
-    return min(MOST, max(POSITIONS, -(-8 * layer.columns // max(samples, 1))))
+    """Patches of each sample: as many as give eight rows a column; POSITIONS where these do not give PLENTY."""
+    eight, plenty = (-(-rows * layer.columns // max(samples, 1)) for rows in (8, PLENTY))
+    return min(MOST, max(min(POSITIONS, plenty), eight))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,6 @@ from flyweight.deploy.folder import Folder, read_manifest
 from flyweight.deploy.machine import largest_weight
 from flyweight.errors import DataError, UsageError, VerificationError
 from flyweight.graph.axes import Group, groups
-from flyweight.graph.measure import measure
 from flyweight.graph.numbers import integer_layers, largest_of
 from flyweight.graph.operators import embeddings, layers, roundable
 from flyweight.graph.program import load_files
@@ -47,7 +46,7 @@ from flyweight.stages.weigh import (
     promises,
     quality_row,
 )
-from flyweight.stages.weighing import sensitivities
+from flyweight.stages.weighing import moments_of, sensitivities
 from flyweight.types import Decision, Interval, Plan, Results, Site, Step, from_json
 
 __all__ = ["replayed", "reweighed"]
@@ -65,9 +64,8 @@ def replayed(job: Job, plan: Plan, folder: Folder, stage: Stage) -> tuple[Quotes
         raise UsageError(f"the plan changes {missing[0]!r}, which the model does not have", fix="plan this model anew")
     for one in steps:
         _check_step(one, known)
-    advance = stage("measure", job.roles.calib.samples)
     looked = roundable(job.graph) if any(s.method in NUMBERS for s in steps) else present
-    stats = measure(job.graph, job.calib(), looked, advance=advance, samples=job.roles.calib.samples)
+    stats = moments_of(job, looked, stage)
     cut = [known[s.target] for s in steps if s.target in known and s.setting.get("sensed")]
     found, _ = sensitivities(job, present, cut, None, stage)
     network = Network(job.graph, present, known, replace(stats, sensed=found), job.example)

@@ -16,7 +16,7 @@ from flyweight.deploy.runtimes import get
 from flyweight.graph.axes import Group, groups
 from flyweight.graph.cost import others, total_macs
 from flyweight.graph.flow import chunked, first
-from flyweight.graph.measure import Sensed, from_tensors, measure, to_tensors
+from flyweight.graph.measure import Sensed, from_tensors, to_tensors
 from flyweight.graph.operators import layers, roundable
 from flyweight.graph.surgery import folded, prove_all
 from flyweight.methods import blocks, channels, lowrank
@@ -34,7 +34,7 @@ from flyweight.stages.ranks import meeting
 from flyweight.stages.setup import Inputs, Job
 from flyweight.stages.tidy import tidy
 from flyweight.stages.watch import Stage
-from flyweight.stages.weighing import Store, better, sensitivities, together
+from flyweight.stages.weighing import Store, better, moments_of, sensitivities, together
 from flyweight.types import Note, Step
 
 __all__ = ["Quotes", "Store", "groups_offered", "judge_on", "quote"]
@@ -80,9 +80,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
     tidy(job.graph)
     kept = store.load("statistics.safetensors")
     if kept is None:
-        advance = stage("measure", job.roles.calib.samples)
-        looked = roundable(job.graph) if job.rounds else present
-        stats = measure(job.graph, job.calib(), looked, advance=advance, samples=job.roles.calib.samples)
+        stats = moments_of(job, roundable(job.graph) if job.rounds else present, stage)
         store.save("statistics.safetensors", save(to_tensors(stats)))
     else:
         stats = from_tensors(load(kept))
@@ -125,8 +123,7 @@ def quote(job: Job, store: Store, stage: Stage) -> Quotes:
         present, ladders, formats, combined, neighbours, sizes, beside, fixed, ranks, meetings, depth, rest, rows, passed,
         job.in_int8,
     )  # fmt: skip
-    few = _few_samples(job, network)
-    notes = (*notes, *blind, *few, *cut_off(unpriced))
+    notes = (*notes, *blind, *_samples_notes(job, network), *cut_off(unpriced))
     return Quotes(network, menu, (*frozen, *late), refused, notes, any(unpriced.values()), ready)
 
 
@@ -336,15 +333,22 @@ def _transplanted(ready: Prepared, changed: fx.GraphModule, network: Network) ->
     return Prepared(graph, ready.layers, ready.stats, ready.migrations)
 
 
-def _few_samples(job: Job, network: Network) -> tuple[Note, ...]:
-    """A note where the second moments rest on fewer rows than they have columns."""
+def _samples_notes(job: Job, network: Network) -> tuple[Note, ...]:
+    """Notes where the second moments rest on fewer rows than they have columns, or on a part of calib."""
+    notes, seen, given = [], network.stats.samples, job.roles.calib.samples
+    if seen < given:
+        text = (
+            f"moments were measured on {seen} of the {given} calibration samples, spread evenly: more say little more"
+        )
+        notes.append(Note("measure.part", text))
     poor = [n for n, m in network.stats.inputs.items() if not enough(m)]
     if not poor:
-        return ()
+        return tuple(notes)
     return (
+        *notes,
         Note(
             "measure.few-rows",
-            f"{job.roles.calib.samples} calibration samples are few for {len(poor)} layer(s): second moments were shrunk"
+            f"{seen} calibration samples are few for {len(poor)} layer(s): second moments were shrunk"
             " towards their diagonal, and compensation is weaker than it could be",
             where=", ".join(poor[:4]),
             fix="give more calibration samples; labels are not needed",

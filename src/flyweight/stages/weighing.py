@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ from safetensors.torch import load, save
 
 from flyweight.errors import UsageError
 from flyweight.graph.axes import Group
-from flyweight.graph.measure import Sensed, Stats, from_tensors, to_tensors
+from flyweight.graph.cost import total_macs
+from flyweight.graph.flow import thinned
+from flyweight.graph.measure import Sensed, Stats, from_tensors, measure, to_tensors
 from flyweight.graph.operators import Layer
 from flyweight.graph.sense import sense, sensible
 from flyweight.methods.pricing import Judge, Ladder, Trial, ladder, tried
@@ -19,9 +22,20 @@ from flyweight.stages.watch import Stage
 from flyweight.train.descent import Store
 from flyweight.types import Note
 
-__all__ = ["Store", "better", "sensitivities", "together"]
+__all__ = ["Store", "better", "moments_of", "sensitivities", "together"]
 
+MEASURE_MACS = 1e12  # half a minute or so: twelve rows a column are soon there, thousands of samples are for lessons
+LEAST_MEASURED = 512
 SAMPLES = 512  # whose gradients are taken: few of them make the weighted moments noisier than their weights are worth
+
+
+def moments_of(job: Job, looked: Mapping[str, Layer], stage: Stage) -> Stats:
+    """The moments of the layers' inputs on calib, or on as many of its samples, spread evenly, as MEASURE_MACS allow."""
+    given = job.roles.calib.samples
+    every = max(1, math.ceil(given / max(LEAST_MEASURED, MEASURE_MACS / max(1, total_macs(job.graph)))))
+    samples = math.ceil(given / every)
+    advance = stage("measure", samples)
+    return measure(job.graph, thinned(job.calib(), every), looked, advance=advance, samples=samples)
 
 
 def sensitivities(
