@@ -70,10 +70,15 @@ def test_cuts_are_priced_with_what_a_probe_of_the_lessons_left(bare: fw.Result, 
         assert after / before == pytest.approx(int(left) / 100, abs=0.006)  # the note rounds
 
 
-def test_how_deep_to_cut_is_decided_by_what_lessons_give_back(world: World, asked: dict, bare: fw.Result, tmp_path):
+def test_how_deep_to_cut_is_decided_by_what_lessons_give_back(
+    world: World, asked: dict, bare: fw.Result, tmp_path, capsys
+):
     wanted = {**asked, "budget": "divergence<=0.0228", "prefer": "size", "rules": [], "methods": ["channels"]}
     alone = fw.compress(world.net(), **wanted, workdir=tmp_path / "a")
-    helped = fw.compress(world.net(), **wanted, recover=HOW, workdir=tmp_path / "b")
+    helped = fw.compress(world.net(), **{**wanted, "progress": True}, recover=HOW, workdir=tmp_path / "b")
+    said = capsys.readouterr().err
+    assert all(f"choose: tried a network with {share} of the lessons: " in said for share in ("0%", "100%"))
+    assert "for divergence<=0.0228" in said
     assert helped.results.rows[-1].file_bytes < alone.results.rows[-1].file_bytes
     (lessons,) = helped.results.lessons
     assert len(lessons.losses) == 6 or "holds" in lessons.stopped  # all lessons, or as many as the limit asked for

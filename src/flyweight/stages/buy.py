@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 from torch import fx
 
+from flyweight.budget import format_limit
 from flyweight.deploy.clock import Timings
 from flyweight.deploy.folder import Folder
 from flyweight.deploy.formats.onnx import export
@@ -182,11 +183,19 @@ def attempting(
         job.checkpoint("trying a combination", needed=False)
         outcome = shortened(delivered(job, quotes, steps, folder, stage, share), steps, share)
         made = (outcome, judge(outcome.graph))
+        if made[1]:
+            job.say(_heard(made[1], f" with {share:.0%} of the lessons" if job.settings.recover else ""))
         if share < 1.0:  # asked for again once cuts are priced with their lessons
             known[name] = made
         return made
 
     return attempt
+
+
+def _heard(found: Sequence[tuple[Limit, Interval]], how: str) -> str:
+    """A line of progress: what a combination that was tried came to."""
+    parts = (f"{v.value:.3g} ({v.low:.3g} to {v.high:.3g}) for {format_limit(limit)}" for limit, v in found)
+    return f"choose: tried a network{how}: {', '.join(parts)}"
 
 
 def _corrected(
