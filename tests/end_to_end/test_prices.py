@@ -7,7 +7,7 @@ import torch
 
 import flyweight as fw
 from flyweight.errors import UsageError
-from flyweight.stages import quote
+from flyweight.stages import quote, weighing
 from flyweight.types import Option
 
 from .conftest import TIMED, World
@@ -23,7 +23,7 @@ def test_another_budget_on_the_prices_of_a_run_is_what_a_run_of_its_own_would_ch
     world: World, timed, tmp_path, monkeypatch
 ):
     arguments = {**world.roles, **TIGHTER, "progress": False}
-    monkeypatch.setattr(quote, "measure", None)  # nothing is measured on calib but what is delivered
+    monkeypatch.setattr(weighing, "measure", None)  # nothing is measured on calib but what is delivered
     monkeypatch.setattr(quote, "better", None)
     picked = fw.compress(world.net(), **arguments, prices=timed.folder, workdir=tmp_path / "picked")
     monkeypatch.undo()

@@ -35,7 +35,7 @@ def test_the_budget_is_the_one_that_was_promised():
     assert [(limit.quantity, limit.value, limit.unit) for limit in limits] == [
         ("latency", 0.5, "share"),
         ("size", 0.25, "share"),
-        ("drop", 2.0, "points"),
+        ("drop", 3.0, "points"),
     ]
 
 

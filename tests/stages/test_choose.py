@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 
 from flyweight.budget import parse
+from flyweight.search.knapsack import solve
 from flyweight.search.pareto import Line
 from flyweight.search.problem import evaluate
 from flyweight.stages import choose as choosing
@@ -175,6 +176,29 @@ def test_out_of_reach_of_quality_as_well_the_nearest_point_it_is():
     found = choose(offers, limits, "error", Trials(), judge=lambda steps: (steps, [(limit, Interval(9, 8, 10))]))
     assert found.solution.choices == nearest.choices
     assert not found.good
+
+
+@pytest.mark.parametrize("late", [0.3, 0.0])
+def test_with_more_room_the_least_error_of_all_markets_is_looked_for(late: float):
+    """Of two markets one has half the errors and takes longer by `late`: it is never nearer, and better where there is room."""
+    (one, *_), name = markets(bare(), table()), f"latency@{SHAPE}"
+    halved = [replace(factor, error=factor.error / 2) for factor in one.problem.factors]
+    base = {**one.problem.base, name: one.problem.base.get(name, 0.0) + late}
+    offers = (one, replace(one, problem=replace(one.problem, factors=halved, base=base)))
+    every = {m: [evaluate(m.problem, plan) for plan in product(*map(range, m.problem.sizes))] for m in offers}
+    macs = sorted(costs["macs"] for _, costs in every[one])[len(every[one]) // 2]  # something must be cut for it
+    limits = {m: {name: 0.001, "macs": macs} for m in offers}
+    found = [(m, solve(m.problem, limits[m])) for m in offers]
+    assert not any(solution.feasible for _, solution in found)
+    for room in (0.5, 0.7, 0.9, 5.0):
+        market, solution = choosing._within(found, limits, {name: room / 0.001})
+        within = [
+            e for m in offers for e, costs in every[m] if costs[name] <= room * (1 + 1e-9) and costs["macs"] <= macs
+        ]
+        least = min([*within, choosing._nearest(found)[1].error])
+        assert solution.error == pytest.approx(least)
+        assert evaluate(market.problem, solution.choices)[0] == pytest.approx(least)
+        assert not solution.feasible
 
 
 @pytest.mark.parametrize("allowed", [0, 3, 7, 12])

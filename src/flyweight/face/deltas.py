@@ -79,7 +79,7 @@ def merge(base: str, delta: str, out: str, model: str | None, as_json: bool, qui
     except ModelError as error:
         fix = "give the very BASE it was extracted from, and --model where it was extracted with one"
         raise ModelError(error.what, where=base, why=error.why, fix=fix) from error
-    return _written(path, merged, base, change, as_json)
+    return _written(path, merged, base, change, as_json, back=False)
 
 
 @delta.command(short_help="Writes MERGED without DELTA.")
@@ -95,7 +95,7 @@ def unmerge(merged: str, delta: str, out: str, model: str | None, as_json: bool,
 
     change = load(delta)
     _say("reading", quiet, merged)
-    return _written(path, take_off(_network(merged, model), change), merged, change, as_json)
+    return _written(path, take_off(_network(merged, model), change), merged, change, as_json, back=True)
 
 
 @delta.command(short_help="Says what is in DELTA.")
@@ -136,8 +136,9 @@ def _told(path: Path, as_json: bool) -> int:
     return 0
 
 
-def _written(path: Path, network: Any, like: str, change: Delta, as_json: bool) -> int:
-    """Writes the tensors that the file `like` has, as they are in `network` now, and says so."""
+def _written(path: Path, network: Any, like: str, change: Delta, as_json: bool, *, back: bool) -> int:
+    """Writes the tensors that the file `like` has, as they are in `network` now, and says so; of what went `back` also whether
+    that is the base."""
     from flyweight.transfer.record import fingerprint, state_of
 
     state = state_of(network)
@@ -151,7 +152,7 @@ def _written(path: Path, network: Any, like: str, change: Delta, as_json: bool) 
     else:
         from flyweight.face.printing import show_merged
 
-        show_merged(found)
+        show_merged(found, back)
     return 0
 
 

@@ -142,7 +142,7 @@ def show_advice(found: Advice) -> None:
         console.print(
             _text(f"bytes and time: of the float model in the same runtime; overall: of {first}'s float time")
         )
-        console.print(_text("channels: three quarters of all that may be cut, not repaired, so not judged"))
+        console.print(_text("channels: a quarter of all that may be cut is gone, not repaired, so not judged"))
         console.print(_text("changed: samples whose first answer is another"))
         console.print(_text(f"{share(found.open_macs)} of the MACs lie in layers whose channels may be cut"))
         console.print(_text(f"{found.largest} does {share(found.largest_share)} of the MACs"))
@@ -164,12 +164,12 @@ def show_delta(told: Told, file: Path) -> None:
         console.print(_table(["tensor", "shape", "form", "bytes", "error"], rows))
 
 
-def show_merged(told: Merged) -> None:
-    """The file that was written, how much of it a delta changed, and whether it is the delta's base."""
-    base = "the delta's base to the bit" if told.base else "not the delta's base to the bit"
+def show_merged(told: Merged, back: bool) -> None:
+    """The file that was written, how much of it a delta changed, and of what went `back` whether it is the delta's base."""
+    base = f"; {told.fingerprint[:12]}… is {'' if told.base else 'not '}the delta's base to the bit" if back else ""
     with _stdout() as console:
         console.print(_text(f"{told.file}: {tables.format_bytes(told.bytes)}", "bold"))
-        console.print(_text(f"{told.changed} of {told.tensors} tensors changed; {told.fingerprint[:12]}… is {base}"))
+        console.print(_text(f"{told.changed} of {told.tensors} tensors changed{base}"))
 
 
 def _form(entry: Part) -> str:

@@ -201,8 +201,7 @@ def choose(
     found = [(market, solve(market.problem, own[market])) for market in offers]
     feasible = [pair for pair in found if pair[1].feasible]
     if not feasible:
-        market, nearest = min(found, key=lambda pair: pair[1].excess)
-        return _nearest_good(market, own[market], nearest, judge or attempt, late, probes)
+        return _nearest_good(found, own, judge or attempt, late, probes)
     if aim == "error":
         return _attempted(min(feasible, key=lambda pair: pair[1].error), attempt, 1)
     line = Line([market.problem for market in offers], aim, points=TRIES, limits=[own[market] for market in offers])
@@ -221,33 +220,43 @@ def _moved(limits: Mapping[str, float], factors: Mapping[str, float]) -> dict[st
 
 
 def _nearest_good(
-    market: Market,
-    limits: Mapping[str, float],
-    nearest: Solution,
+    found: Sequence[Offer],
+    limits: Mapping[Market, Mapping[str, float]],
     attempt: Attempt,
     late: Callable[[], bool],
     probes: Sequence[Attempt],
 ) -> Choice:
-    """The nearest point, or one as far off as its quality limits ask for; the nearest where they hold nowhere."""
-    passed = {name: nearest.costs[name] for name, limit in limits.items() if nearest.costs[name] > limit}
+    """The nearest point of all markets, or one as far off as its quality limits ask for; the nearest where they hold nowhere."""
+    market, nearest = _nearest(found)
+    own = limits[market].items()
+    passed = {name: nearest.costs[name] / limit for name, limit in own if nearest.costs[name] > limit}
     # the least error of what is as near as times can be told: the very fastest point gives up all quality for nothing
-    near = {name: cost * (AS_NEAR if name.startswith("latency@") else 1.0) for name, cost in passed.items()}
-    first = _attempted((market, _within(market, limits, near, nearest)), attempt, 1)
+    near = {name: times * (AS_NEAR if name.startswith("latency@") else 1.0) for name, times in passed.items()}
+    first = _attempted(_within(found, limits, near), attempt, 1)
     if first.good or late():
         return first
-    rooms = [{name: farther * cost for name, cost in passed.items()} for farther in FARTHER]
-    points = [(market, _within(market, limits, room, nearest)) for room in rooms]
-    found = _cheapest_good(len(points), points.__getitem__, attempt, late, probes)
-    return found if found.good else first
+    rooms = [{name: farther * times for name, times in passed.items()} for farther in FARTHER]
+    points = [_within(found, limits, room) for room in rooms]
+    good = _cheapest_good(len(points), points.__getitem__, attempt, late, probes)
+    return good if good.good else first
 
 
-def _within(market: Market, limits: Mapping[str, float], room: Mapping[str, float], nearest: Solution) -> Solution:
-    """The least error with more `room` than the limits give, still said to be out of their reach."""
-    better = solve(market.problem, {**limits, **room})
-    if not better.feasible or better.error >= nearest.error:
-        return nearest
-    excess = max(excesses(market.problem, better.choices, limits).values())
-    return replace(nearest, choices=better.choices, error=better.error, costs=better.costs, excess=excess)
+def _nearest(found: Sequence[Offer]) -> Offer:
+    return min(found, key=lambda pair: pair[1].excess)
+
+
+def _within(found: Sequence[Offer], limits: Mapping[Market, Mapping[str, float]], room: Mapping[str, float]) -> Offer:
+    """The least error of all markets within so many times their own limits (`room`), still said to be out of reach: what is
+    nearest may be float, and what keeps its quality with a little more room in int8."""
+    best = _nearest(found)
+    for market, _ in found:
+        own = limits[market]
+        better = solve(market.problem, {**own, **{name: times * own[name] for name, times in room.items()}})
+        if better.feasible and better.error < best[1].error:
+            excess = max(excesses(market.problem, better.choices, own).values())
+            at, costs = better.choices, better.costs
+            best = market, replace(best[1], choices=at, error=better.error, costs=costs, excess=excess)
+    return best
 
 
 Offer = tuple[Market, Solution]
