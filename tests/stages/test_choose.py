@@ -178,6 +178,21 @@ def test_out_of_reach_of_quality_as_well_the_nearest_point_it_is():
     assert not found.good
 
 
+@pytest.mark.parametrize("allowed", [0, 2, 5])
+def test_out_of_reach_with_too_little_data_the_nearest_point_that_seems_to_hold(allowed: int):
+    offers, limits, limit = markets(bare(), table()), {f"latency@{SHAPE}": 0.001}, parse(f"drop<={allowed}pt").limits[0]
+
+    def unsure(steps):
+        return steps, [(limit, Interval(removed(steps), removed(steps) - 50, removed(steps) + 50))]
+
+    sure = choose(offers, limits, "error", Trials(), judge=Trials(f"drop<={allowed}pt"))
+    found = choose(offers, limits, "error", Trials(), judge=unsure)
+    assert found.solution.choices == sure.solution.choices
+    assert not found.good
+    assert found.outcome == steps_of(found.market.menu, found.solution)
+    assert [(v.low, state) for _, v, state in found.quality] == [(removed(found.outcome) - 50, "undecided")]
+
+
 @pytest.mark.parametrize("late", [0.3, 0.0])
 def test_with_more_room_the_least_error_of_all_markets_is_looked_for(late: float):
     """Of two markets one has half the errors and takes longer by `late`: it is never nearer, and better where there is room."""

@@ -226,7 +226,8 @@ def _nearest_good(
     late: Callable[[], bool],
     probes: Sequence[Attempt],
 ) -> Choice:
-    """The nearest point of all markets, or one as far off as its quality limits ask for; the nearest where they hold nowhere."""
+    """The nearest point of all markets, or one as far off as its quality limits ask for. Where too little data choose for them to
+    hold anywhere, one whose measured value is within them; the nearest where there is none either."""
     market, nearest = _nearest(found)
     own = limits[market].items()
     passed = {name: nearest.costs[name] / limit for name, limit in own if nearest.costs[name] > limit}
@@ -238,7 +239,30 @@ def _nearest_good(
     rooms = [{name: farther * times for name, times in passed.items()} for farther in FARTHER]
     points = [_within(found, limits, room) for room in rooms]
     good = _cheapest_good(len(points), points.__getitem__, attempt, late, probes)
-    return good if good.good else first
+    if good.good or late() or _seems_good(first) or not _seems_good(good):
+        return good if good.good else first
+    seeming = _cheapest_good(len(points), points.__getitem__, _by_value(attempt), late, list(map(_by_value, probes)))
+    outcome, measured = seeming.outcome
+    quality = tuple((limit, value, judge_limit(limit, value)) for limit, value in measured)
+    return replace(seeming, outcome=outcome, quality=quality)
+
+
+def _seems_good(choice: Choice) -> bool:
+    return all(judge_limit(limit, _exact(value)) == "holds" for limit, value, _ in choice.quality)
+
+
+def _exact(value: Interval) -> Interval:
+    return Interval(value.value, value.value, value.value, value.level)
+
+
+def _by_value(attempt: Attempt) -> Attempt:
+    """An attempt that is judged by its measured values alone; what came of it goes along."""
+
+    def judged(steps: Sequence[Step]) -> tuple[Any, list[tuple[Limit, Interval]]]:
+        outcome, measured = attempt(steps)
+        return (outcome, measured), [(limit, _exact(value)) for limit, value in measured]
+
+    return judged
 
 
 def _nearest(found: Sequence[Offer]) -> Offer:

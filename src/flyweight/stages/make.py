@@ -249,7 +249,7 @@ def _run_notes(job: Job, artifact: Artifact, fallen: Sequence[str], timings: Tim
         notes.append(Note("latency.other-machine", text, fix="without table= one is measured here"))
     if not plan.feasible:
         text = "the limits on costs cannot be met together: this is the nearest point found whose quality holds on the data that"
-        text += " choose, or the nearest of all where it holds nowhere"
+        text += " choose; where these show it for none, one that seems to hold there, or the nearest of all"
         notes.append(Note("budget.unreachable", text, where=plan.binding, fix="raise the limit that binds"))
     if job.roles.test is None:
         notes.append(Note("data.no-test", "no test data: quality was not weighed", fix="give test="))
