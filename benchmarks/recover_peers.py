@@ -19,7 +19,7 @@ from inputs import mails, tones
 from peers import compared, options_of
 from peers_cases import CASES, Case
 
-TONES = 1_024  # the original alone takes a tenth of a second a row
+TONES = 1_024  # the original is dear: its answers to more of them take the time that lessons have
 
 
 def pictures(folder: Path, rows: int | None) -> Case:

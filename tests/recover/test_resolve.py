@@ -315,3 +315,11 @@ def test_padding_is_left_out():
     noise = torch.where(mask[..., None] == 1, x, 50 * torch.randn(64, 5, 4))
     first, second = (resolve(hurt, graph, {}, [(value, mask)]) for value in (x, noise))
     assert torch.equal(first.b.weight, second.b.weight)
+
+
+def test_patches_give_eight_rows_a_column_and_no_more_than_plenty():
+    """Closed form, for a convolution of 9 x 4 = 36 columns."""
+    (layer,) = layers(trace(nn.Sequential(nn.Conv2d(4, 3, 3)), (torch.randn(2, 4, 6, 6),)).module).values()
+    assert layer.columns == 36
+    counts = {1: 256, 2: 36 * 8 // 2, 36: 32, 36 * 32: 512 // 32, 36 * 512: 1, 10**9: 1}
+    assert {samples: resolving._looks(layer, samples) for samples in counts} == counts

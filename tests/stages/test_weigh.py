@@ -40,10 +40,11 @@ def test_a_machine_too_loud_to_tell_is_said(low, high, said):
 @pytest.mark.parametrize(("text", "longer"), [("latency<=100%", True), ("latency<=1000%", False), ("size<=1%", False)])
 def test_what_is_undecided_is_timed_longer_once(work, monkeypatch, text, longer):
     """A file beside itself. The interval is set, since a measured one misses 100 % one time in twenty."""
-    counts = []
+    counts, seconds = [], []
 
     def compare(*arguments, processes=None, **others):
         counts.append(processes or 2)
+        seconds.append(others["seconds_per_shape"])
         found = clock.compare(*arguments, processes=counts[-1], **others)
         shares = {
             shape: msgspec.structs.replace(timing, share=Interval(1.0, 0.9, 1.1))
@@ -56,6 +57,7 @@ def test_what_is_undecided_is_timed_longer_once(work, monkeypatch, text, longer)
     graph, files, data = work
     found = clocked_until_decided(graph, files, data, ["batch=2"], "onnxruntime", 1, parse(text))
     assert counts == ([2, AGAIN * 2] if longer else [2])
+    assert seconds[0] == (None if "latency" in text else clock.QUICK_S)  # shorter where the clock decides nothing
     assert found.processes == counts[-1]
     assert ("clock.longer" in [note.code for note in found.notes]) == longer
 

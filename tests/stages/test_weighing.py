@@ -18,7 +18,7 @@ from flyweight.graph.operators import layers
 from flyweight.graph.sense import sense
 from flyweight.methods import channels
 from flyweight.methods.pricing import tried
-from flyweight.stages import weighing
+from flyweight.stages import quote, weighing
 from flyweight.stages.deliver import Network
 from flyweight.stages.weighing import better, moments_of, sensitivities, together
 from flyweight.testing import Subject, small_network, subject
@@ -228,3 +228,8 @@ def test_moments_are_those_of_samples_spread_over_calib(macs: float, every: int,
     for name, moments in expected.inputs.items():
         # the same rows in another order of merging, in doubles
         assert torch.allclose(found.inputs[name].gram, moments.gram, rtol=1e-9, atol=1e-11)
+    said = [
+        note.text for note in quote._samples_notes(job, SimpleNamespace(stats=found)) if note.code == "measure.part"
+    ]
+    assert len(said) == (every > 1)
+    assert all(f"on {found.samples} of the {len(x)} calibration samples" in text for text in said)

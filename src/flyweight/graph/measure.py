@@ -37,7 +37,7 @@ from flyweight.numerics.moments import (
     patch_moments,
 )
 
-__all__ = ["Sensed", "Stats", "fingerprint", "from_tensors", "looks_of", "measure", "to_tensors"]
+__all__ = ["PLENTY", "Sensed", "Stats", "fingerprint", "from_tensors", "looks_of", "measure", "to_tensors"]
 
 Map = tuple[tuple[int, ...], tuple[int, ...]]  # the shape of whole inputs, and the zeros that are put around them
 ROWS: Map = ((), ())  # what is counted as it is
@@ -105,10 +105,9 @@ def measure(
     Each batch is the tuple of placeholders' tensors. `advance(samples)` is called after each part of one. `samples`: how many
     are expected in all; with it wide convolutions look at as many patches a sample as give twelve rows a column (two
     above WIDE columns, whose products are dear; all of them where the input has no more numbers than a patch), narrow ones at
-    no more than give PLENTY. `positions`
-    sets the number of patches for every convolution. Padding (`graph.tokens`) is left out of the rows of linear layers.
-    `share`, (rank, ranks): only the batches rank, rank + ranks, … are run, the others counted, so that what is looked at of
-    a sample stays the same; `graph.reduced` makes one of such shares.
+    no more than give PLENTY. `positions` sets the number of patches for every convolution. Padding (`graph.tokens`) is left
+    out of the rows of linear layers. `share`, (rank, ranks): only the batches rank, rank + ranks, … are run, the others
+    counted, so that what is looked at of a sample stays the same; `graph.reduced` makes one of such shares.
     """
     looks = {name: positions or looks_of(layer, samples) for name, layer in layers.items()}
     recorder = _Recorder(graph, layers, ranges, rows, looks, whole=positions is None)

@@ -47,6 +47,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+RUN = 8  # channels that are worth a copy of their own
 
 
 @dataclass(frozen=True)
@@ -251,8 +252,8 @@ def input_rows(module: nn.Module, x: Tensor, first_sample: int, positions: int) 
         return x.movedim(1, -1)[(torch.arange(x.shape[0])[:, None], *chosen)].flatten(0, 1)
     assert isinstance(module, CONVOLUTIONS)
     dims, taps, channels = len(module.kernel_size), math.prod(module.kernel_size), x.shape[1]
-    if dims > 1 and taps > 1 and channels >= 8 and 4 * positions * taps >= math.prod(x.shape[2:]):
-        # runs of channels are copied two to four times as fast as those of three taps; it costs a copy of the input
+    # runs of channels are copied faster than runs of few taps, where that is worth a copy of the whole input
+    if dims > 1 and taps > 1 and channels >= RUN and 4 * positions * taps >= math.prod(x.shape[2:]):
         values, places = patches_at(module, x, first_sample, positions)
         samples, patches, _ = places.shape
         at = (places + values.shape[2] * torch.arange(samples)[:, None, None]).flatten()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from flyweight.graph.flow import Flow, Values, affordable, chunked
+from flyweight.graph.measure import PLENTY
 from flyweight.graph.operators import Layer, input_rows, layers, matrix, module_of, set_matrix, sharers
 from flyweight.graph.tokens import kept_tokens, mask_input, real_rows
 from flyweight.numerics.moments import WIDEST
@@ -35,7 +36,6 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)  # of the mean diagonal: how strongly the old we
 HELD_BACK = 4  # every fourth sample judges how strongly
 POSITIONS = 32  # patches of each sample that a convolution is fitted to
 MOST = 256  # of them where samples are few
-PLENTY = 512  # rows a column: where so many are there, fewer patches do
 
 
 def resolve(

@@ -251,8 +251,8 @@ def clocked_until_decided(
 ) -> Timings:
     """The times; where they leave a limit on latency undecided, those of a second measurement, three times as long.
 
-    The second one stands alone, so what it says is not chosen from two. Where time is neither
-    limited nor preferred nothing is to be decided: as many processes, each a quarter as long, tell what it came to.
+    The second one stands alone, so what it says is not chosen from two. Where time is neither limited nor preferred
+    nothing is to be decided: as many processes, each a quarter as long, tell what it came to.
     """
     started_s = time.monotonic()
     limits = [limit for limit in budget.limits if is_time(limit)]
