@@ -17,6 +17,7 @@ from flyweight.deploy.formats.onnx import export, stored_name
 from flyweight.deploy.integers import Executor
 from flyweight.deploy.runtimes import get
 from flyweight.errors import UsageError
+from flyweight.graph.measure import measure
 from flyweight.graph.operators import roundable
 from flyweight.graph.trace import trace
 from flyweight.methods import int8
@@ -79,8 +80,10 @@ def test_the_network_is_the_one_that_is_made_by_hand(made: fw.Result, given, tmp
     net, roles = given
     calib = role(net, "calib", roles["calib"])
     graph = trace(net, (roles["calib"][:2],)).module
-    names = list(roundable(graph))
-    ready = prepared(graph, (roles["calib"][:2],), names, lambda: (batch.inputs for batch in calib))
+    layers = roundable(graph)
+    known = measure(graph, (batch.inputs for batch in calib), layers, samples=calib.samples)
+    names = list(layers)
+    ready = prepared(graph, (roles["calib"][:2],), names, lambda: (batch.inputs for batch in calib), known)
     own = with_numbers(ready, [int8.step(name, largest=7) for name in names])[0]
     for name, x in own.state_dict().items():
         assert torch.equal(x, made.model.state_dict()[name]), name

@@ -13,7 +13,7 @@ from flyweight.deploy import clock
 from flyweight.deploy.clock import Timing, Timings
 from flyweight.deploy.formats.onnx import export
 from flyweight.graph.trace import trace
-from flyweight.stages.weigh import AGAIN, COMPRESSED, ORIGINAL, clocked_until_decided, in_units, noise_notes
+from flyweight.stages.weigh import AGAIN, COMPRESSED, ORIGINAL, QUICK_S, clocked_until_decided, in_units, noise_notes
 from flyweight.types import Interval
 
 
@@ -57,7 +57,7 @@ def test_what_is_undecided_is_timed_longer_once(work, monkeypatch, text, longer)
     graph, files, data = work
     found = clocked_until_decided(graph, files, data, ["batch=2"], "onnxruntime", 1, parse(text))
     assert counts == ([2, AGAIN * 2] if longer else [2])
-    assert seconds[0] == (None if "latency" in text else clock.QUICK_S)  # shorter where the clock decides nothing
+    assert seconds[0] == (None if "latency" in text else QUICK_S)  # shorter where the clock decides nothing
     assert found.processes == counts[-1]
     assert ("clock.longer" in [note.code for note in found.notes]) == longer
 
