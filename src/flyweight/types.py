@@ -274,6 +274,7 @@ class Recovery(msgspec.Struct, frozen=True):
     judged: tuple[float, ...]  # the divergence on the data that choose: before the first epoch, then behind each
     best: int  # the epoch whose weights were kept; 0: those before the first
     stopped: str = ""  # why they ended before their time
+    lr: float = 0.0  # the peak rate
 
 
 class Results(msgspec.Struct, frozen=True):

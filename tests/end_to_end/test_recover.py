@@ -11,6 +11,7 @@ from torch import nn
 
 import flyweight as fw
 from flyweight.errors import Interrupted, UsageError
+from flyweight.recover.rate import RATES
 
 from .conftest import World, bytes_of
 
@@ -101,13 +102,29 @@ def test_lessons_end_when_the_limit_holds_and_a_replay_ends_them_there(world: Wo
 def test_a_plan_says_how_it_was_taught_and_replays_to_the_same_bytes(
     world: World, asked: dict, taught: fw.Result, tmp_path
 ):
-    assert taught.plan.recover == HOW.setting()
+    assert taught.plan.recover == HOW.setting() | {"quantized_lr": HOW.rate_of_rounded()}
     roles = {name: asked[name] for name in ("calib", "tune", "test", "progress")}
     again = fw.apply(world.net(), taught.plan, **roles, workdir=tmp_path / "o")
     names = ("model.onnx", "weights.safetensors")
     assert bytes_of(again.folder, names) == bytes_of(taught.folder, names)
     with pytest.raises(UsageError, match="apply takes no recover"):
         fw.apply(world.net(), taught.plan, **roles, recover=HOW, workdir=tmp_path / "p")
+
+
+def test_a_rate_that_was_found_is_told_kept_for_what_is_alike_and_replayed(
+    world: World, asked: dict, bare: fw.Result, tmp_path, capsys
+):
+    wanted = {**asked, "progress": True, "prices": bare.folder, "workdir": tmp_path / "o"}
+    made = fw.compress(world.net(), **wanted, recover=fw.distill(epochs=2))
+    said = capsys.readouterr().err
+    (lessons,) = made.results.lessons
+    assert lessons.lr in RATES
+    assert f"at the rate {lessons.lr:g}" in told(made)[0]
+    assert len(re.findall(f"a probe at the rate {RATES[0]:g}", said)) == 1  # behind the probe of prices it is known
+    assert made.plan.recover["lr"] == lessons.lr
+    roles = {name: asked[name] for name in ("calib", "tune", "test", "progress")}
+    again = fw.apply(world.net(), made.plan, **roles, workdir=tmp_path / "again")
+    assert bytes_of(again.folder, ("model.onnx",)) == bytes_of(made.folder, ("model.onnx",))
 
 
 def test_an_interrupted_run_learns_on_to_the_same_bytes(

@@ -45,11 +45,11 @@ def teacher() -> fx.GraphModule:
     return trace(seeded(net).eval(), (inputs(2, 9),)).module
 
 
-def disturbed(teacher: fx.GraphModule) -> fx.GraphModule:
+def disturbed(teacher: fx.GraphModule, scale: float = 0.3) -> fx.GraphModule:
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         for name, p in student.named_parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+            p.add_(scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
     return student
 
 

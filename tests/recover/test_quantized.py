@@ -221,10 +221,10 @@ def test_grids_that_were_one_stay_one_and_keep_to_what_is_known(teacher, deliver
 def test_a_grid_that_would_pass_what_is_known_stays_there_and_can_come_back():
     grid = module._Grid(0.02, 0, 0, 255, 0.025, False)
     with torch.no_grad():
-        grid.change.fill_(1.0 * module.RATE)
+        grid.change.fill_(1.0 * module.SLOWER)
     assert float(grid.step().detach()) == pytest.approx(0.025, rel=1e-6)
     (slope,) = torch.autograd.grad(grid.step(), grid.change)
-    assert float(slope) * module.RATE == pytest.approx(0.025, rel=1e-6)
+    assert float(slope) * module.SLOWER == pytest.approx(0.025, rel=1e-6)
 
 
 def test_the_exported_file_answers_as_what_was_trained(learned, tmp_path: Path):
@@ -317,7 +317,7 @@ def test_a_row_that_says_all_by_its_bias_keeps_it():
     layers = module.layers_that_learn(student)
     grids = module._opened(student, layers)
     with torch.no_grad():
-        student.get_submodule("0").change.fill_(-5.0 * module.RATE)  # 150 times as fine
+        student.get_submodule("0").change.fill_(-5.0 * module.SLOWER)  # 150 times as fine
     module._closed(student, layers, grids)
     assert torch.allclose(student.get_submodule("0").bias[:3].detach(), model[0].bias[:3].detach(), rtol=1e-4)
     assert_on_its_grids(student, 127)

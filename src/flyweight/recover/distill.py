@@ -5,7 +5,8 @@ What it does      Trains all weights of the compressed network towards the origi
 When to use       Deep cuts, where fitting layers once more leaves a loss; calibration data in numbers.
 When not          Few calibration samples (hundreds): all weights may learn them by heart, and the judge keeps the first ones.
                   `parts` has fewer that learn.
-Cost to run       Three forward passes of the compressed network a sample and epoch, one of the original for all epochs.
+Cost to run       Three forward passes of the compressed network a sample and epoch, one of the original for all epochs; a
+                  third to a half more where the rate is found by probes.
 What it changes   Values of weights, biases and norms. Norms keep their running statistics: they are part of the network that
                   is exported, and data of another spread would move them.
 Example           flyweight.compress(model, calib=loader, budget="latency<=35%", recover=flyweight.distill(epochs=5))
@@ -31,6 +32,7 @@ from flyweight.numerics.divergence import main_output
 from flyweight.recover.losses import soft_labels
 from flyweight.recover.parts import PARTS, WEIGHTS, in_parts
 from flyweight.recover.quick import quick
+from flyweight.recover.rate import RATES, SLOWER, found_rate, probe_share
 from flyweight.train.descent import Descent, Store, descend
 
 __all__ = ["Distill", "distill", "distilled", "lessons", "read_recover"]
@@ -47,12 +49,13 @@ class Distill:
     """How the compressed network is taught: `fw.distill(...)` makes one, `compress(recover=...)` takes it."""
 
     epochs: int = 3
-    lr: float = 1e-3
+    lr: float | None = None
     temperature: float = 1.0
     weight_decay: float = 0.0
     quantized_epochs: int = 0
     parts: tuple[str, ...] = (WEIGHTS,)
     rank: int = 8
+    quantized_lr: float | None = None
 
     def __post_init__(self) -> None:
         if not self.parts or not all(one in PARTS for one in self.parts) or len(set(self.parts)) < len(self.parts):
@@ -62,12 +65,20 @@ class Distill:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise UsageError(f"{name} is {value!r}", fix=f"a whole number from {least}")
-        for name in ("lr", "temperature"):
+        for name in ("lr", "quantized_lr", "temperature"):
             value = getattr(self, name)
+            if value is None and name != "temperature":
+                continue
             if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} is {value!r}", fix="a number above 0")
         if not (isinstance(self.weight_decay, (int, float)) and 0 <= self.weight_decay < 1):
             raise UsageError(f"weight_decay is {self.weight_decay!r}", fix="a number from 0 to below 1")
+
+    def rate_of_rounded(self) -> float:
+        """The peak rate of what was rounded: weights of four bits that move as fast as floats undo what calibration found."""
+        if self.quantized_lr is not None:
+            return self.quantized_lr
+        return SLOWER * (RATES[0] if self.lr is None else self.lr)
 
     def setting(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -77,27 +88,29 @@ class Distill:
 def distill(
     *,
     epochs: int = 3,
-    lr: float = 1e-3,
+    lr: float | None = None,
     temperature: float = 1.0,
     weight_decay: float = 0.0,
     quantized_epochs: int = 0,
     parts: str | Sequence[str] = WEIGHTS,
     rank: int = 8,
+    quantized_lr: float | None = None,
 ) -> Distill:
     """What to give `compress` as `recover`: the original teaches the compressed network on the inputs of calib, no labels.
 
     `epochs` over calib for what was cut, before numbers are rounded, then `quantized_epochs` for what was rounded to int8
-    (`recover.quantized`); `lr`: AdamW's peak rate, a tenth of it for what was rounded, one cycle each; `temperature` softens
-    the answers of a classifier of logits. `parts`: what of a cut network learns, one after the other, so many epochs each:
-    "norms" (and biases), "lowrank" (these, and additions of `rank` to matrices, merged behind it), "weights" (all); several as
-    "norms+weights". The weights that are nearest to the original on tune are kept, those before the first epoch too. Where
-    the cheapest network within limits on quality is asked for, lessons end when these hold. Raises UsageError for values
+    (`recover.quantized`). `lr`: AdamW's peak rate, one cycle; by default short probes find it (`recover.rate`).
+    `quantized_lr`: that of what was rounded; by default a tenth of an `lr` that is given, else 1e-4. `temperature` softens the
+    answers of a classifier of logits. `parts`: what of a cut network learns, one after the other, so many epochs each:
+    "norms" (and biases), "lowrank" (these, and additions of `rank` to matrices, merged behind it), "weights" (all); several
+    as "norms+weights". The weights that are nearest to the original on tune are kept, those before the first epoch too.
+    Where the cheapest network within limits on quality is asked for, lessons end when these hold. Raises UsageError for values
     out of range.
     """
     names = parts.split("+") if isinstance(parts, str) else parts
     if not isinstance(names, Sequence):
         raise UsageError(f"parts is {parts!r}", fix='names: "norms+weights", or ["norms", "weights"]')
-    return Distill(epochs, lr, temperature, weight_decay, quantized_epochs, tuple(names), rank)
+    return Distill(epochs, lr, temperature, weight_decay, quantized_epochs, tuple(names), rank, quantized_lr)
 
 
 def read_recover(value: object) -> Distill | None:
@@ -149,12 +162,14 @@ def distilled(
     stage: Callable[[int], Callable[[int], None]] = lambda steps: lambda taken: None,
     tell: Callable[[str], None] = lambda text: None,
     share: float = 1.0,
+    known: Callable[[Callable[[], float]], float] = lambda find: find(),
 ) -> Descent:
     """Teaches `student` in place, both in eval mode: `divergence(wanted, outputs)` is one number per sample.
 
     `judge(student)` says after every epoch how far it is from the teacher, on other samples. `epochs` and `parts`: those of
     the settings, or others; a `share` below 1 is a probe: so much of all steps, in a cycle of their own; `frozen`: the names
-    of parameters that do not learn. With a torch.distributed group all ranks are given all `batches` and each learns from its
+    of parameters that do not learn. Where the settings have no rate, `known(find)` says it, or lets it be found by what learns
+    last. With a torch.distributed group all ranks are given all `batches` and each learns from its
     rows of every batch: the result is that of one process, up to the rounding of sums. Raises DataError if there is no batch,
     or none that the divergence has a slope for, UsageError for a part that the network has nothing of. Other arguments as in
     `train.descent`.
@@ -171,15 +186,32 @@ def distilled(
         return divergence(wanted, outputs).mean()
 
     chosen = settings.parts if parts is None else parts
+
+    def course(rate: float, epochs: int, steps: int, advance: Callable[[int], None], **kept: Any) -> Descent:
+        return descend(
+            student, lambda epoch: islice(walk(epoch), steps), partial(loss, quick(student, first)), steps=steps,
+            epochs=epochs, lr=rate, weight_decay=settings.weight_decay, judge=lambda: judge(student),
+            rows=lambda lesson: len(lesson[1]), late=late, advance=advance, **kept,
+        )  # fmt: skip
+
+    def probe(rate: float) -> float:
+        few, short = _shortened(count, steps, probe_share(count * steps))
+        advance = stage(few * short)
+        done = in_parts(student, chosen[-1:], frozen, settings.rank, seed, lambda _: course(rate, few, short, advance))
+        found = math.inf if done.stopped else done.judged[-1]
+        tell(f"a probe at the rate {rate:g}: judged {done.judged[0]:.4g} -> {found:.4g}")
+        return found
+
+    rate = settings.lr
+    if rate is None:
+        rate = RATES[0] if enough() else known(lambda: found_rate(student, probe))
     advance = stage(steps * count * len(chosen))
 
     def learn(part: str) -> Descent:
-        return descend(
-            student, lambda epoch: islice(walk(epoch), steps), partial(loss, quick(student, first)), steps=steps,
-            epochs=count, lr=settings.lr, weight_decay=settings.weight_decay, judge=lambda: judge(student),
-            rows=lambda lesson: len(lesson[1]), store=store, name=name if len(chosen) == 1 else f"{part}-{name}",
-            key=key, late=late, enough=enough, advance=advance,
-            tell=tell if len(chosen) == 1 else lambda text: tell(f"{part}, {text}"),
+        alone = len(chosen) == 1
+        return course(
+            rate, count, steps, advance, store=store, name=name if alone else f"{part}-{name}", key=key, enough=enough,
+            tell=tell if alone else lambda text: tell(f"{part}, {text}"),
         )  # fmt: skip
 
     return in_parts(student, chosen, frozen, settings.rank, seed, learn)

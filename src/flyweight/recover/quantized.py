@@ -33,12 +33,10 @@ from flyweight.methods import int8
 from flyweight.numerics.stepped import stepped
 from flyweight.recover.distill import Distill, Inputs, distilled
 from flyweight.recover.parts import WEIGHTS
+from flyweight.recover.rate import SLOWER
 from flyweight.train.descent import Descent, Store
 
 __all__ = ["layers_that_learn", "quantized"]
-
-# Of the settings' lr, which is for floats: weights of four bits that move faster undo what calibration found
-RATE = 0.1
 
 
 def quantized(
@@ -59,8 +57,8 @@ def quantized(
     tell: Callable[[str], None] = lambda text: None,
     share: float = 1.0,
 ) -> Descent:
-    """Teaches `student`, a graph that `methods.int8.apply` rounded, in place: for `settings.quantized_epochs`, at a tenth of
-    the settings' `lr`.
+    """Teaches `student`, a graph that `methods.int8.apply` rounded, in place: for `settings.quantized_epochs`, at
+    `settings.rate_of_rounded()`.
 
     All parameters learn but packed weights and tables in int8. The judge sees the network as it will be exported, but for
     biases, which are rounded at the end. Whatever ends it, an error too, the graph is in its own form again. Raises UsageError
@@ -72,7 +70,7 @@ def quantized(
             "no layer of the network is in int8, so there is no rounding to learn with",
             fix='round layers first (method "int8"), or use distilled',
         )
-    slower = replace(settings, lr=RATE * settings.lr)
+    slower = replace(settings, lr=settings.rate_of_rounded())
     kept = [f"{name}.weight" for name in number_forms(student) if name not in layers]
     grids = _opened(student, layers)
     try:
@@ -86,7 +84,7 @@ def quantized(
 
 
 class _Layer(nn.Module):
-    """An int8 layer whose weight is rounded in every pass. `change` / RATE is the logarithm of what scales were multiplied by.
+    """An int8 layer whose weight is rounded in every pass. `change` / SLOWER is the logarithm of what scales were multiplied by.
 
     So a step stays above 0, and one rate fits steps of any size: AdamW moves a logarithm by about the settings' rate.
     """
@@ -100,7 +98,7 @@ class _Layer(nn.Module):
     def step(self) -> Float[Tensor, " out"]:
         """The scale of every row."""
         assert isinstance(self.scale, Tensor)
-        return self.scale if self.fixed else self.scale * (self.change / RATE).exp()
+        return self.scale if self.fixed else self.scale * (self.change / SLOWER).exp()
 
     def rounded(self, step: Float[Tensor, " out"]) -> Tensor:
         """The weight on the grids of `step`."""
@@ -127,7 +125,7 @@ class _Grid(nn.Module):
         assert isinstance(self.scale, Tensor)
         if self.fixed:
             return self.scale
-        step = self.scale * (self.change / RATE).exp()
+        step = self.scale * (self.change / SLOWER).exp()
         found = float(step.detach())
         return step if self.coarsest is None or found <= self.coarsest else step * (self.coarsest / found)
 

@@ -9,8 +9,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from torch import fx
@@ -32,6 +33,7 @@ from flyweight.methods import int8
 from flyweight.stages.bases import REFERENCE_FILE
 from flyweight.stages.buy import Purchase
 from flyweight.stages.quote import Quotes
+from flyweight.stages.recovery import CUTS, ROUNDED
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import forecasts, layer_rows, parameters, summary_of
 from flyweight.stages.watch import Watch
@@ -80,10 +82,21 @@ def plan_of(job: Job, quotes: Quotes, purchase: Purchase) -> Plan:
         file_bytes=round(solution.costs["size"]),
         latency_s=latency or None,
     )
-    recover = job.settings.recover.setting() if job.settings.recover else {}
     return Plan(
-        purchase.choices, predicted, solution.error, job.budget, made_with, solution.feasible, solution.binding, recover
+        purchase.choices, predicted, solution.error, job.budget, made_with, solution.feasible, solution.binding,
+        _taught_by(job, purchase),
     )  # fmt: skip
+
+
+def _taught_by(job: Job, purchase: Purchase) -> dict[str, Any]:
+    """The settings of lessons, with the rates that were found: a replay gives the same lessons."""
+    how = job.settings.recover
+    if how is None:
+        return {}
+    rates = {one.what: one.lr for one in purchase.lessons}
+    return replace(
+        how, lr=rates.get(CUTS.what, how.lr), quantized_lr=rates.get(ROUNDED.what, how.quantized_lr)
+    ).setting()
 
 
 def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Watch) -> Made:

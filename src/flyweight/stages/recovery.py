@@ -39,9 +39,10 @@ __all__ = [
 ]
 
 LEARNING = 0.6  # of the time left, where there is a limit on it: rounding, export and verification come after
-LESSONS_FILE = "lessons.json"
+LESSONS_FILE, RATES_FILE = "lessons.json", "rates.json"
 LEAST_LEFT = 0.02  # of the divergence of cuts, whatever a probe said: prices of nothing choose nothing
 PROBE = 0.25  # of all lessons, to see what they are worth at some depth
+ALIKE = 2.0  # times the divergence of another network, at most, where its rate serves
 
 Teaching = Callable[[fx.GraphModule], tuple[Note, ...]]
 Heard = Callable[[Recovery], None]
@@ -170,6 +171,7 @@ def teaching(
                 found = [job.yardstick.divergences(one, main_output(student(*inputs))[0]) for one, inputs in pairs]
             return float(torch.cat(found).mean())
 
+        how_fast = {"known": _rates_of(store, lambda: judge(graph))} if course is CUTS else {}
         quality = passing(job) if ends else None
 
         def enough() -> bool:
@@ -184,12 +186,29 @@ def teaching(
                 graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store, share=share,
                 name=f"{course.learn.__name__}-{key}.safetensors", key=key, late=late,
                 enough=enough, stage=lambda count: stage(course.stage, count),
-                tell=lambda text: job.say(f"{course.stage}: {text}"),
+                tell=lambda text: job.say(f"{course.stage}: {text}"), **how_fast,
             )  # fmt: skip
-        heard(Recovery(course.what, parts, done.losses, done.judged, done.best, done.stopped))
+        heard(Recovery(course.what, parts, done.losses, done.judged, done.best, done.stopped, done.lr))
         return (_told(course, parts, done, other=other),)
 
     return teach
+
+
+def _rates_of(store: Store, apart: Callable[[], float]) -> Callable[[Callable[[], float]], float]:
+    """The rate found for a network that was as far `apart` from the original, else the one that is found now, and kept."""
+
+    def rate(find: Callable[[], float]) -> float:
+        kept = store.load(RATES_FILE)
+        known = msgspec.json.decode(kept, type=list[tuple[float, float]]) if kept is not None else []
+        now = apart()
+        near = [(max(now, one) / min(now, one), lr) for one, lr in known if min(now, one) > 0]
+        if near and min(near)[0] <= ALIKE:
+            return min(near)[1]
+        found = find()
+        store.save(RATES_FILE, msgspec.json.encode([*known, (now, found)]))
+        return found
+
+    return rate
 
 
 def _told(course: Course, parts: Sequence[str], done: Descent, *, other: bool) -> Note:
@@ -197,8 +216,8 @@ def _told(course: Course, parts: Sequence[str], done: Descent, *, other: bool) -
         text = f"the original was to teach what was {course.what}, but took no step: {done.stopped}"
         return Note(course.code, text)
     what = "" if tuple(parts) == (WEIGHTS,) else f" ({', then '.join(parts)})"
-    text = f"the original taught what was {course.what} for {len(done.losses)} epoch(s){what}: divergence on the data that "
-    text += f"choose {done.judged[0]:.3g} -> {done.judged[done.best]:.3g}"
+    text = f"the original taught what was {course.what} for {len(done.losses)} epoch(s){what} at the rate {done.lr:g}: "
+    text += f"divergence on the data that choose {done.judged[0]:.3g} -> {done.judged[done.best]:.3g}"
     if done.best == 0:
         text += f"; no epoch was better than {course.before}, and that was kept"
     if done.stopped:

@@ -43,12 +43,13 @@ class Store(Protocol):
 @dataclass(frozen=True)
 class Descent:
     """How it went: the mean loss of every finished epoch, what the judge said (before the first, then behind each), the epoch
-    whose weights the model has (0: those it came with), and why it ended before its time, "" if it did not."""
+    whose weights the model has (0: those it came with), why it ended before its time, "" if it did not, and the peak rate."""
 
     losses: tuple[float, ...]
     judged: tuple[float, ...]
     best: int
     stopped: str = ""
+    lr: float = 0.0
 
 
 @dataclass
@@ -168,7 +169,7 @@ def descend(
             tell(_line(state, epochs, judge is not None))
     optimizer.zero_grad(set_to_none=True)
     model.load_state_dict(state.best_weights)
-    return Descent(tuple(state.losses), tuple(state.judged), state.best, why)
+    return Descent(tuple(state.losses), tuple(state.judged), state.best, why, lr)
 
 
 def _suffices(state: _State, enough: Callable[[], bool]) -> bool:
