@@ -96,7 +96,7 @@ def recovered(
         return divergence("classify", answer, outputs)
 
     done = learn(taught, teacher, lambda: ((x,) for x in rows.split(128)), apart, judge, settings, seed=seed)
-    print(f"    seed {seed}: divergence on choose {done.judged}", flush=True)
+    print(f"    seed {seed}: lr {done.lr:g}, divergence on choose {done.judged}", flush=True)
     return taught
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser = arguments("Deep cuts of ResNet-20 and what the original teaches them, without labels")
     parser.add_argument("--rows", type=int, default=8_192, help="unlabelled training rows that teach")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, help="default: found by probes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parts", default="weights", help="what learns, one after the other: norms+lowrank+weights")
     options = parser.parse_args()
@@ -154,7 +154,7 @@ def main() -> None:
     print()
     print_table(table, COLUMNS)
     about = {
-        "lessons": f"{options.epochs} epochs over {options.rows} unlabelled rows, lr {options.lr}, {options.seeds} seeds, "
+        "lessons": f"{options.epochs} epochs over {options.rows} unlabelled rows, lr {options.lr or 'found'}, {options.seeds} seeds, "
         f"{options.parts} learn"
     }
     write_csv(RESULTS / "recover_resnet20.csv", table, facts(options.threads) | about)
