@@ -154,8 +154,8 @@ def main() -> None:
     print()
     print_table(table, COLUMNS)
     about = {
-        "lessons": f"{options.epochs} epochs over {options.rows} unlabelled rows, lr {options.lr or 'found'}, {options.seeds} seeds, "
-        f"{options.parts} learn"
+        "lessons": f"{options.epochs} epochs over {options.rows} unlabelled rows, lr {options.lr or 'found'}, "
+        f"{options.seeds} seeds, {options.parts} learn"
     }
     write_csv(RESULTS / "recover_resnet20.csv", table, facts(options.threads) | about)
 
