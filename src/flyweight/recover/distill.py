@@ -174,9 +174,9 @@ def distilled(
     or none that the divergence has a slope for, UsageError for a part that the network has nothing of. Other arguments as in
     `train.descent`.
     """
-    walk, steps = lessons(batches, teacher, seed)
-    first = next(iter(batches()))
-    count, steps = _shortened(settings.epochs if epochs is None else epochs, steps, share)
+    walk, every = lessons(batches, teacher, seed)
+    first, whole = next(iter(batches())), settings.epochs if epochs is None else epochs
+    count, steps = _shortened(whole, every, share)
 
     def loss(answer: Callable[..., Any], lesson: Lesson) -> Tensor:
         inputs, wanted = lesson
@@ -195,7 +195,7 @@ def distilled(
         )  # fmt: skip
 
     def probe(rate: float) -> float:
-        few, short = _shortened(count, steps, probe_share(count * steps))
+        few, short = _shortened(whole, every, probe_share(whole * every))  # what is found is for whole lessons
         advance = stage(few * short)
         done = in_parts(student, chosen[-1:], frozen, settings.rank, seed, lambda _: course(rate, few, short, advance))
         found = math.inf if done.stopped else done.judged[-1]

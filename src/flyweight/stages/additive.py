@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from flyweight.deploy.latency import INT8, LatencyTable, Mix
+from flyweight.deploy.latency import FLOAT, INT8, LatencyTable, Mix
 from flyweight.search.problem import evaluate
 from flyweight.stages.menu import FLOAT_FORM, INT8_FORM, Menu
 from flyweight.stages.price import Market, markets
@@ -19,14 +19,18 @@ __all__ = ["additivity", "agreeing", "mix_notes", "mixes"]
 
 EACH = 2  # mixes of widths, and of number formats
 NEAR = 0.05  # as far off as the sum of prices may be without a word
-COMMON = 0.05  # that all savings, or all that float layers add, may be off together: as near as sums have to be
+# That all savings, or all that float layers add, may be off together. Narrowing one layer saves little where its neighbours
+# make blocks of the old width or caches are full; narrowing all saves more than the sum, by a quarter on small networks.
+COMMON = {"widths": 0.2, "floats": 0.05}
+STEP = 0.05  # of a finite difference
 EXACT = 0.01  # of a mix's time that not even one that adds up is nearer to
 
 
 def mixes(float_layers: Sequence[str], levels: Mapping[str, Sequence[int]], seed: int) -> tuple[Mix, ...]:
-    """Random mixes of what is timed one by one: two groups or more at one of their levels, two layers or more in float."""
+    """Mixes of what is timed one by one: all groups at their least level, some at a random one, some layers in float."""
     draw, several = np.random.default_rng(seed), [name for name, some in levels.items() if some]
     widths = [Mix(levels={n: int(draw.choice(levels[n])) for n in _some(several, draw)}) for _ in range(EACH)]
+    widths += [Mix(levels={n: min(levels[n]) for n in several})] if len(several) > 1 else []
     floats = [Mix(in_float=tuple(_some(float_layers, draw))) for _ in range(EACH)]
     return tuple(one for one in (*widths, *floats) if one.levels or one.in_float)
 
@@ -66,24 +70,26 @@ def _ratios(market: Market, table: LatencyTable) -> Iterator[tuple[Mix, dict[str
 def agreeing(table: LatencyTable, menu: Menu) -> LatencyTable:
     """The table with savings of widths, and what float layers add, times one factor each by which its mixes come out nearest.
 
-    Ridge regression towards factors of 1 (Hoerl and Kennard 1970), the prior's scatter COMMON, the mixes' EXACT of their time
-    or what the base's copies show; what a factor does is found by a finite difference, as prices are not quite linear in it.
-    Where float layers have a price for neighbours, all-float models set it, and what they add stays as it was timed.
+    Of widths in the number format that mixes are made in: int8, where there is some. Ridge regression towards factors of 1
+    (Hoerl and Kennard 1970), the prior's scatter COMMON, the mixes' EXACT of their time or what the base's copies show; what a
+    factor does is found by a finite difference, as prices are not quite linear in it. Where float layers have a price for
+    neighbours, all-float models set it, and what they add stays as it was timed.
     """
     if not table.mixes:
         return table
-    step, pairs = COMMON, [(1.0, 0.0)] + ([(0.0, 1.0)] if table.fixed else [])
+    pairs = [(1.0, 0.0)] + ([(0.0, 1.0)] if table.fixed else [])
     now = _sums(menu, table)
-    moved = [_sums(menu, _scaled(table, 1 + step * a, 1 + step * b)) - now for a, b in pairs]
+    regime = INT8 if menu.integers else FLOAT
+    moved = [_sums(menu, _scaled(table, regime, 1 + STEP * a, 1 + STEP * b)) - now for a, b in pairs]
     took = np.array([[mix.share[s] for s in table.reference_s] for mix in table.mixes])
     scatter = np.array([table.spread.get(INT8, {}).get(s, 0.0) for s in table.reference_s])
     unsure = np.maximum(EXACT * took, scatter)
-    left = np.stack([(m / step / unsure)[np.isfinite(now)] for m in moved], 1)
+    left = np.stack([(m / STEP / unsure)[np.isfinite(now)] for m in moved], 1)
     right = ((took - now) / unsure)[np.isfinite(now)]
-    prior = np.eye(len(pairs)) / COMMON
+    prior = np.diag([1 / COMMON[name] for name, _ in zip(("widths", "floats"), pairs, strict=False)])
     found, *_ = np.linalg.lstsq(np.vstack([left, prior]), np.concatenate([right, np.zeros(len(pairs))]), rcond=None)
     widths, floats = 1 + found @ np.array(pairs)
-    return _scaled(table, float(widths), float(floats))
+    return _scaled(table, regime, float(widths), float(floats))
 
 
 def _sums(menu: Menu, table: LatencyTable) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -96,15 +102,13 @@ def _sums(menu: Menu, table: LatencyTable) -> np.ndarray[Any, np.dtype[np.float6
     return np.array([told.get(id(mix), unknown) for mix in table.mixes])
 
 
-def _scaled(table: LatencyTable, widths: float, floats: float) -> LatencyTable:
-    """The table with savings of widths and what float layers add times a factor each."""
-    saved = {
-        regime: {
-            group: {level: {s: v * widths for s, v in by.items()} for level, by in levels.items()}
-            for group, levels in groups.items()
-        }
-        for regime, groups in table.saved.items()
+def _scaled(table: LatencyTable, regime: str, widths: float, floats: float) -> LatencyTable:
+    """The table with what widths save in a number format, and what float layers add, times a factor each."""
+    scaled = {
+        group: {level: {s: v * widths for s, v in by.items()} for level, by in levels.items()}
+        for group, levels in table.saved.get(regime, {}).items()
     }
+    saved = {**table.saved, regime: scaled}
     extra = {layer: {s: v * floats for s, v in by.items()} for layer, by in table.extra.items()}
     return msgspec.structs.replace(table, saved=saved, extra=extra)
 
