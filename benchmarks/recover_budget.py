@@ -99,7 +99,7 @@ def main() -> None:
     latency = made.plan.predicted.latency_s or {}
     drop = next(claim for claim in claims.values() if claim.name.startswith("drop"))
     timed = next(claim for claim in claims.values() if claim.name.startswith("latency"))
-    base = made.results.rows[0].latency_s[SHAPE].value
+    base = made.results.rows[0].latency_s[SHAPE]
     rows.append({
         "way": "flyweight", "limits": "met" if made.results.budget_met else "not met", "state": drop.state,
         "share": latency.get(SHAPE, float("nan")) / base, "measured": timed.measured, "drop": drop.measured,
