@@ -83,6 +83,7 @@ def said(done: Descent, model: nn.Module) -> Found:
         "judged": done.judged,
         "best": done.best,
         "why": done.stopped,
+        "lr": done.lr,
         "weights": weights(model),
     }
 
@@ -308,7 +309,7 @@ def tensor_parallel() -> Found:
 # --- distillation and statistics
 
 
-def taught() -> Found:
+def taught(lr: float | None = 1e-2) -> Found:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4)).eval()
     x = torch.randn(101, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -326,8 +327,12 @@ def taught() -> Found:
             return float(apart(teacher(x), graph(x)).mean())
 
     # batches of 10 rows and one of 1, of which rank 0 gets none
-    done = distilled(student, teacher, lambda: ((one,) for one in x.split(10)), apart, judge, Distill(4, 1e-2))
+    done = distilled(student, teacher, lambda: ((one,) for one in x.split(10)), apart, judge, Distill(4, lr))
     return said(done, student)
+
+
+def taught_at_a_found_rate() -> Found:
+    return taught(None)
 
 
 def images() -> list[tuple[Tensor]]:
@@ -423,7 +428,8 @@ def leaving() -> Found:
 
 CASES = (
     unequal_rows, few_rows, unused_parameters, in_ddp, no_number, late, judged_apart, judged_nan, buffers, resumed, failing,
-    by_itself, sharded, sharded_without_rows, tensor_parallel, taught, stats_agree,
+    by_itself, sharded, sharded_without_rows, tensor_parallel, taught, taught_at_a_found_rate,
+    stats_agree,
 )  # fmt: skip
 
 

@@ -65,12 +65,15 @@ def assert_as_one_process(ranks: list[dict[str, Any]], case: str) -> dict[str, A
     alone = getattr(worker, case)()
     for part in ("losses", "judged", "weights"):
         assert first[part] == pytest.approx(alone[part], **DOUBLES), part
-    assert (first["best"], first["why"]) == (alone["best"], alone["why"])
+    assert [first[part] for part in ("best", "why", "lr")] == [alone[part] for part in ("best", "why", "lr")]
     return first
 
 
 # few_rows: in some steps a rank has no row; in_ddp: the mean of means is the mean
-@pytest.mark.parametrize("case", ["unequal_rows", "few_rows", "unused_parameters", "in_ddp", "sharded", "taught"])
+@pytest.mark.parametrize(
+    "case",
+    ["unequal_rows", "few_rows", "unused_parameters", "in_ddp", "sharded", "taught", "taught_at_a_found_rate"],
+)
 def test_two_ranks_descend_as_one_process_does_with_all_rows(ranks: list[dict[str, Any]], case: str):
     done = assert_as_one_process(ranks, case)
     assert done["losses"][-1] < done["losses"][0]
@@ -151,7 +154,7 @@ def test_a_sharded_model_answers_with_its_best_weights_and_goes_on_from_a_checkp
     torch.nn.utils.vector_to_parameters(torch.tensor(first["weights"], dtype=torch.float64), model.parameters())
     assert first["answer"] == pytest.approx(worker.judge_of(model)(), **DOUBLES)
     assert first["error"] == second["error"] == "ZeroDivisionError"
-    same = {part: first[part] for part in ("losses", "judged", "best", "why", "weights")}
+    same = {part: first[part] for part in ("losses", "judged", "best", "why", "lr", "weights")}
     assert first["gone on"] == second["gone on"] == same
 
 
