@@ -66,8 +66,8 @@ def teach(
     """Teaches `student`, any module, what `teacher`, any module, answers; in place, the best epoch is kept. Nothing is traced.
 
     `calib`: inputs, or (inputs, labels); `tune`: other data that choose the epoch, by labels where they have some (default: a
-    fifth of calib is set aside). `how`: `fw.distill(epochs=…, lr=…, temperature=…)`. With labels the loss is
-    alpha * (their cross entropy) + (1 - alpha) * (divergence from the teacher), default alpha 0.5; 1 is learning without the
+    fifth of calib is set aside). `how`: `fw.distill(epochs=…, lr=…, temperature=…)`, `lr` 1e-3 unless given. With labels the
+    loss is alpha * (their cross entropy) + (1 - alpha) * (divergence from the teacher), default alpha 0.5; 1 is without the
     teacher. `task` decides both, as in `compress`; `loss(outputs, wanted)` takes the place of the divergence. `hints`: "name" or
     "shape" also compares inner values of modules that go together (see `recover.hints.paired`), or a mapping
     {student's module: teacher's module}; `hint_weight` is the weight of their sum. `mode`: "train", or "eval" for a student whose
