@@ -20,10 +20,10 @@ from .test_distill import Distill, disturbed, inputs, net, taught
     [
         ((1.0, 0.9, 0.1, 0.05), 0, 2),  # a tenth is not clear, and what would follow is not looked at
         ((1.0, 0.5, 0.45, 0.1), 1, 3),
-        ((4.0, 2.0, 1.0, 0.5), 3, 4),
+        ((4.0, 2.0, 1.0, 0.5, 0.2), 4, 5),
         ((math.inf, 2.0, 1.9, 1.0), 1, 3),
         ((math.nan, math.inf, 1.0, 1.0), 2, 4),
-        ((math.inf,) * 4, 0, 4),
+        ((math.inf,) * 5, 0, 5),
         ((-1.0, -1.5, -1.6, -9.0), 1, 3),
         ((0.0, 0.0, 0.0, 0.0), 0, 2),
     ],

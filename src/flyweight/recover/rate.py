@@ -15,7 +15,7 @@ from torch import fx
 
 __all__ = ["RATES", "SLOWER", "found_rate", "probe_share"]
 
-RATES = 1e-3, 3e-4, 1e-4, 3e-5  # AdamW's peak
+RATES = 1e-3, 3e-4, 1e-4, 3e-5, 1e-5  # AdamW's peak
 SLOWER = 0.1  # what was rounded, for what is in floats
 SHARE = 1 / 6  # of all steps in a probe: half as many mistake rates for too high that have not come back yet
 LEAST = 8  # steps that say anything
