@@ -184,6 +184,22 @@ def test_there_is_a_market_without_int8_unless_a_rule_demands_it():
     assert len(markets(bare(), table())) == 1
 
 
+def test_neighbours_in_float_spare_no_more_than_the_less_of_what_they_add_says():
+    """The all-float model comes out right, and a layer that adds nothing brings its neighbour nothing."""
+    names = [f.layer for f in menu().formats]
+    alone = {name: 0.0 if name == "last" else 0.1 * (i + 1) for i, name in enumerate(names)}
+    built = problem(menu(), table(extra={name: {SHAPE: added} for name, added in alone.items()}))
+
+    def with_float(*chosen: str) -> float:
+        return latency(built, (*(0,) * 4, *(int(name not in chosen) for name in names)))
+
+    assert with_float(*names) == pytest.approx(0.96)
+    assert with_float("inner", "last") == pytest.approx(0.5 + alone["inner"])
+    spared = {pair: sum(alone[n] for n in pair) - (with_float(*pair) - 0.5) for pair in menu().neighbours}
+    ratios = [by / min(alone[n] for n in pair) for pair, by in spared.items() if "last" not in pair]
+    assert ratios == pytest.approx([ratios[0]] * 5)
+
+
 def test_edges_are_the_layers_that_meet_without_another_between():
     assert set(menu().neighbours) == {
         ("first", "block.conv1"), ("first", "block.side"), ("block.conv1", "block.conv2"),

@@ -111,17 +111,23 @@ def _combined_factors(menu: Menu) -> list[Factor]:
 
 
 def _boundaries(menu: Menu, table: LatencyTable) -> list[tuple[tuple[str, str], Factor]]:
-    """Two neighbouring float layers need no conversion between them: the price that makes the all-float model's time
-    come out right, the same for every pair of neighbours."""
+    """Two neighbouring float layers need no conversion between them: the prices that make the all-float model's time come out
+    right, each in proportion to the less of what both add alone. A layer that adds next to nothing has no conversion to spare."""
     where = menu.format_index()
     pairs = [(a, b) for a, b in menu.neighbours if a in where and b in where and a != b]
     if not pairs or not table.extra or table.fixed:
         return []
-    saved = {}
+    saved: dict[str, list[float]] = {}
     for shape in table.reference_s:
-        added = sum(float_extra(menu, table, name, shape) for name in table.extra)
-        saved[f"latency@{shape}"] = (added - (table.whole[FLOAT][shape] - table.whole[INT8][shape])) / len(pairs)
-    return [((a, b), _both_float(menu, sorted((where[a], where[b])), saved)) for a, b in pairs]
+        alone = {name: float_extra(menu, table, name, shape) for name in table.extra}
+        over = sum(alone.values()) - (table.whole[FLOAT][shape] - table.whole[INT8][shape])
+        least = [max(0.0, min(alone.get(a, 0.0), alone.get(b, 0.0))) for a, b in pairs]
+        shares = [one / sum(least) for one in least] if sum(least) > 0 else [1 / len(pairs)] * len(pairs)
+        saved[f"latency@{shape}"] = [over * share for share in shares]
+    return [
+        (pair, _both_float(menu, sorted(where[name] for name in pair), {name: by[i] for name, by in saved.items()}))
+        for i, pair in enumerate(pairs)
+    ]
 
 
 def _both_float(menu: Menu, variables: Sequence[int], saved: Mapping[str, float]) -> Factor:
