@@ -135,7 +135,7 @@ def test_one_mix_far_off_moves_prices_by_little_more_than_the_prior_allows():
     """Of a ridge the answer is at most what the data ask for; mixes of 1 % beat the prior, those of noise do not."""
     table = timed(1.3, 1.0, fixed=("gone",), spread={"int8": {menus.SHAPE: 5.0}})
     widths, floats = factors(agreeing(table, menus.menu()), table)
-    assert (widths, floats) == pytest.approx((1.0, 1.0), abs=COMMON["widths"] ** 2)
+    assert (widths, floats) == pytest.approx((1.0, 1.0), abs=COMMON[0] ** 2)
 
 
 def test_what_all_float_models_set_stays_as_it_was_timed():

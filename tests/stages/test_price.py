@@ -184,7 +184,7 @@ def test_there_is_a_market_without_int8_unless_a_rule_demands_it():
     assert len(markets(bare(), table())) == 1
 
 
-def test_neighbours_in_float_spare_no_more_than_the_less_of_what_they_add_says():
+def test_neighbours_in_float_spare_in_proportion_to_the_less_of_what_they_add():
     """The all-float model comes out right, and a layer that adds nothing brings its neighbour nothing."""
     names = [f.layer for f in menu().formats]
     alone = {name: 0.0 if name == "last" else 0.1 * (i + 1) for i, name in enumerate(names)}
@@ -198,6 +198,11 @@ def test_neighbours_in_float_spare_no_more_than_the_less_of_what_they_add_says()
     spared = {pair: sum(alone[n] for n in pair) - (with_float(*pair) - 0.5) for pair in menu().neighbours}
     ratios = [by / min(alone[n] for n in pair) for pair, by in spared.items() if "last" not in pair]
     assert ratios == pytest.approx([ratios[0]] * 5)
+
+
+def test_where_float_layers_add_nothing_alone_the_all_float_model_comes_out_right_all_the_same():
+    built = problem(menu(), table(extra={f.layer: {SHAPE: 0.0} for f in menu().formats}))
+    assert latency(built, KEEP) == pytest.approx(0.96)
 
 
 def test_edges_are_the_layers_that_meet_without_another_between():

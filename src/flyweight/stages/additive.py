@@ -19,9 +19,9 @@ __all__ = ["additivity", "agreeing", "mix_notes", "mixes"]
 
 EACH = 2  # mixes of widths, and of number formats
 NEAR = 0.05  # as far off as the sum of prices may be without a word
-# That all savings, or all that float layers add, may be off together. Narrowing one layer saves little where its neighbours
-# make blocks of the old width or caches are full; narrowing all saves more than the sum, by a quarter on small networks.
-COMMON = {"widths": 0.2, "floats": 0.05}
+# That all savings of widths, and all that float layers add, may be off together: the first are timed one group at a time, where
+# neighbours keep their blocks of the old width, and narrowing all may save more than the sum.
+COMMON = 0.2, 0.05
 STEP = 0.05  # of a finite difference
 EXACT = 0.01  # of a mix's time that not even one that adds up is nearer to
 
@@ -86,7 +86,7 @@ def agreeing(table: LatencyTable, menu: Menu) -> LatencyTable:
     unsure = np.maximum(EXACT * took, scatter)
     left = np.stack([(m / STEP / unsure)[np.isfinite(now)] for m in moved], 1)
     right = ((took - now) / unsure)[np.isfinite(now)]
-    prior = np.diag([1 / COMMON[name] for name, _ in zip(("widths", "floats"), pairs, strict=False)])
+    prior = np.diag(1 / np.array(COMMON[: len(pairs)]))
     found, *_ = np.linalg.lstsq(np.vstack([left, prior]), np.concatenate([right, np.zeros(len(pairs))]), rcond=None)
     widths, floats = 1 + found @ np.array(pairs)
     return _scaled(table, regime, float(widths), float(floats))
