@@ -6,7 +6,7 @@ When to use       Deep cuts, where fitting layers once more leaves a loss; calib
 When not          Few calibration samples (hundreds): all weights may learn them by heart, and the judge keeps the first ones.
                   `parts` has fewer that learn.
 Cost to run       Three forward passes of the compressed network a sample and epoch, one of the original for all epochs; a
-                  third to a half more where the rate is found by probes.
+                  sixth more for every rate that is tried, two to five of them, unless one is given.
 What it changes   Values of weights, biases and norms. Norms keep their running statistics: they are part of the network that
                   is exported, and data of another spread would move them.
 Example           flyweight.compress(model, calib=loader, budget="latency<=35%", recover=flyweight.distill(epochs=5))
@@ -74,11 +74,13 @@ class Distill:
         if not (isinstance(self.weight_decay, (int, float)) and 0 <= self.weight_decay < 1):
             raise UsageError(f"weight_decay is {self.weight_decay!r}", fix="a number from 0 to below 1")
 
+    def rate(self) -> float:
+        """The peak rate that is given, else the highest that would be tried."""
+        return RATES[0] if self.lr is None else self.lr
+
     def rate_of_rounded(self) -> float:
         """The peak rate of what was rounded: weights of four bits that move as fast as floats undo what calibration found."""
-        if self.quantized_lr is not None:
-            return self.quantized_lr
-        return SLOWER * (RATES[0] if self.lr is None else self.lr)
+        return SLOWER * self.rate() if self.quantized_lr is None else self.quantized_lr
 
     def setting(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -169,10 +171,9 @@ def distilled(
     `judge(student)` says after every epoch how far it is from the teacher, on other samples. `epochs` and `parts`: those of
     the settings, or others; a `share` below 1 is a probe: so much of all steps, in a cycle of their own; `frozen`: the names
     of parameters that do not learn. Where the settings have no rate, `known(find)` says it, or lets it be found by what learns
-    last. With a torch.distributed group all ranks are given all `batches` and each learns from its
-    rows of every batch: the result is that of one process, up to the rounding of sums. Raises DataError if there is no batch,
-    or none that the divergence has a slope for, UsageError for a part that the network has nothing of. Other arguments as in
-    `train.descent`.
+    last. With a torch.distributed group all ranks are given all `batches` and each learns from its rows of every batch: the
+    result is that of one process, up to the rounding of sums. Raises DataError if there is no batch, or none that the divergence
+    has a slope for, UsageError for a part that the network has nothing of. Other arguments as in `train.descent`.
     """
     walk, every = lessons(batches, teacher, seed)
     first, whole = next(iter(batches())), settings.epochs if epochs is None else epochs
@@ -204,7 +205,7 @@ def distilled(
 
     rate = settings.lr
     if rate is None:
-        rate = RATES[0] if enough() else known(lambda: found_rate(student, probe))
+        rate = settings.rate() if enough() else known(lambda: found_rate(student, probe))
     advance = stage(steps * count * len(chosen))
 
     def learn(part: str) -> Descent:

@@ -86,7 +86,7 @@ def quantized(
 class _Layer(nn.Module):
     """An int8 layer whose weight is rounded in every pass. `change` / SLOWER is the logarithm of what scales were multiplied by.
 
-    So a step stays above 0, and one rate fits steps of any size: AdamW moves a logarithm by about the settings' rate.
+    So a step stays above 0, and one rate fits steps of any size: AdamW moves a logarithm by about its rate / SLOWER.
     """
 
     def __init__(self, layer: nn.Module, scale: Float[Tensor, " out"], largest: int, fixed: bool) -> None:

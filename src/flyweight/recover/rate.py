@@ -2,7 +2,6 @@
 
 A network that was cut deeply has a long way to go; one that lost little is thrown off by the rate that serves the other, and
 does not find back. What is lost already says little of the rate, as divergences have different scales; so it is tried.
-Source: successive halving (Jamieson Talwalkar 2016, arXiv:1502.07943) without its first rungs; margin and share measured.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ __all__ = ["RATES", "SLOWER", "found_rate", "probe_share"]
 
 RATES = 1e-3, 3e-4, 1e-4, 3e-5, 1e-5  # AdamW's peak
 SLOWER = 0.1  # what was rounded, for what is in floats
-SHARE = 1 / 6  # of all steps in a probe: half as many mistake rates for too high that have not come back yet
+SHARE = 1 / 6  # of all steps in a probe: the shorter, the more a high rate is still away where it will come back
 LEAST = 8  # steps that say anything
 CLEARLY = 0.13  # less than with the rate before: short probes flatter small rates, which are slower in the long run
 

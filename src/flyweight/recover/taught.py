@@ -35,7 +35,6 @@ from flyweight.recover.distill import Distill, lessons
 from flyweight.recover.hints import Pair, Values, comparison, paired, watched
 from flyweight.recover.objective import Loss, Objective, check_labels, mean_of, objective
 from flyweight.recover.pupils import Called, as_they_were, check_models, own_draws, shape_of
-from flyweight.recover.rate import RATES
 from flyweight.train.descent import Store, descend
 from flyweight.types import Note
 
@@ -105,8 +104,7 @@ def taught(
         student.train(mode == "train")
         with course.watching() as total:
             done = descend(
-                student, lambda epoch: _seeded(walk(epoch), seed, epoch), total, steps=steps, epochs=how.epochs,
-                lr=RATES[0] if how.lr is None else how.lr,
+                student, lambda epoch: _seeded(walk(epoch), seed, epoch), total, steps=steps, epochs=how.epochs, lr=how.rate(),
                 weight_decay=how.weight_decay, judge=judge, rows=lambda lesson: len(lesson[1]), store=store,
                 name="taught.safetensors", key=key, late=late, advance=stage(steps * how.epochs), tell=tell,
             )  # fmt: skip

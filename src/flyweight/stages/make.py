@@ -33,7 +33,7 @@ from flyweight.methods import int8
 from flyweight.stages.bases import REFERENCE_FILE
 from flyweight.stages.buy import Purchase
 from flyweight.stages.quote import Quotes
-from flyweight.stages.recovery import CUTS, ROUNDED
+from flyweight.stages.recovery import CUTS
 from flyweight.stages.setup import Job
 from flyweight.stages.tell import forecasts, layer_rows, parameters, summary_of
 from flyweight.stages.watch import Watch
@@ -89,14 +89,12 @@ def plan_of(job: Job, quotes: Quotes, purchase: Purchase) -> Plan:
 
 
 def _taught_by(job: Job, purchase: Purchase) -> dict[str, Any]:
-    """The settings of lessons, with the rates that were found: a replay gives the same lessons."""
+    """The settings of lessons with the rates they had, so a replay gives the same ones; none for cuts where no step was taken."""
     how = job.settings.recover
     if how is None:
         return {}
-    rates = {one.what: one.lr for one in purchase.lessons}
-    return replace(
-        how, lr=rates.get(CUTS.what, how.lr), quantized_lr=rates.get(ROUNDED.what, how.quantized_lr)
-    ).setting()
+    found = next((one.lr for one in purchase.lessons if one.what == CUTS.what and one.losses), how.lr)
+    return replace(how, lr=found, quantized_lr=how.rate_of_rounded()).setting()
 
 
 def make(job: Job, quotes: Quotes, purchase: Purchase, folder: Folder, stage: Watch) -> Made:
