@@ -225,6 +225,7 @@ def compared(name: str, case: Case, options: Any, table_name: str) -> None:
         }
         known = facts(options.threads, "openvino", "nncf")
         about = known | noise | {"how": timings.how, "test rows": str(len(case.source))}
+        about |= {name: str(value) for name, value in case.asked.items()}
         suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
         write_csv(RESULTS / f"{table_name}{suffix}.csv", rows, about)
         write_csv(RESULTS / f"{table_name}{suffix}_ahead.csv", pairs, about)
