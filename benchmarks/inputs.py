@@ -84,14 +84,22 @@ def mails(folder: Path, tokens: int = TOKENS) -> dict[str, Sample]:
     return _by_source((numbers, mask), family)
 
 
+def further_mails(folder: Path, tokens: int = TOKENS) -> Sample:
+    """What stands behind the first tokens of the mails that calibrate, in windows of as many: more to learn from, no labels."""
+    *inputs, _, family = _mails(folder, tokens, further=True)
+    known = set(mails(folder, tokens)["calib"].source.tolist())
+    rows = torch.tensor([i for i, one in enumerate(family) if one in known])
+    return Sample(tuple(x[rows] for x in inputs), torch.tensor(family)[rows])
+
+
 def labelled_mails(folder: Path, tokens: int = TOKENS) -> dict[str, Sample]:
     """The same with a third input, the label of each mail: 1 is spam."""
     *inputs, family = _mails(folder, tokens)
     return _by_source(tuple(inputs), family)
 
 
-def _mails(folder: Path, tokens: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Token numbers, masks, labels and families of all mails."""
+def _mails(folder: Path, tokens: int, further: bool = False) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Token numbers, masks, labels and families of all mails, or of what is `further` behind their first tokens."""
     path = folder / "spam_assassin.jsonl.gz"
     if not path.is_file():
         raise SystemExit(f"{path.name} is not in {folder}\n  fix: pass the folder that holds it with --data FOLDER")
@@ -104,10 +112,13 @@ def _mails(folder: Path, tokens: int) -> tuple[Tensor, Tensor, Tensor, list[int]
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         found = [json.loads(line) for line in lines]
     texts = [one["text"] for one in found]
-    coded = tokenizer.encode_batch(texts)
-    numbers = torch.tensor([c.ids for c in coded])
-    mask = torch.tensor([c.attention_mask for c in coded])
-    return numbers, mask, torch.tensor([int(one["spam"]) for one in found]), kin(texts)
+    coded = [
+        (i, c) for i, one in enumerate(tokenizer.encode_batch(texts)) for c in (one.overflowing if further else [one])
+    ]
+    numbers = torch.tensor([c.ids for _, c in coded])
+    mask = torch.tensor([c.attention_mask for _, c in coded])
+    family = kin(texts)
+    return numbers, mask, torch.tensor([int(found[i]["spam"]) for i, _ in coded]), [family[i] for i, _ in coded]
 
 
 def kin(texts: Sequence[str]) -> list[int]:

@@ -1,10 +1,11 @@
 """The steep end with recovery: three quarters of the fastest rival's time, taught by the original on unlabelled data.
 
-    python benchmarks/recover_peers.py [--network efficientnet|minilm|crepe] [--epochs 3] [--quantized-epochs 1] [--quick]
-                                       [--workdir DIR]
+    python benchmarks/recover_peers.py [--network efficientnet|minilm|crepe] [--epochs 3] [--quantized-epochs 1] [--mixup 0]
+                                       [--quick] [--workdir DIR]
 
 The networks, the rivals, the blocks and the figures are those of `peers.py`, whose rows without recovery stand beside these. The
-data that teach are the calibration rows, all of them: photographs and their mirror images, mails, tones made for it.
+data that teach are the calibration rows, all of them: photographs and their mirror images, mails with what stands behind their
+first tokens, tones made for it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 import flyweight as fw
-from inputs import mails, tones
+from inputs import further_mails, mails, tones
 from peers import compared, options_of
 from peers_cases import CASES, Case
 
@@ -30,10 +31,12 @@ def pictures(folder: Path, rows: int | None) -> Case:
 
 
 def sentences(folder: Path, rows: int | None) -> Case:
-    """MiniLM-L6 on all mails that calibrate; asked: overlap >= .91."""
+    """MiniLM-L6 on all mails that calibrate, and what stands behind their beginnings; asked: overlap >= .91."""
     case = CASES["minilm"](folder, rows)
-    every = mails(folder, 64)["calib"]
-    calib = every.first(rows).batches(64) if rows else every.batches(64)
+    parts = mails(folder, 64)["calib"], further_mails(folder, 64)
+    order = torch.randperm(sum(len(one.source) for one in parts), generator=torch.Generator().manual_seed(0))[:rows]
+    inputs = (torch.cat(both)[order].split(64) for both in zip(*(one.inputs for one in parts), strict=True))
+    calib = list(zip(*inputs, strict=True))
     return replace(case, calib=calib, goals={"recovered": (0.75, "divergence<=0.2")}, sizes={}, targets=("openvino",))
 
 
@@ -54,9 +57,10 @@ def main() -> None:
     parser = options_of("The steep end of the peers' table, with recovery", list(NETWORKS))
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--quantized-epochs", type=int, default=1, help="for what was rounded")
+    parser.add_argument("--mixup", type=float, default=0.0, help="alpha of blends of samples")
     options = parser.parse_args()
     torch.manual_seed(0)
-    how = fw.distill(epochs=options.epochs, quantized_epochs=options.quantized_epochs)
+    how = fw.distill(epochs=options.epochs, quantized_epochs=options.quantized_epochs, mixup=options.mixup)
     for name in options.network or NETWORKS:
         case = NETWORKS[name](options.data, 64 if options.quick else None)
         taught = replace(case, asked={"recover": how})

@@ -271,6 +271,15 @@ def test_another_key_is_refused_with_the_parts_that_differ(tmp_path):
     assert "--fresh" in caught.value.fix
 
 
+def test_digests_are_not_shown_but_said_to_differ(tmp_path):
+    with opened(tmp_path, key={**KEY, "calib": "0123456789abcdef"}):
+        pass
+    with pytest.raises(UsageError) as caught, opened(tmp_path, key={**KEY, "calib": "fedcba9876543210"}):
+        pass
+    assert "calib: not the same content" in str(caught.value)
+    assert "fedcba" not in str(caught.value)
+
+
 def test_a_finished_folder_is_recognised_even_without_its_run_folder(tmp_path):
     finished(tmp_path)
     with opened(tmp_path) as out:

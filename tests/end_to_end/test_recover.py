@@ -127,6 +127,14 @@ def test_a_rate_that_was_found_is_told_kept_for_what_is_alike_and_replayed(
     assert bytes_of(again.folder, ("model.onnx",)) == bytes_of(made.folder, ("model.onnx",))
 
 
+def test_where_the_limit_holds_before_the_first_step_a_plan_holds_no_rate(world: World, asked: dict, tmp_path):
+    wanted = {**asked, "budget": "divergence<=100", "prefer": "size", "rules": [], "methods": ["channels"]}
+    made = fw.compress(world.net(), **wanted, recover=fw.distill(epochs=1), workdir=tmp_path / "o")
+    (lessons,) = made.results.lessons
+    assert (lessons.losses, lessons.stopped) == ((), "what was asked for holds")
+    assert made.plan.recover["lr"] is None
+
+
 def test_an_interrupted_run_learns_on_to_the_same_bytes(
     world: World, asked: dict, bare: fw.Result, taught: fw.Result, tmp_path
 ):

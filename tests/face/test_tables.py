@@ -22,9 +22,9 @@ from flyweight.types import Claim, Interval, Limit
 sample = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("sample.py"))))
 
 
-def printed(results, width=80, **options) -> str:
+def printed(results, width=80, again=False, **options) -> str:
     file = io.StringIO()
-    tables.summary(results, Console(file=file, width=width, **options))
+    tables.summary(results, Console(file=file, width=width, **options), again=again)
     return file.getvalue()
 
 
@@ -158,6 +158,12 @@ def test_no_line_is_wider_than_the_console(results, width):
     commands = [line for line in lines if line.startswith("next: ")]  # never broken, so that it can be copied
     assert len(commands) == 1
     assert max(cell_len(line) for line in lines if line not in commands) <= width
+
+
+def test_what_was_weighed_again_is_not_to_be_weighed_next():
+    lines = printed(sample.classification()).splitlines()
+    assert [line for line in lines if line not in printed(sample.classification(), again=True)][-1].startswith("next: ")
+    assert "next: " not in printed(sample.classification(), again=True)
 
 
 def test_every_claim_row_and_note_is_printed():

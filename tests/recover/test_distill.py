@@ -100,6 +100,28 @@ def test_lessons_are_all_samples_mixed_anew_each_epoch_with_the_teachers_answers
     assert not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.parametrize("remembered", [0, 2**28])
+def test_answers_that_are_kept_serve_the_next_lessons(
+    teacher: fx.GraphModule, remembered: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "REMEMBERED", remembered)
+    x, asked, answers = inputs(70, 0), list[int](), list[Tensor]()
+
+    def answering(one: Tensor) -> Tensor:
+        asked.append(len(one))
+        return teacher(one)
+
+    def learned() -> list[Tensor]:
+        walk, _ = lessons(lambda: ((one,) for one in x.split(16)), answering, 1, answers=answers)
+        return [wanted for _, wanted in walk(0)]
+
+    first = learned()
+    count = len(asked)
+    assert all(torch.equal(a, b) for a, b in zip(first, learned(), strict=True))
+    assert len(answers) == (5 if remembered else 0)
+    assert (len(asked) == count) == bool(remembered)  # where they are too many to keep the teacher is asked again
+
+
 def test_samples_of_different_sizes_are_not_mixed():
     graph = trace(nn.Sequential(nn.ReLU()), (torch.randn(2, 3),)).module
     sizes = [(4, 3), (4, 5), (4, 3), (2, 5)]

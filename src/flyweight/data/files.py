@@ -135,7 +135,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # shapes that differ; torch lists them from the second line on
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
-        raise ModelError(f"the weights do not fit the model: {'; '.join(lines)}", where=str(path)) from error
+        raise ModelError(
+            f"the weights do not fit the model: {'; '.join(lines)}", where=str(path),
+            fix="give the weights of this very model, or the factory that they were trained with",
+        ) from error  # fmt: skip
     # tied weights are saved once, under one of their names
     missing = [name for name in missing if not _is_tied(model, name, tensors)]
     if missing or unexpected:

@@ -47,6 +47,7 @@ __all__ = [
 MANIFEST, RECORD = "manifest.json", "run/run.json"
 LOCK, OWNER, LOG, EVENTS, STAGES = "run/.lock", "run/owner.json", "run/run.log", "run/events.jsonl", "run/stages"
 SCHEMA_VERSION = 1
+DIGEST = re.compile(r"[0-9a-f]{16,}")
 LOCK_WAIT_S = 1.0
 
 
@@ -322,9 +323,16 @@ def _another_run(root: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
     return UsageError(
         "the folder holds another run: what was asked for differs in " + ", ".join(parts),
         where=str(root),
-        why="; ".join(f"{part}: {_short(then.get(part))} then, {_short(now.get(part))} now" for part in parts),
+        why="; ".join(f"{part}: {_differing(then.get(part), now.get(part))}" for part in parts),
         fix="ask for the same to resume, name another folder, or start over with --fresh (removes our files only)",
     )
+
+
+def _differing(then: Any, now: Any) -> str:
+    """Both values; of digests, which say nothing to a reader, that what they were made of is not the same."""
+    if all(isinstance(one, str) and DIGEST.fullmatch(one) for one in (then, now)):
+        return "not the same content"
+    return f"{_short(then)} then, {_short(now)} now"
 
 
 def _short(value: Any) -> str:

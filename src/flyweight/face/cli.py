@@ -207,7 +207,7 @@ def distill(session: Session, /, teacher: str, student: str, as_json: bool, quie
     from flyweight.stages.teach import teach
 
     session.folder = Path(given["workdir"])
-    names = ("epochs", "lr", "temperature", "weight_decay")
+    names = ("epochs", "lr", "temperature", "weight_decay", "mixup")
     # before anything is loaded: a typo is found at once
     given["how"] = how(**{name: given.pop(name) for name in names})
     pupil = load_model(student, given.pop("student_weights"))
@@ -255,7 +255,8 @@ def verify(folder: Path, test: str, threads: int | None, as_json: bool, quiet: b
     from flyweight.compress import verify as weigh
     from flyweight.data import load_data
 
-    return _shown(weigh(folder, test=load_data(test), threads=threads, progress=not quiet), folder, as_json)
+    found = weigh(folder, test=load_data(test), threads=threads, progress=not quiet)
+    return _shown(found, folder, as_json, again=True)
 
 
 @cli.command(short_help="Writes FOLDER/report.html anew.")
@@ -344,14 +345,14 @@ def _print_json(record: Any) -> None:
     exits.print_bytes(to_json(record))
 
 
-def _shown(results: Results, folder: Path, as_json: bool) -> int:
-    """The exit code of `results`, after they went to stdout."""
+def _shown(results: Results, folder: Path, as_json: bool, *, again: bool = False) -> int:
+    """The exit code of `results`, after they went to stdout; `again`: they were weighed anew."""
     if as_json:
         _print_json(results)
     else:
         from flyweight.face.printing import show_results
 
-        show_results(results, folder)
+        show_results(results, folder, again=again)
     if any(claim.kind == "proof" and claim.state == "fails" for claim in results.claims):
         return 6
     return 0 if results.budget_met else 1

@@ -212,6 +212,7 @@ LEARN = (
     _shown("--lr", type=float, default=1e-3, help="AdamW's peak rate, one cycle."),
     _shown("--temperature", type=float, default=1.0, help="Softens the answers of a classifier."),
     _shown("--weight-decay", type=float, default=0.0, help="Of matrices, by AdamW."),
+    _shown("--mixup", type=float, default=0.0, help="Alpha of blends of samples, where there are few; 1 is usual."),
     _option(
         "--alpha", type=float, help="The share of labels in the loss; 1: labels alone.  [default: 0.5 with labels]"
     ),

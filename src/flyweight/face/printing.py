@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 __all__ = ["show", "show_advice", "show_delta", "show_lessons", "show_made", "show_merged", "show_plan", "show_results"]
 
 
-def show_results(results: Results, folder: Path) -> None:
-    """Verdict, claims, before/after and notes of `results`, then where the report is."""
+def show_results(results: Results, folder: Path, *, again: bool = False) -> None:
+    """Verdict, claims, before/after and notes of `results`, then what to do next unless they were weighed `again`, and where the
+    report is."""
     # the record holds a name inside the folder; the next command must name the folder as it is reached from here
     artifact = msgspec.structs.replace(results.artifact, path=str(folder / results.artifact.path))
     with _stdout() as console:
-        tables.summary(msgspec.structs.replace(results, artifact=artifact), console)
+        tables.summary(msgspec.structs.replace(results, artifact=artifact), console, again=again)
         console.print(_text(f"report: {folder / 'report.html'}"), soft_wrap=True)
 
 

@@ -263,18 +263,21 @@ def _test_data(command: str) -> str:
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
-def summary(results: Results, console: Console) -> None:
-    """Prints verdict, claims, before/after, notes and the next command; fits in 80 columns, data is never markup."""
+def summary(results: Results, console: Console, *, again: bool = False) -> None:
+    """Prints verdict, claims, before/after, notes and the next command; fits in 80 columns, data is never markup.
+
+    What was weighed `again` is what that command is for: it is left out.
+    """
     if console.encoding.lower().replace("-", "").startswith("utf"):
-        _print_summary(cleaned(results), console, ICONS)
+        _print_summary(cleaned(results), console, ICONS, again=again)
         return
     with console.capture() as captured:  # an old code page must not turn a name into a UnicodeEncodeError
-        _print_summary(cleaned(results), console, ASCII_ICONS)
+        _print_summary(cleaned(results), console, ASCII_ICONS, again=again)
     text = captured.get().replace("µ", "u")
     console.file.write(text.encode(console.encoding, "backslashreplace").decode(console.encoding))
 
 
-def _print_summary(results: Results, console: Console, icons: Mapping[str, str]) -> None:
+def _print_summary(results: Results, console: Console, icons: Mapping[str, str], *, again: bool) -> None:
     state, headline = verdict(results)
     console.print(Text(f"{icons[state]} {headline}", STYLES[state]).append(f"  {results.title}", "default"))
     console.print(Text(results.summary))
@@ -283,7 +286,8 @@ def _print_summary(results: Results, console: Console, icons: Mapping[str, str])
             console.print()
             console.print(part)
     console.print()
-    console.print(Text("next: ", "dim").append(next_command(results), "default"), soft_wrap=True)
+    if not again:
+        console.print(Text("next: ", "dim").append(next_command(results), "default"), soft_wrap=True)
 
 
 def _claims_table(results: Results, icons: Mapping[str, str]) -> Table | None:

@@ -4,7 +4,7 @@ What it does      Trains all weights of the compressed network towards the origi
                   task's budgets limit (softened where a temperature is set); the best epoch, judged on other data, is kept.
 When to use       Deep cuts, where fitting layers once more leaves a loss; calibration data in numbers.
 When not          Few calibration samples (hundreds): all weights may learn them by heart, and the judge keeps the first ones.
-                  `parts` has fewer that learn.
+                  `parts` has fewer that learn, `mixup` makes more of the samples.
 Cost to run       Three forward passes of the compressed network a sample and epoch, one of the original for all epochs; a
                   sixth more for every rate that is tried, two to five of them, unless one is given.
 What it changes   Values of weights, biases and norms. Norms keep their running statistics: they are part of the network that
@@ -23,6 +23,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -30,6 +31,7 @@ from flyweight.errors import DataError, UsageError
 from flyweight.numerics import distributed
 from flyweight.numerics.divergence import main_output
 from flyweight.recover.losses import soft_labels
+from flyweight.recover.mixup import mixed_up
 from flyweight.recover.parts import PARTS, WEIGHTS, in_parts
 from flyweight.recover.quick import quick
 from flyweight.recover.rate import RATES, SLOWER, found_rate, probe_share
@@ -56,6 +58,7 @@ class Distill:
     parts: tuple[str, ...] = (WEIGHTS,)
     rank: int = 8
     quantized_lr: float | None = None
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.parts or not all(one in PARTS for one in self.parts) or len(set(self.parts)) < len(self.parts):
@@ -73,6 +76,10 @@ class Distill:
                 raise UsageError(f"{name} is {value!r}", fix="a number above 0")
         if not (isinstance(self.weight_decay, (int, float)) and 0 <= self.weight_decay < 1):
             raise UsageError(f"weight_decay is {self.weight_decay!r}", fix="a number from 0 to below 1")
+        if type(self.mixup) not in (int, float) or not 0 <= self.mixup < math.inf:
+            raise UsageError(
+                f"mixup is {self.mixup!r}", fix="0 for none, else the alpha of Beta(alpha, alpha): 1 is usual"
+            )
 
     def rate(self) -> float:
         """The peak rate that is given, else the highest that would be tried."""
@@ -97,22 +104,24 @@ def distill(
     parts: str | Sequence[str] = WEIGHTS,
     rank: int = 8,
     quantized_lr: float | None = None,
+    mixup: float = 0.0,
 ) -> Distill:
     """What to give `compress` as `recover`: the original teaches the compressed network on the inputs of calib, no labels.
 
     `epochs` over calib for what was cut, before numbers are rounded, then `quantized_epochs` for what was rounded to int8
     (`recover.quantized`). `lr`: AdamW's peak rate, one cycle; by default short probes find it (`recover.rate`).
     `quantized_lr`: that of what was rounded; by default a tenth of an `lr` that is given, else 1e-4. `temperature` softens the
-    answers of a classifier of logits. `parts`: what of a cut network learns, one after the other, so many epochs each:
-    "norms" (and biases), "lowrank" (these, and additions of `rank` to matrices, merged behind it), "weights" (all); several
-    as "norms+weights". The weights that are nearest to the original on tune are kept, those before the first epoch too.
+    answers of a classifier of logits. `mixup`: the alpha of blends of samples (`recover.mixup`); 0 is without. `parts`: what of a
+    cut network learns, one after the other, so many epochs each: "norms" (and biases), "lowrank" (these, and additions of `rank`
+    to matrices, merged behind it), "weights" (all); several as "norms+weights". The weights that are nearest to the original on
+    tune are kept, those before the first epoch too.
     Where the cheapest network within limits on quality is asked for, lessons end when these hold. Raises UsageError for values
     out of range.
     """
     names = parts.split("+") if isinstance(parts, str) else parts
     if not isinstance(names, Sequence):
         raise UsageError(f"parts is {parts!r}", fix='names: "norms+weights", or ["norms", "weights"]')
-    return Distill(epochs, lr, temperature, weight_decay, quantized_epochs, tuple(names), rank, quantized_lr)
+    return Distill(epochs, lr, temperature, weight_decay, quantized_epochs, tuple(names), rank, quantized_lr, mixup)
 
 
 def read_recover(value: object) -> Distill | None:
@@ -165,6 +174,7 @@ def distilled(
     tell: Callable[[str], None] = lambda text: None,
     share: float = 1.0,
     known: Callable[[Callable[[], float]], float] = lambda find: find(),
+    answers: list[Tensor] | None = None,
 ) -> Descent:
     """Teaches `student` in place, both in eval mode: `divergence(wanted, outputs)` is one number per sample.
 
@@ -173,10 +183,12 @@ def distilled(
     of parameters that do not learn. Where the settings have no rate, `known(find)` says it, or lets it be found by what learns
     last. With a torch.distributed group all ranks are given all `batches` and each learns from its rows of every batch: the
     result is that of one process, up to the rounding of sums. Raises DataError if there is no batch, or none that the divergence
-    has a slope for, UsageError for a part that the network has nothing of. Other arguments as in `train.descent`.
+    has a slope for, UsageError for a part that the network has nothing of. `answers` as in `lessons`, others as in
+    `train.descent`.
     """
-    walk, every = lessons(batches, teacher, seed)
-    first, whole = next(iter(batches())), settings.epochs if epochs is None else epochs
+    first = next(iter(batches()), ())
+    walk, every = lessons(batches, quick(teacher, first) if first else teacher, seed, settings.mixup, answers)
+    whole = settings.epochs if epochs is None else epochs
     count, steps = _shortened(whole, every, share)
 
     def loss(answer: Callable[..., Any], lesson: Lesson) -> Tensor:
@@ -228,29 +240,42 @@ def _shortened(epochs: int, steps: int, share: float) -> tuple[int, int]:
 
 
 def lessons(
-    batches: Callable[[], Iterable[Inputs]], teacher: Callable[..., Any], seed: int
+    batches: Callable[[], Iterable[Inputs]],
+    teacher: Callable[..., Any],
+    seed: int,
+    mixup: float = 0.0,
+    answers: list[Tensor] | None = None,
 ) -> tuple[Callable[[int], Iterator[Lesson]], int]:
-    """(a walk over the batches of an epoch with what the teacher answers, how many they are): mixed anew for each epoch.
+    """(a walk over the batches of an epoch with what the teacher answers, how many they are): mixed anew for each epoch, and
+    blended where `mixup` is above 0 (`mixup.mixed_up`).
 
-    Answers are remembered where all of them take no more than REMEMBERED bytes. Of several ranks each walks its rows of the
-    same mixed batches, and asks the teacher for these alone. Raises DataError if there are none.
+    Answers are remembered where all of them take no more than REMEMBERED bytes and the inputs are the same again; in `answers`,
+    if given, with which further lessons of the same teacher on the same batches begin. Of several ranks each walks its rows of
+    the same mixed batches, and asks the teacher for these alone. Raises DataError if there are none.
     """
-    known: list[Tensor] | None = [] if distributed.ranks() == 1 else None
+    told = [] if answers is None else answers
+    known: list[Tensor] | None = None if distributed.ranks() > 1 or mixup else told
     count, size = 0, 0
     for inputs in batches():
         count += 1
         if known is not None:
-            known.append(_answer(teacher, inputs))
-            size += known[-1].nbytes
-            known = known if size <= REMEMBERED else None
+            if count > len(known):
+                known.append(_answer(teacher, inputs))
+            size += known[count - 1].nbytes
+            if size > REMEMBERED:
+                told.clear()
+                known = None
     if count == 0:
         raise DataError("there is nothing to learn from: calib has no batch", fix="give calibration inputs")
 
     def walk(epoch: int) -> Iterator[Lesson]:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        if distributed.ranks() > 1:
+        if distributed.ranks() > 1 or mixup:
+            blend = np.random.default_rng((seed, epoch))
             for mixed in _mixed(iter(batches()), draw):
-                inputs = tuple(distributed.own_rows(x) for x in mixed)
+                # before rows are dealt: a blend is the same on any number of ranks
+                whole = mixed_up(mixed, mixup, blend) if mixup else mixed
+                inputs = tuple(distributed.own_rows(x) for x in whole)
                 # where there are fewer rows than ranks, some have none: descend passes over them
                 yield inputs, _answer(teacher, inputs) if len(inputs[0]) else inputs[0]
             return

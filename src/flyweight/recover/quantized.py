@@ -56,6 +56,7 @@ def quantized(
     stage: Callable[[int], Callable[[int], None]] = lambda steps: lambda taken: None,
     tell: Callable[[str], None] = lambda text: None,
     share: float = 1.0,
+    answers: list[Tensor] | None = None,
 ) -> Descent:
     """Teaches `student`, a graph that `methods.int8.apply` rounded, in place: for `settings.quantized_epochs`, at
     `settings.rate_of_rounded()`.
@@ -77,7 +78,7 @@ def quantized(
         return distilled(
             student, teacher, batches, divergence, judge, slower, epochs=settings.quantized_epochs, parts=(WEIGHTS,),
             frozen=kept, seed=seed, store=store, name=name, key=key, late=late, enough=enough, stage=stage, tell=tell,
-            share=share,
+            share=share, answers=answers,
         )  # fmt: skip
     finally:
         _closed(student, layers, grids)

@@ -9,8 +9,8 @@ Cost to run       A forward and a backward pass of the student a sample and epoc
                   with hints one an epoch.
 What it changes   The student's values, running statistics of norms too: it learns in train mode, for these are its own.
 Example           fw.teach(student, teacher, calib=(images, labels), tune=(more, labels), how=fw.distill(epochs=20))
-Known problems    Batches are mixed within a window, so data sorted by class stay partly sorted; data are not augmented anew
-                  each epoch.
+Known problems    Batches are mixed within a window, so data sorted by class stay partly sorted. Data are the same in every
+                  epoch, but for `mixup`, which is without labels.
 Source            Hinton Vinyals Dean 2015, arXiv:1503.02531; hints: Romero et al. 2015, arXiv:1412.6550, Zagoruyko Komodakis
                   2017, arXiv:1612.03928.
 """
@@ -97,9 +97,14 @@ def taught(
         teacher.eval()
         aim, pairs = _looked_at(pupil, master, data.calib, task, how, loss, hints)
         weight, notes = _share_of_labels(alpha, aim, data.calib)
-        course = _Course(pupil, master, aim, weight, pairs, hint_weight, data.calib.labelled)
+        if how.mixup and weight:
+            raise UsageError(
+                f"mixup is {how.mixup}, and labels teach", why="a blend of two samples has no label of its own",
+                fix="alpha=0, which leaves labels out, or mixup=0",
+            )  # fmt: skip
+        course = _Course(pupil, master, aim, weight, pairs, hint_weight)
         norms = mode == "train" and any(isinstance(module, BATCH_NORMS) for module in student.modules())
-        walk, steps = lessons(lambda: _columns(data.calib, aim, norms), course.answer, seed)
+        walk, steps = lessons(lambda: _columns(data.calib, aim, norms, course.labelled), course.answer, seed, how.mixup)
         judge, judged_by = _judge(course, data.tune)
         student.train(mode == "train")
         with course.watching() as total:
@@ -142,7 +147,11 @@ class _Course:
     alpha: float
     pairs: tuple[Pair, ...]
     hint_weight: float
-    labelled: bool
+
+    @property
+    def labelled(self) -> bool:
+        """Whether labels are the last column."""
+        return self.alpha > 0.0
 
     def inputs(self, columns: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return columns[:-1] if self.labelled else columns
@@ -259,9 +268,12 @@ def _share_of_labels(alpha: float | None, aim: Objective, calib: Batches) -> tup
     return 0.0, (Note("teach.labels-ignored", f"{why}: they are not used"),) if calib.labelled else ()
 
 
-def _columns(calib: Batches, aim: Objective, norms: bool) -> Iterator[tuple[Tensor, ...]]:
-    """The batches as tensors of equal length, labels last. Raises DataError for labels that do not fit, and for batches of
-    one sample where batch norms learn (`norms`): it has no variance."""
+def _columns(calib: Batches, aim: Objective, norms: bool, labelled: bool) -> Iterator[tuple[Tensor, ...]]:
+    """The batches as tensors of equal length, labels last where they teach (`labelled`).
+
+    Raises DataError for labels that do not fit, and for batches of one sample where batch norms learn (`norms`): it has no
+    variance.
+    """
     for number, batch in enumerate(_without_last_alone(calib) if norms else calib):
         if norms and batch.rows == 1:
             raise DataError(
@@ -278,7 +290,7 @@ def _columns(calib: Batches, aim: Objective, norms: bool) -> Iterator[tuple[Tens
             )
         if batch.labels is not None and aim.hard is not None:
             check_labels(aim, batch.labels, batch.rows)
-        yield batch.inputs if batch.labels is None else (*batch.inputs, batch.labels)
+        yield batch.inputs if batch.labels is None or not labelled else (*batch.inputs, batch.labels)
 
 
 def _without_last_alone(calib: Batches) -> Iterator[Batch]:

@@ -184,7 +184,7 @@ def teaching(
         with distributed.alone():  # a run is one process's, also where a script under torchrun calls it on rank 0
             done = course.learn(
                 graph, job.graph, job.calib, apart, judge, settings, seed=job.settings.seed, store=store, share=share,
-                name=f"{course.learn.__name__}-{key}.safetensors", key=key, late=late,
+                name=f"{course.learn.__name__}-{key}.safetensors", key=key, late=late, answers=job.answers,
                 enough=enough, stage=lambda count: stage(course.stage, count),
                 tell=lambda text: job.say(f"{course.stage}: {text}"), **how_fast,
             )  # fmt: skip

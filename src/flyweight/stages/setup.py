@@ -97,6 +97,7 @@ class Job:
     deadline: Deadline
     stop: Callable[[], bool] = field(default=lambda: False)
     say: Callable[[str], None] = field(default=lambda text: None)  # a line for whoever watches
+    answers: list[Tensor] = field(default_factory=list)  # of the original to calib: what lessons asked of it
 
     def calib(self) -> Iterable[Inputs]:
         """The calibration inputs, walked anew."""
