@@ -28,6 +28,7 @@ import msgspec
 
 from flyweight.atomic import PART, Content, append_line, disk_errors, write_atomic
 from flyweight.deploy import machine
+from flyweight.deploy.refusal import another_run
 from flyweight.errors import DataError, FolderInUse, ModelError, UnsafeFileError, UsageError
 from flyweight.types import Note, to_json
 
@@ -47,7 +48,6 @@ __all__ = [
 MANIFEST, RECORD = "manifest.json", "run/run.json"
 LOCK, OWNER, LOG, EVENTS, STAGES = "run/.lock", "run/owner.json", "run/run.log", "run/events.jsonl", "run/stages"
 SCHEMA_VERSION = 1
-DIGEST = re.compile(r"[0-9a-f]{16,}")
 LOCK_WAIT_S = 1.0
 
 
@@ -147,7 +147,7 @@ def open_folder(path: Path, *, fresh: bool, run_key: Mapping[str, Any]) -> Itera
             _remove_ours(root)
         earlier = record_of(root)
         if earlier is not None and earlier.key != key:
-            raise _another_run(root, earlier.key, key)
+            raise another_run(root, earlier.key, key)
         finished = (root / MANIFEST).is_file()
         if earlier is None or not (root / RECORD).is_file():
             _write_record(root, earlier or _Record("flyweight", key))
@@ -316,28 +316,6 @@ def _decode(path: Path, kind: type[_Kind]) -> _Kind:
             f"{path.name} was written by a newer flyweight", where=str(path), fix="pip install --upgrade flyweight"
         )
     return found
-
-
-def _another_run(root: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> UsageError:
-    parts = [part for part in sorted({*then, *now}) if then.get(part) != now.get(part)]
-    return UsageError(
-        "the folder holds another run: what was asked for differs in " + ", ".join(parts),
-        where=str(root),
-        why="; ".join(f"{part}: {_differing(then.get(part), now.get(part))}" for part in parts),
-        fix="ask for the same to resume, name another folder, or start over with --fresh (removes our files only)",
-    )
-
-
-def _differing(then: Any, now: Any) -> str:
-    """Both values; of digests, which say nothing to a reader, that what they were made of is not the same."""
-    if all(isinstance(one, str) and DIGEST.fullmatch(one) for one in (then, now)):
-        return "not the same content"
-    return f"{_short(then)} then, {_short(now)} now"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 40 else text[:36] + " …" + text[-1]
 
 
 def _remove_ours(root: Path) -> None:
