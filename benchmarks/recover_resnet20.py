@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from common import (
     RESULTS,
@@ -61,21 +61,6 @@ def cuts(model: nn.Module, data: Any) -> dict[float, nn.Module]:
     return {divide: restructured(quotes.network, steps, job.calib) for divide, steps in chosen.items()}
 
 
-class Remembering(nn.Module):
-    """A teacher that is asked once for each batch, whatever the number of its students."""
-
-    def __init__(self, teacher: fx.GraphModule) -> None:
-        super().__init__()
-        self.teacher, self.known = teacher, dict[tuple[int, int], tuple[Tensor, Tensor]]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The answers to rows that lie where they lay when they were asked for first."""
-        place = (x.data_ptr(), len(x))
-        if place not in self.known:
-            self.known[place] = self.teacher(x), x  # kept, so that nothing else comes to lie there
-        return self.known[place][0]
-
-
 def recovered(
     student: Any,
     teacher: Any,
@@ -84,8 +69,9 @@ def recovered(
     settings: Distill,
     seed: int,
     learn: Callable[..., Descent] = distilled,
+    known: list[Tensor] | None = None,
 ) -> Any:
-    """A copy of the network that learned from the teacher."""
+    """A copy of the network that learned from the teacher; `known`: its answers, where they are kept for other students."""
     taught = copy.deepcopy(student)
     wanted = answers(teacher, choose)
 
@@ -95,7 +81,9 @@ def recovered(
     def apart(answer: Tensor, outputs: Tensor) -> Tensor:
         return divergence("classify", answer, outputs)
 
-    done = learn(taught, teacher, lambda: ((x,) for x in rows.split(128)), apart, judge, settings, seed=seed)
+    done = learn(
+        taught, teacher, lambda: ((x,) for x in rows.split(128)), apart, judge, settings, seed=seed, answers=known
+    )
     print(f"    seed {seed}: lr {done.lr:g}, divergence on choose {done.judged}", flush=True)
     return taught
 
@@ -134,7 +122,7 @@ def main() -> None:
     torch.manual_seed(0)
     data, model = load_fashion_mnist(options.data), load_resnet20(options.data)
     unmodified = float_row(model, data)
-    teacher = Remembering(trace(model, (data.test[0][:2],)).module)
+    teacher = trace(model, (data.test[0][:2],)).module
     rows = data.calib(options.rows)[0]
     settings = distill(epochs=options.epochs, lr=options.lr, parts=options.parts)
     whole, table = (
@@ -142,8 +130,10 @@ def main() -> None:
         [{"tool": "float", "goal": "÷1.00", "divide": 1.0, "before": unmodified["raw"]}],
     )
 
+    known: list[Tensor] = []
+
     def learn(student: nn.Module) -> Callable[[int], nn.Module]:
-        return lambda seed: recovered(student, teacher, rows, data.choose[0], settings, seed)
+        return lambda seed: recovered(student, teacher, rows, data.choose[0], settings, seed, known=known)
 
     for divide, cut in cuts(model, data).items():
         table.append(rows_of("flyweight", divide, whole, cut, learn(cut), data, options.seeds))
