@@ -20,7 +20,7 @@ from common import RESULTS, arguments, facts, print_table, write_csv
 from peers_cases import CASES, Case
 
 ASKED = {"with prices measured": 300.0, "with prices cached": 90.0}
-COLUMNS = ("network", "target", "what", "budget", "seconds", "asked", "met", "stages")
+COLUMNS = ("network", "target", "what", "budget", "seconds", "asked", "budget met", "stages")
 
 
 def timed(case: Case, budget: str, what: str, **arguments: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def timed(case: Case, budget: str, what: str, **arguments: Any) -> dict[str, Any
     seconds = time.perf_counter() - started
     stages = ", ".join(f"{stage} {spent:.0f}" for stage, spent in found.results.seconds.items())
     row = {"target": case.targets[0], "what": what, "budget": budget, "seconds": seconds, "asked": ASKED[what]}
-    row |= {"met": found.budget_met, "stages": stages}
+    row |= {"budget met": found.budget_met, "stages": stages}
     print(row, flush=True)
     return row
 
