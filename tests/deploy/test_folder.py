@@ -271,6 +271,14 @@ def test_another_key_is_refused_with_the_parts_that_differ(tmp_path):
     assert "--fresh" in caught.value.fix
 
 
+def test_of_settings_only_those_that_differ_are_said(tmp_path):
+    with opened(tmp_path, key={**KEY, "recover": {"epochs": 2, "mixup": 1.0, "parts": ["weights"] * 9}}):
+        pass
+    other = {**KEY, "recover": {"epochs": 2, "mixup": 0.5, "parts": ["weights"] * 9}}
+    with pytest.raises(UsageError, match=r"recover: mixup 1\.0 then, 0\.5 now"), opened(tmp_path, key=other):
+        pass
+
+
 def test_digests_are_not_shown_but_said_to_differ(tmp_path):
     with opened(tmp_path, key={**KEY, "calib": "0123456789abcdef"}):
         pass

@@ -76,6 +76,39 @@ def test_a_row_alone_and_numbers_a_row_stay_as_they_are():
     assert torch.equal(mixed_up((torch.randn(6, 3), kinds), 1.0, np.random.default_rng(0))[1], kinds)
 
 
+def test_a_kind_in_a_column_is_no_token_and_pictures_in_bytes_are_added():
+    draw = np.random.default_rng(0)
+    x, kinds = torch.randn(6, 3), torch.arange(6)[:, None]
+    found, same = mixed_up((x, kinds), 1.0, draw)
+    assert torch.equal(same, kinds)
+    assert not torch.equal(found, x)
+    pictures = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
+    (seen,) = mixed_up((pictures,), 1.0, draw)
+    assert seen.dtype == torch.uint8
+    own, other = pictures.double().flatten(1), seen.double().flatten(1)
+    for i in range(6):  # on the line from its own row to one other, within the rounding to whole numbers
+        away = other[i] - own[i]
+        lines = [own[j] - own[i] for j in range(6)]
+        shares = [float(away @ d / d.square().sum().clamp(min=1)) for d in lines]
+        assert min(float((away - s * d).abs().max()) for s, d in zip(shares, lines, strict=True)) <= 1.0
+
+
+def test_where_the_teacher_has_no_answer_to_a_blend_the_samples_teach():
+    class Mean(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+
+    rows, length = 16, 6
+    mask = torch.zeros(rows, length, dtype=torch.int64)
+    mask[::2, :2], mask[1::2, -2:] = 1, 1  # padded on different sides: a blend may have no token left
+    numbers = torch.arange(1, rows + 1)[:, None].expand(rows, length).contiguous()
+    walk, _ = lessons(lambda: iter([(numbers, mask)]), Mean(), 0, 1.0)
+    for epoch in range(20):
+        for inputs, wanted in walk(epoch):
+            assert wanted.isfinite().all()
+            assert torch.equal(wanted, Mean()(*inputs))
+
+
 def test_the_teacher_is_asked_about_the_blends_and_an_epoch_is_the_same_again():
     teacher = nn.Linear(4, 2)
     x = torch.randn(20, 4)
@@ -119,7 +152,7 @@ def test_labels_and_blends_do_not_go_together():
     assert done.lessons.alpha == 0.0
 
 
-@pytest.mark.parametrize("bad", [-1.0, float("inf"), float("nan"), True])
+@pytest.mark.parametrize("bad", [-1.0, float("inf"), float("nan"), True, 10**400])
 def test_an_alpha_out_of_range_is_refused(bad: object):
     with pytest.raises(UsageError, match="mixup"):
         fw.distill(mixup=bad)

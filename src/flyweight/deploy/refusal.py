@@ -27,7 +27,10 @@ def another_run(root: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def _differing(then: Any, now: Any) -> str:
-    """Both values; of digests, which say nothing to a reader, that what they were made of is not the same."""
+    """Both values, of settings those that are not the same; of digests, which say nothing to a reader, that they differ."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        names = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+        return ", ".join(f"{name} {_differing(then.get(name), now.get(name))}" for name in names)
     if all(isinstance(one, str) and DIGEST.fullmatch(one) for one in (then, now)):
         return "not the same content"
     return f"{_short(then)} then, {_short(now)} now"

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from flyweight.errors import DataError, UsageError
+from flyweight.errors import DataError, ModelError, UsageError
 from flyweight.numerics import distributed
 from flyweight.numerics.divergence import main_output
 from flyweight.recover.losses import soft_labels
@@ -43,6 +43,7 @@ Inputs = tuple[Tensor, ...]
 Lesson = tuple[Inputs, Tensor]
 WINDOW = 32  # batches whose samples are mixed
 WHOLE = ("epochs", "quantized_epochs", "rank")  # the settings that are whole numbers
+ALPHA = 1_000  # of mixup, at most: all blends are halves then
 REMEMBERED = 2**28  # bytes of the original's answers that are kept; more are asked for anew in every epoch
 
 
@@ -76,10 +77,9 @@ class Distill:
                 raise UsageError(f"{name} is {value!r}", fix="a number above 0")
         if not (isinstance(self.weight_decay, (int, float)) and 0 <= self.weight_decay < 1):
             raise UsageError(f"weight_decay is {self.weight_decay!r}", fix="a number from 0 to below 1")
-        if type(self.mixup) not in (int, float) or not 0 <= self.mixup < math.inf:
-            raise UsageError(
-                f"mixup is {self.mixup!r}", fix="0 for none, else the alpha of Beta(alpha, alpha): 1 is usual"
-            )
+        if type(self.mixup) not in (int, float) or not 0 <= self.mixup <= ALPHA:
+            fix = f"0 for none, else the alpha of Beta(alpha, alpha), up to {ALPHA}: 1 is usual"
+            raise UsageError(f"mixup is {self.mixup!r}", fix=fix)
 
     def rate(self) -> float:
         """The peak rate that is given, else the highest that would be tried."""
@@ -273,11 +273,14 @@ def lessons(
         if distributed.ranks() > 1 or mixup:
             blend = np.random.default_rng((seed, epoch))
             for mixed in _mixed(iter(batches()), draw):
+                inputs = tuple(map(distributed.own_rows, mixed))
+                if not len(inputs[0]):  # fewer rows than ranks: descend passes over them
+                    yield inputs, inputs[0]
+                    continue
                 # before rows are dealt: a blend is the same on any number of ranks
-                whole = mixed_up(mixed, mixup, blend) if mixup else mixed
-                inputs = tuple(distributed.own_rows(x) for x in whole)
-                # where there are fewer rows than ranks, some have none: descend passes over them
-                yield inputs, _answer(teacher, inputs) if len(inputs[0]) else inputs[0]
+                blends = tuple(map(distributed.own_rows, mixed_up(mixed, mixup, blend))) if mixup else inputs
+                wanted = _answer_to_blends(teacher, blends) if mixup else _answer(teacher, inputs)
+                yield (inputs, _answer(teacher, inputs)) if wanted is None else (blends, wanted)
             return
         if known is not None:
             taught: Iterator[Lesson] = zip(batches(), known, strict=True)
@@ -291,7 +294,18 @@ def lessons(
 
 def _answer(teacher: Callable[..., Any], inputs: Inputs) -> Tensor:
     with torch.no_grad():
-        return main_output(teacher(*inputs))[0].detach()
+        found = main_output(teacher(*inputs))[0].detach()
+    # a view of more than it shows would keep all of that
+    return found.clone() if found.untyped_storage().nbytes() > found.nbytes else found
+
+
+def _answer_to_blends(teacher: Callable[..., Any], inputs: Inputs) -> Tensor | None:
+    """What the teacher answers; None where that is no number, as it may be where two rows are padded on different sides."""
+    try:
+        found = _answer(teacher, inputs)
+    except ModelError:  # of a teacher that is looked after
+        return None
+    return found if bool(found.isfinite().all()) else None
 
 
 def _mixed(batches: Iterator[Inputs], draw: torch.Generator) -> Iterator[Inputs]:

@@ -24,17 +24,17 @@ __all__ = ["mixed_up"]
 
 
 def mixed_up(inputs: tuple[Tensor, ...], alpha: float, draw: np.random.Generator) -> tuple[Tensor, ...]:
-    """Every row with another one of the batch: a + (1 - a) of both, a drawn from Beta(alpha, alpha), where all inputs are floats;
-    else the first share a of the row's tokens, then the other's.
+    """Every row with another one of the batch: a + (1 - a) of both, a drawn from Beta(alpha, alpha), in what is measured; where
+    an input (rows, tokens) holds integers, the first share a of the row's tokens, then the other's.
 
-    Inputs (rows, ...) of equal rows. One row is given back as it is.
+    Inputs (rows, ...) of equal rows. A row alone is given back as it is, and so is a kind (one integer a row).
     """
     rows = len(inputs[0])
     if rows < 2:
         return inputs
     other = torch.from_numpy(draw.permutation(rows))
     share = draw.beta(alpha, alpha, rows)
-    tokens = [x for x in inputs if not x.is_floating_point() and x.ndim > 1]
+    tokens = [x for x in inputs if not x.is_floating_point() and x.ndim == 2 and x.shape[1] > 1]
     if not tokens:
         return tuple(_added(x, x[other], share) for x in inputs)
     length = tokens[0].shape[1]
@@ -44,10 +44,12 @@ def mixed_up(inputs: tuple[Tensor, ...], alpha: float, draw: np.random.Generator
 
 
 def _added(one: Tensor, other: Tensor, share: np.ndarray) -> Tensor:
-    if not one.is_floating_point():
+    if not one.is_floating_point() and one.ndim <= 2:
         return one  # a number a row: nothing lies between two kinds
-    weight = torch.from_numpy(share).to(one.dtype).reshape(-1, *[1] * (one.ndim - 1))
-    return weight * one + (1 - weight) * other
+    kind = one.dtype if one.is_floating_point() else torch.float64
+    weight = torch.from_numpy(share).to(kind).reshape(-1, *[1] * (one.ndim - 1))
+    found = weight * one + (1 - weight) * other
+    return found if one.is_floating_point() else found.round().to(one.dtype)  # pictures in bytes
 
 
 def _spliced(one: Tensor, other: Tensor, first: Tensor) -> Tensor:
