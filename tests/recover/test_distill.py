@@ -122,6 +122,14 @@ def test_answers_that_are_kept_serve_the_next_lessons(
     assert (len(asked) == count) == bool(remembered)  # where they are too many to keep the teacher is asked again
 
 
+def test_an_answer_that_is_kept_holds_no_more_than_it_shows():
+    answers = list[Tensor]()
+    lessons(lambda: iter([(torch.randn(8, 50, 3),)]), lambda x: x[:, 0], 0, answers=answers)
+    (kept,) = answers
+    assert kept.shape == (8, 3)
+    assert kept.untyped_storage().nbytes() == kept.nbytes
+
+
 def test_samples_of_different_sizes_are_not_mixed():
     graph = trace(nn.Sequential(nn.ReLU()), (torch.randn(2, 3),)).module
     sizes = [(4, 3), (4, 5), (4, 3), (2, 5)]

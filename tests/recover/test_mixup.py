@@ -8,15 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import flyweight as fw
-from flyweight.errors import UsageError
+from flyweight.errors import ModelError, UsageError
 from flyweight.numerics import distributed
 from flyweight.recover.distill import lessons
 from flyweight.recover.mixup import mixed_up
-
-
-def numbered(rows: int, *sizes: int) -> Tensor:
-    """Row i is filled with 2^i: from a sum of two one knows which and how much."""
-    return (2.0 ** torch.arange(rows)).reshape(-1, *[1] * len(sizes)).expand(rows, *sizes).contiguous()
 
 
 def test_a_blend_of_floats_lies_between_two_rows_everywhere_alike():
@@ -37,8 +32,8 @@ def test_a_blend_of_floats_lies_between_two_rows_everywhere_alike():
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
 def test_shares_have_the_moments_of_their_beta_distribution(alpha: float):
-    """Beta(a, a) has the mean 1/2 and the variance 1 / (4 (2a + 1)). Row i is i, its partner's number is known from a second
-    input, which is told by one-hot rows: the share is what the blend keeps of the row's own column."""
+    """Beta(a, a) has the mean 1/2 and the variance 1 / (4 (2a + 1)). Rows are one-hot: the share is what the
+    blend keeps of the row's own column."""
     draw, rows, shares = np.random.default_rng(1), 64, []
     own = torch.eye(rows)
     for _ in range(200):
@@ -93,9 +88,12 @@ def test_a_kind_in_a_column_is_no_token_and_pictures_in_bytes_are_added():
         assert min(float((away - s * d).abs().max()) for s, d in zip(shares, lines, strict=True)) <= 1.0
 
 
-def test_where_the_teacher_has_no_answer_to_a_blend_the_samples_teach():
+@pytest.mark.parametrize("watched", [False, True])
+def test_where_the_teacher_has_no_answer_to_a_blend_the_samples_teach(watched: bool):
     class Mean(nn.Module):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            if watched and not bool(mask.any(1).all()):  # as `taught` looks after its teacher
+                raise ModelError("the teacher answers NaN or infinity")
             return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
 
     rows, length = 16, 6

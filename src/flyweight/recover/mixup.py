@@ -5,11 +5,12 @@ What it does      Makes of every batch one whose rows are each a blend of two of
                   of tokens, the beginning of one row goes before the end of the other.
 When to use       Few calibration samples (hundreds): all weights would learn them by heart.
 When not          Data in numbers; inputs that say nothing between two samples (tables of switches).
-Cost to run       The original answers anew in every epoch: a third more to a lesson.
+Cost to run       The original answers anew in every epoch: one forward pass of it more a sample.
 What it changes   The inputs of lessons alone; what judges is never blended.
 Example           flyweight.compress(model, calib=loader, budget="latency<=35%", recover=flyweight.distill(mixup=1.0))
 Known problems    Blends are harder than samples: with few epochs they teach no better than the samples alone. An
-                  input of another length than the tokens (a float table beside a text) stays that of one row.
+                  input of another length than the tokens (a float table beside a text) stays that of one row. Where the
+                  original has no answer to a batch of blends, its samples teach, and nothing says how often.
 Source            Zhang Cisse Dauphin Lopez-Paz 2018, arXiv:1710.09412; without labels, as here: Beyer Zhai Royer Markeeva
                   Anil Kolesnikov 2022, arXiv:2106.05237.
 """
@@ -44,12 +45,12 @@ def mixed_up(inputs: tuple[Tensor, ...], alpha: float, draw: np.random.Generator
 
 
 def _added(one: Tensor, other: Tensor, share: np.ndarray) -> Tensor:
-    if not one.is_floating_point() and one.ndim <= 2:
+    measured = one.is_floating_point()
+    if not measured and one.ndim <= 2:
         return one  # a number a row: nothing lies between two kinds
-    kind = one.dtype if one.is_floating_point() else torch.float64
-    weight = torch.from_numpy(share).to(kind).reshape(-1, *[1] * (one.ndim - 1))
+    weight = torch.from_numpy(share).to(one.dtype if measured else torch.float64).reshape(-1, *[1] * (one.ndim - 1))
     found = weight * one + (1 - weight) * other
-    return found if one.is_floating_point() else found.round().to(one.dtype)  # pictures in bytes
+    return found if measured else found.round().to(one.dtype)  # pictures in bytes
 
 
 def _spliced(one: Tensor, other: Tensor, first: Tensor) -> Tensor:
